@@ -1,0 +1,183 @@
+"""Where text comes from: Python's own library, files, or the Hugging Face hub.
+
+A corpus is a stream of pieces of documents. Long documents are cut at line ends, so that memory stays small and one
+long file can still be divided into training and validation text.
+"""
+
+import glob
+import hashlib
+import os
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from data.config import DataConfig, HubConfig
+from errors import UserError
+
+PIECE_BYTES = 16 * 1024
+STRUCTURED = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
+
+
+class Piece(NamedTuple):
+    text: bytes
+    starts_document: bool
+
+
+class TextCorpus:
+    """Pieces to read again from the start, something that changes when they do, and their size where it is known."""
+
+    def __init__(self, config: DataConfig):
+        self.config = config
+        self.name = config.text_corpus
+        self.paths = {"stdlib": stdlib_files, "files": lambda: matching_files(config.files), "hub": list}[self.name]()
+
+    def pieces(self) -> Iterator[Piece]:
+        match self.name:
+            case "stdlib":
+                yield from _pieces_of_files(self.paths)
+                yield from _pieces_of_documents(pydoc_topics())
+            case "files":
+                for path in self.paths:
+                    if loader := STRUCTURED.get(_suffix(path)):
+                        yield from _pieces_of_documents(_rows(loader, path, self.config.column))
+                    else:
+                        yield from _pieces_of_files([path])
+            case "hub":
+                yield from _pieces_of_documents(hub_documents(self.config.hub))
+
+    def identity(self) -> str:
+        """Changes when the corpus does. The hub's is its name: what is behind it is only known by reading it."""
+        if self.name == "hub":
+            return self.config.hub.model_dump_json()
+        seen = hashlib.sha256(sys.version.encode() if self.name == "stdlib" else b"")
+        for path in self.paths:
+            stat = path.stat()
+            # the library belongs to the interpreter; a user's files may change under the same name and size
+            seen.update(f"{path.name}\0{stat.st_size}\0{'' if self.name == 'stdlib' else stat.st_mtime_ns}\n".encode())
+        return seen.hexdigest()
+
+    def size(self) -> int | None:
+        """Bytes to read, for the progress bar; None where only reading tells."""
+        return None if self.name == "hub" else sum(path.stat().st_size for path in self.paths)
+
+
+def stdlib_files() -> list[Path]:
+    """The sources of Python's own library: on every machine, without a copy in the repository or a download."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    # tests repeat themselves, encodings are tables of numbers, pydoc_data comes as documents of its own
+    left_out = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
+    files = [Path(folder) / name for folder, subfolders, names in os.walk(root)
+             if not subfolders.__setitem__(slice(None), sorted(set(subfolders) - left_out))     # os.walk skips what is removed
+             for name in sorted(names) if name.endswith(".py")]
+    if not files:
+        raise UserError(f"data.corpus=stdlib: no Python sources under {root} (use data.corpus=files with your own text)")
+    return files
+
+
+def pydoc_topics() -> Iterator[bytes]:
+    """The language reference that `help()` prints: English prose about Python."""
+    from pydoc_data.topics import topics
+    return (topics[name].encode() for name in sorted(topics))
+
+
+def matching_files(patterns: Iterable[str]) -> list[Path]:
+    """The files that the globs name, sorted, each once; a UserError names a glob that matches none."""
+    found = {}
+    for pattern in patterns:
+        matches = [Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
+        if not matches:
+            raise UserError(f"data.files: no file matches {pattern!r} (looked from {os.getcwd()})")
+        found |= {path.resolve(): path for path in matches}
+    return [found[path] for path in sorted(found)]
+
+
+def hub_documents(hub: HubConfig) -> Iterator[bytes]:
+    """The texts of a dataset on the Hugging Face hub, streamed by `datasets`."""
+    # `datasets` retries for 24 s without a network; one plain question first makes that two.
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    try:
+        HfApi().dataset_info(hub.dataset, timeout=10)
+    except HfHubHTTPError as error:
+        raise UserError(f"data.hub.dataset={hub.dataset}: the hub says {str(error).splitlines()[0]}\n"
+                        "  check the name, or log in with `hf auth login` if it is private or gated") from None
+    except (OSError, OfflineModeIsEnabled, *_http_errors()) as error:
+        raise UserError(f"data.hub.dataset={hub.dataset}: the Hugging Face hub cannot be reached ({type(error).__name__})\n"
+                        "  connect, or use data.corpus=files with text on this machine") from None
+    import datasets
+    try:
+        rows = datasets.load_dataset(hub.dataset, hub.config, split=hub.split, streaming=True)
+        yield from _texts(rows, hub.column, f"data.hub.column={hub.column}")
+    except (ValueError, OSError) as error:
+        raise UserError(f"data.hub.dataset={hub.dataset}: {str(error).splitlines()[0]}") from None
+
+
+def _http_errors() -> tuple[type[Exception], ...]:
+    import httpx
+    return (httpx.HTTPError,)
+
+
+def _suffix(path: Path) -> str:
+    """What kind of file it is: .jsonl of a.jsonl and of a.jsonl.gz."""
+    compressed = path.suffix in (".gz", ".bz2", ".xz", ".zst", ".zip")
+    return Path(path.stem).suffix if compressed else path.suffix
+
+
+def _rows(loader: str, path: Path, column: str) -> Iterator[bytes]:
+    import datasets
+    options = {"sep": "\t"} if _suffix(path) == ".tsv" else {}
+    try:
+        rows = datasets.load_dataset(loader, data_files=str(path), split="train", streaming=True, **options)
+        yield from _texts(rows, column, f"data.column={column}")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:      # every format has its own exceptions for a broken file
+        raise UserError(f"{path}: cannot be read as {loader} ({str(error).splitlines()[0][:150]})") from None
+
+
+def _texts(rows: Iterable[dict], column: str, key: str) -> Iterator[bytes]:
+    for row in rows:
+        if column not in row:
+            raise UserError(f"{key}: no such column; there are {', '.join(row)}")
+        if row[column]:
+            yield str(row[column]).encode("utf-8", "surrogatepass")
+
+
+def _pieces_of_documents(documents: Iterable[bytes]) -> Iterator[Piece]:
+    for document in documents:
+        yield from _pieces(document[n:n + PIECE_BYTES] for n in range(0, len(document), PIECE_BYTES))
+
+
+def _pieces_of_files(paths: Iterable[Path]) -> Iterator[Piece]:
+    import fsspec
+    for path in paths:
+        try:
+            with fsspec.open(str(path), "rb", compression="infer") as file:
+                yield from _pieces(iter(lambda: file.read(PIECE_BYTES), b""))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _pieces(blocks: Iterable[bytes]) -> Iterator[Piece]:
+    """One document that arrives in blocks, cut into pieces."""
+    rest, starts = b"", True
+    for block in blocks:
+        rest += block
+        while len(rest) > 2 * PIECE_BYTES:          # a document this short stays whole, and no rest is a scrap
+            cut = _cut(rest)
+            yield Piece(rest[:cut], starts)
+            rest, starts = rest[cut:], False
+    if rest:
+        yield Piece(rest, starts)
+
+
+def _cut(text: bytes) -> int:
+    """Where to end the first piece of a long `text`: behind a line end, at worst between characters."""
+    if (line_end := text.rfind(b"\n", PIECE_BYTES // 2, PIECE_BYTES)) >= 0:
+        return line_end + 1
+    cut = PIECE_BYTES
+    while cut > PIECE_BYTES - 4 and text[cut] & 0xC0 == 0x80:       # inside a UTF-8 character
+        cut -= 1
+    return cut

@@ -1,0 +1,77 @@
+"""Tokens on disk: NumPy `.npy` files of uint16 or uint32, and a manifest that names, counts and fingerprints them.
+
+    prepared/NAME/
+      manifest.json       what was prepared; written last, so that a folder with one is whole
+      tokenizer.json
+      train-00000.npy …   one token after another; every document begins with the end-of-text token
+      val-00000.npy …
+"""
+
+import bisect
+import json
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from data.tokenizer import Tokenizer
+from errors import UserError
+from files import sha256
+
+FORMAT = 1
+VERIFY_BYTES = 2 ** 32          # shards are read through at opening up to this size (some seconds); larger ones on request
+
+
+class Shards:
+    """A prepared corpus, opened: `train` and `val` streams, the tokenizer, and one hash of it all."""
+
+    def __init__(self, folder: str | Path, verify: bool | None = None):
+        """Raises UserError where the folder is not whole. `verify`: read every byte; None: where that takes seconds."""
+        self.folder = Path(folder)
+        try:
+            self.manifest = json.loads((self.folder / "manifest.json").read_text("utf-8"))
+            if self.manifest["format"] != FORMAT:
+                raise UserError(f"{self.folder}: shards of format {self.manifest['format']}, this version reads {FORMAT}: prepare again")
+            listed = {split: self.manifest["shards"][split] for split in ("train", "val")}
+            self.hash = self.manifest["hash"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.folder}: no prepared corpus ({type(error).__name__}: {error})") from None
+        total = sum(shard["tokens"] for split in listed.values() for shard in split) * 4
+        self.verify = verify if verify is not None else total <= VERIFY_BYTES
+        self.tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
+        if self.tokenizer.hash != self.manifest["tokenizer"]:
+            raise UserError(f"{self.folder}/tokenizer.json is not the tokenizer these shards were made with: prepare again")
+        self.train, self.val = (TokenStream([self._open(shard) for shard in listed[split]]) for split in ("train", "val"))
+
+    def _open(self, shard: dict) -> np.ndarray:
+        path = self.folder / Path(shard["file"]).name           # a name alone: a manifest cannot point elsewhere
+        try:
+            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+            if tokens.shape != (shard["tokens"],) or tokens.dtype not in (np.uint16, np.uint32):
+                raise ValueError(f"{tokens.shape} {tokens.dtype}, not {shard['tokens']} tokens")
+            if self.verify and sha256(path) != shard["sha256"]:
+                raise ValueError("its SHA-256 is not the manifest's")
+        except (OSError, ValueError, EOFError, SyntaxError) as error:
+            raise UserError(f"{path} is damaged ({error})\n  delete {self.folder} and run again to prepare it anew") from None
+        return tokens
+
+
+class TokenStream:
+    """Several shards read as one long row of tokens."""
+
+    def __init__(self, shards: list[np.ndarray]):
+        self.shards = [shard for shard in shards if len(shard)]
+        self.ends = list(accumulate(len(shard) for shard in self.shards))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens start … start + length − 1: (length,) int64, across shard borders."""
+        parts, n = [], bisect.bisect_right(self.ends, start)
+        while length > 0 and n < len(self.shards):
+            offset = start - (self.ends[n] - len(self.shards[n]))
+            part = self.shards[n][offset:offset + length]
+            parts.append(part)
+            start, length, n = start + len(part), length - len(part), n + 1
+        return np.concatenate(parts).astype(np.int64)

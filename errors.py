@@ -1,0 +1,34 @@
+"""How every command speaks to its user when something is wrong: one or two lines, exit code 2."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can mend. The message names the thing, its value and the fix."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse without the usage dump: the mistake and where to read more, in two lines."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}\n  {self.prog} --help lists what it takes")
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command's `main` and exit: 0 done, 2 the user can mend it, 130 interrupted."""
+    try:
+        code = main() or 0
+        sys.stdout.flush()                          # a closed pipe shows itself here, not at interpreter exit
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:                         # `… | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)

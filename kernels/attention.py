@@ -1,0 +1,100 @@
+"""Attention as one function of tensors: training, prefill, chunked prefill and decoding are the same call."""
+
+from math import inf
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.reference import reference_attention, visible
+
+BACKENDS = ("auto", "reference", "sdpa")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None,
+              segments: Tensor | None = None, scale: float | None = None, backend: str = "auto",
+              return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal, grouped-query, windowed, document-masked attention.
+
+    q (B, H, T, D); k, v (B, K, S, D) where K divides H, any strides → (B, H, T, D) in q's dtype, and with
+    `return_lse` also (B, H, T) float32, the natural log of each row's softmax denominator.
+
+    causal     query i sees keys j ≤ i + S − T: the queries are the last T of the S positions
+    window     query i sees only the last `window` keys up to its own, itself included
+    segments   (B, S) integers: a query sees only keys of its own segment (packed documents)
+    scale      what scores are multiplied by; 1/√D unless given
+    backend    reference (the definition, holds T × S) · sdpa (PyTorch's fused kernels) · auto (the fastest here)
+
+    Raises ValueError for shapes or arguments that cannot be served; no backend falls back on another in silence.
+    """
+    _check(q, k, v, causal, window, segments, backend)
+    if backend == "reference":
+        out, lse = reference_attention(q, k, v, causal=causal, window=window, segments=segments, scale=scale)
+        return (out, lse.float()) if return_lse else out
+    return _sdpa(q, k, v, causal, window, segments, scale, return_lse)
+
+
+def decode(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor, key_positions: Tensor, *,
+           window: int | None = None, scale: float | None = None) -> Tensor:
+    """Attention against a cache whose slots are in any order: rows of different lengths, wrapped ring buffers.
+
+    q (B, H, T, D); k, v (B, K, S, D); query_positions (B, T); key_positions (B, S), negative where a slot is empty
+    → (B, H, T, D). A query sees the keys at positions up to its own, at most `window` of them.
+    """
+    query, key = query_positions[:, None, :, None], key_positions[:, None, None, :]     # → (B, 1, T, S)
+    sees = (key >= 0) & (key <= query)
+    if window is not None:
+        sees = sees & (key > query - window)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale, enable_gqa=True)
+
+
+def _sdpa(q, k, v, causal, window, segments, scale, return_lse):
+    T, S = q.shape[2], k.shape[2]
+    # Without a mask PyTorch takes its flash kernels. A lone last query sees every key, so causality is free.
+    masked = segments is not None or (window is not None and window < S) or (causal and 1 < T < S)
+    mask = visible(T, S, causal=causal, window=window, segments=segments, device=q.device) if masked else None
+    is_causal = causal and T == S and T > 1 and mask is None
+    gqa = q.shape[1] != k.shape[1]
+    if not return_lse:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=gqa)
+    if q.device.type == "cpu":                      # the same kernel, called where it also returns its lse
+        bias = None if mask is None else torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, -inf)
+        bias = bias if bias is None or bias.dim() == 4 else bias[None, None]
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, is_causal, attn_mask=bias, scale=scale)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=gqa)
+    return out, _chunked_lse(q, k, causal, window, segments, scale)
+
+
+@torch.no_grad()
+def _chunked_lse(q, k, causal, window, segments, scale, chunk: int = 128) -> Tensor:
+    """lse (B, H, T) float32 from `chunk` rows of scores at a time, so that memory grows with S and not with T × S."""
+    B, H, T, D = q.shape
+    K, S = k.shape[1:3]
+    grouped = q.unflatten(1, (K, H // K)).float()                                       # (B, K, H/K, T, D)
+    keys = k[:, :, None].float().mT * (D ** -0.5 if scale is None else scale)           # (B, K, 1, D, S)
+    lse = []
+    for t in range(0, T, chunk):
+        rows = slice(t, t + chunk)
+        sees = visible(T, S, causal=causal, window=window, segments=segments, rows=rows, device=q.device)
+        sees = sees if sees.dim() == 2 else sees[:, :, None]                            # (T, S) or (B, 1, 1, T, S)
+        lse.append((grouped[..., rows, :] @ keys).masked_fill(~sees, -inf).logsumexp(-1))
+    return torch.cat(lse, dim=-1).flatten(1, 2)
+
+
+def _check(q, k, v, causal, window, segments, backend) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"attention: backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(f"attention: q (B, H, T, D), k and v (B, K, S, D) expected, got q {tuple(q.shape)}, "
+                         f"k {tuple(k.shape)}, v {tuple(v.shape)}")
+    B, H, T, D = q.shape
+    if k.shape[0] != B or k.shape[3] != D or H % k.shape[1]:
+        raise ValueError(f"attention: q {tuple(q.shape)} and k {tuple(k.shape)} must agree in B and D, and K must divide H")
+    S = k.shape[2]
+    if T > S and (causal or segments is not None):
+        raise ValueError(f"attention: {T} queries cannot be the last of {S} keys; causal and segments need T ≤ S")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window={window} must be at least 1 (a query sees itself)")
+    if segments is not None and segments.shape != (B, S):
+        raise ValueError(f"attention: segments {tuple(segments.shape)} must be (B, S) = ({B}, {S})")

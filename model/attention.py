@@ -1,0 +1,83 @@
+"""Causal self-attention: projections, grouped queries, positions, cache."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.attention import attention
+from model.config import ModelConfig
+from model.kv_cache import KVCache
+from model.position import rotate
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, kept in float32 and used in the dtype of what it multiplies: no autocast, nothing hidden."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x), times a gain per channel (Zhang and Sennrich 2019, eq. 4)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.gain.shape, self.gain.to(x.dtype), self.eps)
+
+
+@dataclass
+class Context:
+    """What one forward pass tells every layer besides the residual stream."""
+
+    rotation: Tensor | None = None      # rope_table at the tokens' positions: (2, T, D) or, ragged, (2, B, 1, T, D)
+    segments: Tensor | None = None      # (B, T): documents that must not see each other
+    cache: KVCache | None = None
+
+
+class CausalSelfAttention(nn.Module):
+    """Causal multi-head attention with H query heads sharing K key/value heads (Ainslie et al. 2023)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        H, K, D, E = config.n_heads, config.kv_heads, config.head_size, config.d_model
+        self.layer, self.d_head, self.window = layer, D, config.windows[layer]
+        self.w_q, self.w_k, self.w_v = Linear(E, H * D), Linear(E, K * D), Linear(E, K * D)
+        self.w_o = Linear(H * D, E)
+        self.norm_q = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.smear_alpha = nn.Parameter(torch.zeros(K)) if config.smear else None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        q = self.norm_q(self.w_q(x).unflatten(-1, (-1, self.d_head))).transpose(1, 2)       # (B, H, T, D)
+        k = self.norm_k(self.w_k(x).unflatten(-1, (-1, self.d_head))).transpose(1, 2)       # (B, K, T, D)
+        v = self.w_v(x).unflatten(-1, (-1, self.d_head)).transpose(1, 2)                    # (B, K, T, D)
+        if self.smear_alpha is not None:
+            k = self.smear(k, context)
+        if context.rotation is not None:
+            q, k = rotate(q, context.rotation), rotate(k, context.rotation)
+        if context.cache is not None:
+            z = context.cache.attend(self.layer, q, k, v)                                   # (B, H, T, D)
+        else:
+            z = attention(q, k, v, window=self.window, segments=context.segments)           # (B, H, T, D)
+        return self.w_o(z.transpose(1, 2).flatten(2))                                       # (B, T, E)
+
+    def smear(self, k: Tensor, context: Context) -> Tensor:
+        """k_j := σ(α) k_j + (1 − σ(α)) k_{j−1}, a learned α per key head (Olsson et al. 2022, "smeared keys")."""
+        if context.cache is not None:
+            previous = context.cache.previous_raw_keys(self.layer, k)
+        else:
+            previous = F.pad(k, (0, 0, 1, 0))[:, :, :-1]                                    # k_{−1} = 0
+            if context.segments is not None:                                                # and at a document's start
+                starts = F.pad(context.segments.diff(dim=1) != 0, (1, 0), value=True)
+                previous = previous.masked_fill(starts[:, None, :, None], 0)
+        own = self.smear_alpha.sigmoid().to(k.dtype)[:, None, None]
+        return own * k + (1 - own) * previous

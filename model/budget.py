@@ -1,0 +1,119 @@
+"""What a config costs before anything is allocated: `python -m model.budget CONFIG [key.path=value …]`."""
+
+from collections import Counter
+
+from errors import ArgumentParser, run_command
+from model.config import ModelConfig
+from settings import Settings, override, read_file, validate
+
+
+class ModelPart(Settings):
+    """The part of a config file that this command reads."""
+
+    model: ModelConfig = ModelConfig()
+
+
+def parameters(config: ModelConfig) -> Counter[str]:
+    """Parameters by part, counted on the model itself, built without memory."""
+    import torch
+
+    from model.gpt import GPT
+    with torch.device("meta"):
+        model = GPT(config)
+    parts: Counter[str] = Counter()
+    for name, p in model.named_parameters():
+        part = next((part for part in ("embed_position", "embed", "lm_head", "attn.w", "mlp.") if part in name), "norms and gains")
+        parts[{"embed_position": "positions", "embed": "embedding", "lm_head": "head", "attn.w": "attention", "mlp.": "MLP"}.get(part, part)] += p.numel()
+    return parts
+
+
+def flops_per_token(config: ModelConfig, context: int | None = None) -> Counter[str]:
+    """Floating-point operations of the forward pass per token, a multiply-add as two; training costs three times that.
+
+    Matrices: 2 per parameter that multiplies. Attention: 4 D per query head and key seen (q·k and A·v), with
+    (context + 1) / 2 keys seen on average under a causal mask, fewer in a window (Kaplan et al. 2020, table 1, which
+    leaves out the mask).
+    """
+    T = context or config.n_ctx
+    E, H, K, D = config.d_model, config.n_heads, config.kv_heads, config.head_size
+    seen = sum((T + 1) / 2 if not w or w >= T else w - w * (w - 1) / (2 * T) for w in config.windows)
+    return Counter({
+        "attention projections": 2 * config.n_layers * E * D * (2 * H + 2 * K),
+        "attention scores and sums": int(4 * H * D * seen),
+        "MLP": 2 * config.n_layers * E * config.mlp_size * (3 if config.mlp == "swiglu" else 2),
+        "head": 2 * E * (config.vocab_size or 0),
+    })
+
+
+def pattern_bytes(config: ModelConfig, element: int = 2, context: int | None = None) -> dict[str, int]:
+    """The T × T attention pattern in `element`-byte numbers if it were held: one head's and all heads' of all layers;
+    and what flash attention holds in its place, one float32 lse per query row."""
+    T = context or config.n_ctx
+    heads = config.n_heads * config.n_layers
+    return {"one head": T * T * element, "all heads and layers": T * T * element * heads, "flash": T * 4 * heads}
+
+
+def cache_bytes(config: ModelConfig, kv_heads: int, element: int = 2, context: int | None = None) -> int:
+    """Keys and values of one sequence over all layers, with `kv_heads` key/value heads; a windowed layer keeps its window."""
+    T = context or config.n_ctx
+    return sum(2 * kv_heads * config.head_size * min(window or T, T) * element for window in config.windows)
+
+
+def activation_bytes_per_token(config: ModelConfig, element: int) -> int:
+    """What training keeps per token for the backward pass, roughly: inputs of every matrix, norm and product."""
+    E, H, K, D, F = config.d_model, config.n_heads, config.kv_heads, config.head_size, config.mlp_size
+    attention = 5 * E + 6 * (H + 2 * K) * D + 3 * H * D
+    mlp = 3 * E + (5 if config.mlp == "swiglu" else 3) * F if F else 0
+    return element * (config.n_layers * (attention + mlp) + 6 * E) + 4 * 3 * min(config.vocab_size or 0, 1024)
+
+
+def report(config: ModelConfig, context: int | None = None) -> str:
+    """All of it as text."""
+    T = context or config.n_ctx
+    parts, flops, pattern = parameters(config), flops_per_token(config, T), pattern_bytes(config, 2, T)
+    attention = parts["attention"] / config.n_layers
+    lines = [f"{config.n_layers} layers × {config.n_heads} heads ({config.kv_heads} for keys and values) of {config.head_size}, "
+             f"width {config.d_model}, MLP {config.mlp_size}, vocabulary {config.vocab_size}, context {T}", "", "parameters"]
+    lines += [f"  {name:28}{count:>18,}  {count / parts.total():6.1%}" for name, count in parts.most_common()]
+    lines += [f"  {'together':28}{parts.total():>18,}",
+              f"  {'attention of one block':28}{attention:>18,.0f}",
+              f"  {'attention of one head':28}{attention / config.n_heads:>18,.0f}", "", f"forward FLOPs per token at context {T}"]
+    lines += [f"  {name:28}{count:>18,}  {count / flops.total():6.1%}" for name, count in flops.most_common()]
+    lines += [f"  {'together':28}{flops.total():>18,}  (training: three times that)", "",
+              f"attention pattern at T = {T} in 16 bits, if it were held",
+              f"  {'one head':28}{_bytes(pattern['one head']):>18}  ({pattern['one head']:,} bytes)",
+              f"  {'all heads and layers':28}{_bytes(pattern['all heads and layers']):>18}",
+              f"  {'flash attention instead':28}{_bytes(pattern['flash']):>18}", "", f"KV cache of one sequence of {T} in 16 bits"]
+    kinds = {"MHA": config.n_heads, f"GQA, {config.kv_heads} heads (this config)": config.kv_heads, "MQA": 1}
+    if config.kv_heads in (1, config.n_heads):
+        kinds = {"MHA": config.n_heads, "GQA, 4 queries a head": max(1, config.n_heads // 4), "MQA": 1}
+    lines += [f"  {kind:28}{_bytes(cache_bytes(config, heads, 2, T)):>18}" for kind, heads in kinds.items()]
+    return "\n".join(lines)
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if n < 1000 or unit == "TB":
+            return f"{n:,.1f} {unit}" if unit != "B" else f"{n:.0f} B"
+        n /= 1000
+
+
+def main() -> None:
+    parser = ArgumentParser("python -m model.budget", description="Parameters, FLOPs and memory of a config, without allocating it.")
+    parser.add_argument("config", help="a YAML file of configs/, or runs/NAME/config.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change a value, for example model.n_ctx=4096")
+    args = parser.parse_args()
+    tree = read_file(args.config)
+    overridden = override(tree, args.overrides)
+    tokenizer = (tree.get("data") or {}).get("tokenizer") or {}
+    config = validate(ModelPart, {"model": tree.get("model") or {}}, args.config, overridden).model
+    if config.vocab_size is None:
+        known = {"bytes": 257, "gpt2": 50257, "r50k_base": 50257, "cl100k_base": 100277, "o200k_base": 200019}
+        kind = tokenizer if isinstance(tokenizer, str) else tokenizer.get("kind", "bytes")
+        size = known.get(kind) or (tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None) or 50257
+        config = config.model_copy(update={"vocab_size": size})
+    print(report(config))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,156 @@
+"""A decoder-only transformer, read top to bottom: tokens → embedding → L blocks → logits."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import CausalSelfAttention, Context, Linear, RMSNorm
+from model.config import ModelConfig
+from model.cross_entropy import summed_cross_entropy
+from model.kv_cache import KVCache
+from model.position import rope_table, sinusoidal_table
+
+EMBEDDING_STD = 0.02
+
+
+class GPT(nn.Module):
+    """tokens (B, T) → logits (B, T, V). Parameters are float32; `compute_dtype` is what activations are kept in."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0):
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size is not set: it comes from the tokenizer")
+        self.config = config
+        self.compute_dtype = torch.float32
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed_position = nn.Embedding(config.n_ctx, config.d_model) if config.position == "learned" else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm_final = RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = None if config.tied_embeddings else Linear(config.d_model, config.vocab_size)
+        self.make_tables()
+        if not self.embed.weight.is_meta:
+            self.init_weights(seed)
+
+    def make_tables(self) -> None:
+        """The fixed position tables; a model that was made on the meta device makes them again where it lands."""
+        config, device = self.config, self.embed.weight.device
+        with torch.device(device):
+            if config.position == "rope":
+                self.register_buffer("rope", rope_table(config.n_ctx, config.head_size, config.rope_base), persistent=False)
+            if config.position == "sinusoidal":     # at the embedding's own size, so that neither drowns the other
+                table = sinusoidal_table(config.n_ctx, config.d_model) * EMBEDDING_STD * 2 ** 0.5
+                self.register_buffer("sinusoids", table, persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Every parameter's initial distribution, in one place; one that is named nowhere raises."""
+        draw = torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            part = name.removesuffix(".weight").rsplit(".", 1)[-1]
+            if part in ("embed", "embed_position"):
+                std = EMBEDDING_STD
+            elif part in ("w_q", "w_k", "w_v", "w_gate", "w_up"):
+                std = p.shape[1] ** -0.5                    # unit variance in, unit variance out
+            elif part in ("w_o", "w_down", "lm_head"):
+                std = 0.0                                   # every block starts as the identity, the first loss is ln V
+            elif part in ("gain", "smear_alpha"):
+                continue                                    # ones and zeros, as made
+            else:
+                raise ValueError(f"init_weights: no initial distribution for the parameter {name}")
+            p.copy_(torch.randn(p.shape, generator=draw) * std)
+
+    def forward(self, tokens: Tensor, *, cache: KVCache | None = None, lengths: Tensor | None = None,
+                segments: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) of the token after each of `tokens` (B, T); the other arguments are those of `hidden`."""
+        return self.unembed(self.hidden(tokens, cache=cache, lengths=lengths, segments=segments))
+
+    def hidden(self, tokens: Tensor, *, cache: KVCache | None = None, lengths: Tensor | None = None,
+               segments: Tensor | None = None) -> Tensor:
+        """The residual stream after the last block and norm: (B, T, E).
+
+        cache      continue the sequences it holds; `tokens` are appended to it
+        lengths    (B,) with a cache: how many of each row's tokens are real, the rest is padding on the right
+        segments   (B, T) without a cache: document numbers; tokens see only their own document
+        Raises ValueError when positions run past n_ctx.
+        """
+        T = tokens.shape[1]
+        positions = slice(0, T)
+        if cache is not None:
+            cache.begin(T, lengths)
+            positions = slice(cache.start, cache.start + T) if cache.start is not None else cache.positions
+        if isinstance(positions, slice) and positions.stop > self.config.n_ctx:
+            raise ValueError(f"{positions.stop} tokens are more than model.n_ctx={self.config.n_ctx}")
+        x = self.embed(tokens)                                                      # (B, T, E)
+        context = Context(segments=segments, cache=cache)
+        match self.config.position:
+            case "rope":
+                context.rotation = self._at(self.rope, positions)
+            case "learned":
+                x = x + self._at(self.embed_position.weight[None], positions)[0]
+            case "sinusoidal":
+                x = x + self._at(self.sinusoids[None], positions)[0]
+        x = x.to(self.compute_dtype)
+        for block in self.blocks:
+            x = block(x, context)
+        if cache is not None:
+            cache.end(T)
+        return self.norm_final(x)
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """(…, E) → logits (…, V)."""
+        return F.linear(x, self.unembedding.to(x.dtype))
+
+    @property
+    def unembedding(self) -> Tensor:
+        """W_U (V, E): the head's matrix, or the embedding's when they are tied."""
+        return self.embed.weight if self.lm_head is None else self.lm_head.weight
+
+    def loss(self, tokens: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Cross-entropy in nats, *summed* over the (B, T) targets, so that accumulating equals one big batch."""
+        x = self.hidden(tokens, segments=segments)
+        return summed_cross_entropy(x.flatten(0, 1), self.unembedding, targets.flatten())
+
+    def _at(self, table: Tensor, positions: slice | Tensor) -> Tensor:
+        """Rows of a table (N, C, …) at positions: (N, T, …); for ragged rows (N, B, T, …), heads left room for."""
+        if isinstance(positions, slice):
+            return table[:, positions]
+        rows = table[:, positions.clamp(max=self.config.n_ctx - 1)]                 # padding may point past the end
+        return rows[:, :, None] if self.config.position == "rope" else rows
+
+
+class Block(nn.Module):
+    """Attention reads from other positions, the MLP thinks at each; both add to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.norm_attn = RMSNorm(config.d_model, config.norm_eps)
+        self.attn = CausalSelfAttention(config, layer)
+        self.norm_mlp = None if config.mlp == "none" else RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = None if config.mlp == "none" else MLP(config)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.attn(self.norm_attn(x), context)
+        if self.mlp is not None:
+            x = x + self.mlp(self.norm_mlp(x))
+        return x
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020), GELU, or ReLU² (So et al. 2021) between two matrices."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        E, F_ = config.d_model, config.mlp_size
+        self.kind = config.mlp
+        self.w_gate = Linear(E, F_) if config.mlp == "swiglu" else None
+        self.w_up, self.w_down = Linear(E, F_), Linear(F_, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.kind:
+            case "swiglu":
+                h = F.silu(self.w_gate(x)) * self.w_up(x)
+            case "gelu":
+                h = F.gelu(self.w_up(x))
+            case "relu2":
+                h = F.relu(self.w_up(x)).square()
+        return self.w_down(h)                                                       # (B, T, F) → (B, T, E)

@@ -1,0 +1,198 @@
+"""How YAML files become typed settings: YAML 1.2 values, `key.path=value` overrides, all errors at once."""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from errors import UserError
+
+
+class Conflict(ValueError):
+    """Values that are fine one by one and impossible together."""
+
+    def __init__(self, conflicts: list[tuple[tuple[str, ...], str]]):
+        super().__init__("; ".join(message for _, message in conflicts))
+        self.conflicts = conflicts
+
+
+class Settings(BaseModel):
+    """A frozen part of a config: unknown keys, wrong types, nan and inf are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
+
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """Yield (keys involved, message that names the fix) for each impossible combination."""
+        return iter(())
+
+    @model_validator(mode="after")
+    def _check_conflicts(self):
+        if found := list(self.conflicts()):
+            raise Conflict(found)
+        return self
+
+
+# --- YAML ----------------------------------------------------------------------------------------------------------
+
+class _Yaml12(yaml.SafeLoader):
+    """PyYAML reads YAML 1.1, where 3e-4 is text, `no` is false and 017 is 15. This reads YAML 1.2's core schema."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, regex) for tag, regex in resolvers if tag.rsplit(":", 1)[-1] in ("null", "merge")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key, (key_node, _) in zip(keys, node.value):
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", key_node.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def construct_number(self, node):
+        text = node.value.replace("_", "")
+        if text[:2] in ("0x", "0o"):
+            return int(text, 0)
+        try:
+            return int(text)
+        except ValueError:
+            number = float(text.replace(".inf", "inf").replace(".nan", "nan").lower())
+            return int(number) if "e" in text.lower() and number.is_integer() else number   # 1e6 steps are a whole number
+
+
+_Yaml12.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+_Yaml12.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(
+    r"^(?:0x[0-9a-fA-F]+|0o[0-7]+|[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"), list("-+.0123456789"))
+_Yaml12.add_constructor("tag:yaml.org,2002:float", _Yaml12.construct_number)
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """Parse YAML 1.2 `text`; `source` names it in errors."""
+    try:
+        return yaml.load(text, Loader=_Yaml12)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{source}{line}: {error.problem or error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{source}: not YAML ({str(error).splitlines()[0]})") from None
+
+
+def read_file(path: str | Path) -> dict:
+    """The mapping in a YAML file."""
+    try:
+        tree = read_yaml(Path(path).read_text("utf-8"), str(path))
+    except FileNotFoundError:
+        folder = Path(path).parent
+        near = difflib.get_close_matches(Path(path).name, [p.name for p in folder.glob("*.yaml")], 1)
+        raise UserError(f"{path}: no such file" + (f"; did you mean {folder / near[0]}?" if near else "")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values, this is {type(tree).__name__}")
+    return tree
+
+
+def override(tree: dict, assignments: Sequence[str]) -> list[str]:
+    """Set `key.path=value` assignments in `tree`, later ones winning; the paths that were set."""
+    paths = []
+    for assignment in assignments:
+        path, equals, value = assignment.partition("=")
+        if not equals or not path.strip():
+            raise UserError(f"{assignment!r} is not key.path=value (for example train.steps=100)")
+        *parents, key = path.strip().split(".")
+        node = tree
+        for parent in parents:
+            if node.get(parent) is None:
+                node[parent] = {}
+            node = node[parent]
+            if not isinstance(node, dict):
+                raise UserError(f"{assignment!r}: {parent} holds a value, not keys")
+        node[key] = read_yaml(value, assignment)
+        paths.append(path.strip())
+    return paths
+
+
+# --- from a tree of values to typed settings -------------------------------------------------------------------------
+
+S = TypeVar("S", bound=Settings)
+
+
+def validate(kind: type[S], tree: dict, source: str, overridden: Sequence[str] = ()) -> S:
+    """`tree` as a `kind`; a UserError lists every mistake in it, each with its key, its value and the fix."""
+    lines: dict[str, str] = {}          # key → its message: one each
+    wrong: list[str] = []
+    while True:
+        try:
+            settings = kind.model_validate(tree)
+            break
+        except ValidationError as error:
+            found = [mistake for e in error.errors() for mistake in _mistakes(e, kind)]
+        fresh = [(keys, message) for keys, message in found if not any(_touches(key, w) for key in keys for w in wrong)]
+        for keys, message in fresh:
+            if not any(other.startswith(keys[0] + ".") for others, _ in fresh for other in others):     # a union's other branch
+                lines.setdefault(keys[0], f"{_source(keys[0], source, overridden)}: {message}")
+        if not fresh:
+            break
+        # Impossible combinations hide behind single mistakes: look again without those keys, at what they do not touch.
+        wrong += [key for keys, _ in fresh for key in keys]
+        tree = _without(tree, wrong)
+    if lines:
+        raise UserError("\n".join(lines.values()))
+    return settings
+
+
+def _mistakes(e: dict, kind: type[Settings]) -> Iterator[tuple[list[str], str]]:
+    """(keys involved, message) of one of pydantic's errors."""
+    key, cause = _key(e["loc"]), e.get("ctx", {}).get("error")
+    if isinstance(cause, Conflict):
+        inside = key + "." if key else ""
+        yield from (([inside + k for k in keys], message) for keys, message in cause.conflicts)
+    elif e["type"] == "extra_forbidden":
+        known = list(_settings_at(kind, e["loc"][:-1]).model_fields)
+        near = difflib.get_close_matches(str(e["loc"][-1]), known, 1, 0.5)
+        yield [key], f"unknown key {key}; " + (f"did you mean {near[0]}?" if near else f"keys here: {', '.join(known)}")
+    elif e["type"] == "missing":
+        yield [key], f"{key} is missing"
+    elif e["type"] in ("model_type", "model_attributes_type"):
+        yield [key], f"{key}={e['input']!r}: keys are expected here: {', '.join(_settings_at(kind, e['loc']).model_fields)}"
+    else:
+        yield [key], f"{key}={e['input']!r}: {cause or e['msg'][0].lower() + e['msg'][1:]}"
+
+
+def _touches(a: str, b: str) -> bool:
+    return a == b or a.startswith(b + ".") or b.startswith(a + ".")
+
+
+def _source(key: str, source: str, overridden: Sequence[str]) -> str:
+    return "command line" if any(key == p or key.startswith(p + ".") for p in overridden) else source
+
+
+def _key(loc: Sequence[Any]) -> str:
+    # pydantic adds the names of union members to the path ("window.int"); a user's keys have no such parts
+    return ".".join(str(part) for part in loc if not re.fullmatch(r"int|list\[.*\]|constrained-int|function-.*|float|str|none", str(part)))
+
+
+def _settings_at(kind: type[Settings], loc: Sequence[Any]) -> type[Settings]:
+    for part in loc:
+        if part in kind.model_fields:
+            kind = _settings_in(kind.model_fields[part].annotation) or kind
+    return kind
+
+
+def _settings_in(annotation: Any) -> type[Settings] | None:
+    """The Settings class inside Optional[…], list[…] and the like."""
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return annotation
+    return next((found for arg in getattr(annotation, "__args__", ()) if (found := _settings_in(arg))), None)
+
+
+def _without(tree: Any, keys: list[str], path: str = "") -> Any:
+    """A copy of `tree` that lacks the values at `keys`."""
+    if not isinstance(tree, dict):
+        return tree
+    return {k: _without(v, keys, f"{path}{k}.") for k, v in tree.items() if f"{path}{k}" not in keys}

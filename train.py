@@ -1,0 +1,110 @@
+"""Train a model as a YAML file says: `python train.py configs/quickstart.yaml [key.path=value …]`.
+
+A run directory in place of the file continues that run: `python train.py runs/quickstart`.
+"""
+
+from math import log
+from pathlib import Path
+
+from errors import ArgumentParser, run_command
+
+
+def train(config, folder: Path) -> None:
+    """Train a model as `config` says, in the run directory `folder`, continuing where its newest checkpoint is."""
+    import torch
+
+    from data.dataset import Dataset
+    from training.device import choose_device, choose_micro_batch, choose_precision, training_loss
+    from training.optimizer import Optimizer
+    from training.run import Run, newest_state
+
+    begun = newest_state(folder)
+    if begun["step"] >= config.train.steps:
+        print(f"{folder} is finished: {begun['step']} steps; to go further: python train.py {folder} train.steps={2 * begun['step']}")
+        return
+
+    device = choose_device(config.train.device)
+    precision = choose_precision(config.train.precision, device)
+    micro_batch = choose_micro_batch(config, device, precision)             # windows per forward pass
+    data = Dataset(config.data, config.seed, begun["data"].get("folder"))
+    batches = data.training(config.train.batch_tokens, config.model.n_ctx)
+    validation = data.validation(config.eval.tokens, config.model.n_ctx, micro_batch)
+    model = build_model(config, data.tokenizer).to(device)
+    model.compute_dtype = precision
+    optimizer = Optimizer(model, config.optimizer, config.train.steps)
+    loss_of = training_loss(model, config.train.compile, device)
+
+    with Run(config, folder, model, optimizer, data) as run:
+        run.say(f"{'continuing' if run.step else 'training  '} {folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+                f"{str(precision).removeprefix('torch.')} on {device}, {len(batches[0].tokens) // micro_batch} × {micro_batch} windows a step")
+        for step, batch in enumerate(batches.ahead(run.step, config.train.steps, device), run.step + 1):
+            loss = torch.zeros((), device=device)
+            for part in batch.split(micro_batch):
+                part_loss = loss_of(*part)                  # a sum over tokens, so that accumulating equals one big batch
+                part_loss.backward()
+                loss += part_loss.detach()
+            grad_norm = optimizer.step(step, config.train.batch_tokens)     # its rate is a function of the step, nothing else
+            run.count(step, loss / config.train.batch_tokens, grad_norm)
+
+            last = step == config.train.steps
+            with run.untimed():
+                if due(step, config.eval.every) or (last and config.eval.every):
+                    run.log(evaluate(model, validation, data.tokenizer))
+                run.end_step()
+                if due(step, config.checkpoint.every) or step in config.checkpoint.steps or (
+                        config.checkpoint.every and (last or run.stop_requested)):
+                    run.save()
+            if run.stop_requested:
+                break
+        run.wait_for_checkpoint()
+        run.say(run.summary())
+        if run.step < config.train.steps:
+            run.say(f"continue   python train.py {folder}")
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something done every so many steps (0: never) is done after this one."""
+    return every > 0 and step % every == 0
+
+
+def build_model(config, tokenizer):
+    """A new model for `tokenizer`'s vocabulary, with the weights of `init_from` where the config names a run."""
+    from errors import UserError
+    from model.gpt import GPT
+    from training.checkpoint import find_checkpoint, load_weights
+    size = config.model.vocab_size or tokenizer.n_vocab
+    if size < tokenizer.n_vocab:
+        raise UserError(f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer.n_vocab} (leave it out)")
+    model = GPT(config.model.model_copy(update={"vocab_size": size}), config.seed)
+    if config.init_from:
+        load_weights(model, find_checkpoint(config.init_from))
+    return model
+
+
+def evaluate(model, validation, tokenizer) -> dict[str, float]:
+    """Loss on the validation windows, in nats per token and in bits per byte of their text."""
+    import torch
+    device = model.embed.weight.device
+    total, tokens, text_bytes = torch.zeros((), dtype=torch.float64), 0, 0
+    with torch.no_grad():
+        for batch in validation:
+            total += model.loss(*batch.to(device)).double().cpu()
+            tokens += batch.targets.numel()
+            text_bytes += int(tokenizer.byte_lengths[batch.targets.clamp(max=tokenizer.n_vocab - 1)].sum())
+    nats = total.item()
+    return {"val/loss": nats / tokens, "val/bpb": nats / log(2) / max(1, text_bytes)}
+
+
+def main() -> None:
+    parser = ArgumentParser("python train.py", description="Train a model as a YAML file says, or continue a run.",
+                            epilog="Ctrl-C finishes the step, saves and says how to continue. "
+                                   "Every key is listed with its default in training/config.py, model/config.py and data/config.py.")
+    parser.add_argument("config", help="configs/NAME.yaml, or runs/NAME to continue that run")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change values, for example optimizer.lr=0.01 train.steps=500")
+    args = parser.parse_args()
+    from training.run import config_of
+    train(*config_of(args.config, args.overrides))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,206 @@
+"""Checkpoints: a Hugging Face model directory each, whole or not there at all, and never unpickled.
+
+    runs/NAME/checkpoints/000500/
+      model.safetensors  config.json  generation_config.json  tokenizer.json  tokenizer_config.json
+      training_state/optimizer.safetensors  state.json  config.yaml
+      manifest.json                                       the SHA-256 of every file above, written last
+    runs/NAME/checkpoints/latest → 000500,  best → …
+"""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data.tokenizer import END_OF_TEXT, Tokenizer
+from errors import UserError
+from files import explain_disk_errors, sha256, sync_folder
+from model.config import ModelConfig
+from model.gpt import GPT
+from model.huggingface import hf_config, hf_state, load_hf_state
+from settings import validate
+
+
+class Snapshot(NamedTuple):
+    """Everything a checkpoint holds, copied out of the running model."""
+
+    model_config: ModelConfig
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict
+    config_yaml: str
+    tokenizer: Tokenizer
+
+
+def snapshot(model: GPT, optimizer: dict[str, Tensor], state: dict, config_yaml: str, tokenizer: Tokenizer, copy: bool) -> Snapshot:
+    """What to save. `copy`: its tensors stay as they are now while training goes on."""
+    def keep(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t.detach().to("cpu", copy=copy) for name, t in tensors.items()}
+
+    return Snapshot(model.config, keep(hf_state(model)), keep(optimizer), state, config_yaml, tokenizer)
+
+
+def save_checkpoint(folder: Path, what: Snapshot) -> Path:
+    """Write `folder`/STEP under a temporary name, flush it to the disk, rename it, point `latest` at it; its path."""
+    path = folder / f"{what.state['step']:06d}"
+    if path.exists():                                       # continued from just here
+        return path
+    temporary = folder / f".partial-{path.name}"
+    config = hf_config(what.model_config, what.tokenizer.end_of_text)
+    end = what.tokenizer.end_of_text
+    files = {
+        "model.safetensors": what.model,
+        "config.json": _json(config),
+        "generation_config.json": _json({"eos_token_id": end, "bos_token_id": end, "pad_token_id": end, "do_sample": True}),
+        "tokenizer.json": what.tokenizer.json.encode(),
+        "tokenizer_config.json": _json({
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT,
+            "model_max_length": what.model_config.n_ctx, "clean_up_tokenization_spaces": False}),
+        "training_state/optimizer.safetensors": what.optimizer,
+        "training_state/state.json": _json(what.state),
+        "training_state/config.yaml": what.config_yaml.encode(),
+    }
+    newest = whole_checkpoints(folder)
+    intact = f"{newest[-1]} is intact" if newest else "there is no earlier checkpoint"
+    with explain_disk_errors(f"saving {path}", f"{intact}; make room, then continue with: python train.py {folder.parent}"):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "training_state").mkdir(parents=True)
+            for name, content in files.items():
+                _write(temporary / name, content)
+            _write(temporary / "manifest.json", _json({
+                name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)} for name in files}))
+            os.rename(temporary, path)
+            sync_folder(folder)
+            point(folder / "latest", path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return path
+
+
+def _write(path: Path, content: bytes | dict[str, Tensor]) -> None:
+    """Bytes or named tensors, flushed to the disk."""
+    if isinstance(content, dict):
+        try:
+            save_file(content, path, metadata={"format": "pt"})
+            path.chmod(0o644)                               # it is made readable by its owner alone
+        except SafetensorError as error:                    # it hides the system's error in its text
+            raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from None
+    else:
+        path.write_bytes(content)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def point(link: Path, target: Path) -> None:
+    """Make the symbolic link `link` name `target`, in one step."""
+    temporary = link.with_name(f".{link.name}.partial")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    os.replace(temporary, link)
+    sync_folder(link.parent)
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder, oldest first. One without a manifest was never finished."""
+    return sorted((p for p in folder.glob("*") if re.fullmatch(r"\d{6,}", p.name) and (p / "manifest.json").exists()),
+                  key=lambda p: int(p.name))
+
+
+def prune(folder: Path, keep: int, listed: list[int]) -> None:
+    """Delete all but the newest `keep`, the listed steps and the best (lowest validation loss), which `best` points at."""
+    whole = whole_checkpoints(folder)
+    losses = {p: loss for p in whole if (loss := read_state(p).get("val_loss")) is not None}
+    best = min(losses, key=losses.get) if losses else None
+    if best:
+        point(folder / "best", best)
+    for path in whole[:-keep]:
+        if path != best and int(path.name) not in listed:
+            doomed = path.with_name(f".partial-{path.name}")        # no longer a checkpoint before the first file goes
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+
+
+def find_checkpoint(where: str | Path) -> Path:
+    """The checkpoint that a run directory (its newest), a checkpoint directory or a link names."""
+    path = Path(where)
+    if (path / "manifest.json").exists() and (path / "config.json").exists():
+        return path.resolve()
+    if not path.exists():
+        near = [p.name for p in path.parent.glob("*") if p.is_dir()] if path.parent.is_dir() else []
+        raise UserError(f"{where}: no such run or checkpoint" + (f"; there are {', '.join(sorted(near)[:8])} in {path.parent}" if near else ""))
+    whole = whole_checkpoints(path if path.name == "checkpoints" else path / "checkpoints")
+    if not whole:
+        raise UserError(f"{where}: holds no checkpoint (train first, or name runs/NAME or runs/NAME/checkpoints/STEP)")
+    return whole[-1]
+
+
+def read_state(checkpoint: Path) -> dict:
+    """step, tokens, seconds, val_loss and what else was noted when the checkpoint was saved."""
+    with _damaged(checkpoint, "training_state/state.json"):
+        return json.loads((checkpoint / "training_state/state.json").read_text("utf-8"))
+
+
+def load_model(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer]:
+    """The model and tokenizer of a checkpoint; a UserError where it is damaged."""
+    with _damaged(checkpoint, "config.json"):
+        described = json.loads((checkpoint / "config.json").read_text("utf-8"))["gpt"]
+    config = validate(ModelConfig, described, str(checkpoint / "config.json"))
+    with torch.device("meta"):
+        model = GPT(config)
+    model = model.to_empty(device="cpu")
+    model.make_tables()
+    load_weights(model, checkpoint)
+    return model.to(device).eval(), Tokenizer.load(checkpoint / "tokenizer.json")
+
+
+def load_weights(model: GPT, checkpoint: Path) -> None:
+    """Fill a model with the parameters of a checkpoint, after every file has passed its SHA-256."""
+    verify(checkpoint)
+    path = checkpoint / "model.safetensors"
+    with _damaged(checkpoint, path.name):
+        state = load_file(path)
+    load_hf_state(model, state, str(path))
+
+
+def load_optimizer(checkpoint: Path) -> dict[str, Tensor]:
+    with _damaged(checkpoint, "training_state/optimizer.safetensors"):
+        return load_file(checkpoint / "training_state/optimizer.safetensors")
+
+
+def verify(checkpoint: Path) -> None:
+    """Raise a UserError unless every file is there with the bytes it was saved with."""
+    with _damaged(checkpoint, "manifest.json"):
+        manifest = json.loads((checkpoint / "manifest.json").read_text("utf-8"))
+        for name, noted in manifest.items():
+            path = checkpoint / name
+            with _damaged(checkpoint, name):
+                if path.stat().st_size != noted["bytes"]:
+                    raise ValueError(f"{path.stat().st_size} bytes of {noted['bytes']}")
+                if sha256(path) != noted["sha256"]:
+                    raise ValueError("its SHA-256 is not the manifest's")
+
+
+@contextlib.contextmanager
+def _damaged(checkpoint: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        before = [p for p in whole_checkpoints(checkpoint.parent) if checkpoint.name.isdigit() and int(p.name) < int(checkpoint.name)]
+        fix = f"to go on from {before[-1]}, delete {checkpoint}" if before else "no earlier checkpoint is there to go on from"
+        raise UserError(f"{checkpoint / name} is damaged ({error})\n  {fix}") from None
+
+
+def _json(value: object) -> bytes:
+    return json.dumps(value, indent=1, ensure_ascii=False).encode()

@@ -1,0 +1,53 @@
+"""Where a model is trained, in which numbers, and how much of a batch fits at a time."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from errors import UserError
+from model.budget import activation_bytes_per_token
+from model.gpt import GPT
+from training.config import Config
+
+CPU_TOKENS = 16384          # a micro-batch on the CPU: larger ones leave its caches without saving overhead
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"train.device={name} is not available here ({str(error).splitlines()[0]}); try train.device=auto") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of activations. bf16 needs no more than fp32's range; fp16 is for GPUs that lack bf16."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def choose_micro_batch(config: Config, device: torch.device, precision: torch.dtype) -> int:
+    """Windows per forward pass: the largest divisor of the batch that fits."""
+    if config.train.micro_batch:
+        return config.train.micro_batch
+    if device.type == "cuda":
+        tokens = 0.8 * torch.cuda.mem_get_info(device)[0] / activation_bytes_per_token(config.model, precision.itemsize)
+    else:
+        tokens = CPU_TOKENS
+    windows = config.windows_per_step
+    fits = max(1, int(tokens) // config.model.n_ctx)
+    return max(m for m in range(1, windows + 1) if windows % m == 0 and m <= fits)
+
+
+def training_loss(model: GPT, compile: bool | str, device: torch.device) -> Callable[..., Tensor]:
+    """`model.loss`, compiled where that pays. Alone and with fixed shapes, so that nothing else can change its kernels."""
+    if compile is True or (compile == "auto" and device.type == "cuda"):
+        return torch.compile(model.loss, dynamic=False)
+    return model.loss

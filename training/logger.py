@@ -1,0 +1,169 @@
+"""Where measurements go: one line on the console, one in metrics.jsonl, the same keys in wandb."""
+
+import importlib.util
+import json
+import math
+import netrc
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlparse
+
+from errors import UserError
+from files import whole_file
+from training.config import LogConfig
+
+WANDB_SECONDS = 15              # the longest that starting an online run may take
+LINE_SECONDS = 5                # between two progress lines in a log file; a terminal's line is rewritten in place
+
+
+class Metrics:
+    """metrics.jsonl: a line per logged step, each written whole and flushed; continuing drops what lies ahead."""
+
+    def __init__(self, path: Path, step: int):
+        """`step`: the one the run continues from; later lines belong to updates that will be made again."""
+        kept = []
+        if path.exists():
+            for line in path.read_bytes().splitlines(keepends=True):
+                try:
+                    if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):
+                    continue                        # torn by a kill
+        with whole_file(path) as file:
+            file.writelines(kept)
+        self.file = open(path, "ab", buffering=0)   # one write a line, so that a kill cannot tear it
+
+    def write(self, record: dict[str, float]) -> None:
+        self.file.write((json.dumps({k: _finite(v) for k, v in record.items()}) + "\n").encode())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class Console:
+    """The progress line: rewritten on a terminal, now and then a line of its own in a log file."""
+
+    def __init__(self, first: int, last: int):
+        self.first, self.last = first, last
+        self.started = self.printed = time.monotonic()
+        self.terminal = sys.stdout.isatty()
+
+    def progress(self, step: int, metrics: dict[str, float]) -> None:
+        now = time.monotonic()
+        if not self.terminal and now - self.printed < LINE_SECONDS and step < self.last:
+            return
+        self.printed = now
+        left = (now - self.started) / max(1, step - self.first) * (self.last - step)
+        parts = [f"step {step:>{len(str(self.last))}}/{self.last}", f"loss {metrics['train/loss']:.4f}",
+                 f"{short(metrics['train/tokens_per_second'])} tokens/s"]
+        if "train/mfu" in metrics:
+            parts.append(f"MFU {metrics['train/mfu']:.0%}")
+        parts.append(f"{_clock(left)} left")
+        line = "  ".join(parts)
+        print(f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        print(f"\r\033[K{text}" if self.terminal else text, flush=True)
+
+
+class Wandb:
+    """A wandb run, or nothing: training never waits for it and never fails because of it."""
+
+    def __init__(self, log: LogConfig, folder: Path, name: str, config: dict, say: Callable[[str], None]):
+        self.run, self.say, mode = None, say, log.wandb
+        if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
+            return
+        if importlib.util.find_spec("wandb") is None:
+            if mode != "auto":
+                raise UserError(f"log.wandb={mode}, but wandb is not installed (pip install wandb, or log.wandb=disabled)")
+            return
+        online = mode == "online" or (mode == "auto" and os.environ.get("WANDB_MODE", "online") == "online" and _has_key())
+        if online and not _reachable():
+            say("wandb      its server cannot be reached: logging offline")
+            online = False
+        if not online:                              # both must be set before the import, or telemetry is posted even so
+            os.environ |= {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+        id_file = folder / "wandb" / "id.json"
+        id_file.parent.mkdir(exist_ok=True)
+        if not id_file.exists():
+            with whole_file(id_file, "w") as file:
+                json.dump({"id": f"{name}-{secrets.token_hex(4)}"}, file)
+        settings = wandb.Settings(console="off", init_timeout=WANDB_SECONDS, x_transaction_log_flush_interval=1.0)
+        options = {"dir": str(folder), "project": log.project, "name": name, "config": config, "settings": settings,
+                   "id": json.loads(id_file.read_text())["id"], "resume": "allow"}
+        try:
+            self.run = wandb.init(mode="online" if online else "offline", **options)
+        except Exception as error:                  # a service that is down has many exceptions
+            wandb.teardown()
+            if not online:
+                say(f"wandb      could not start ({error}): metrics.jsonl has everything")
+                return
+            say(f"wandb      {str(error).splitlines()[0]}: logging offline")
+            self.run = wandb.init(mode="offline", **options)
+        self.run.define_metric("*", step_metric="step")
+
+    @property
+    def where(self) -> str:
+        """Where a person finds it."""
+        return self.run.url or f"wandb sync {Path(self.run.dir).parent}"
+
+    def log(self, record: dict[str, float]) -> None:
+        if self.run is not None:
+            try:
+                self.run.log(record)
+            except Exception as error:
+                self.say(f"wandb      stopped ({error}): metrics.jsonl has everything")
+                self.run = None
+
+    def finish(self, exit_code: int = 0) -> None:
+        if self.run is not None:
+            try:
+                self.run.finish(exit_code=exit_code)
+            except Exception as error:
+                self.say(f"wandb      did not finish ({error}): metrics.jsonl has everything")
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators(_host()) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _host() -> str:
+    return urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+
+
+def _reachable() -> bool:
+    """Asked first because wandb itself asks for over 20 s. A proxy answers for the host behind it."""
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")):
+        return True
+    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    try:
+        socket.create_connection((_host(), url.port or (80 if url.scheme == "http" else 443)), timeout=3).close()
+        return True
+    except OSError:
+        return False
+
+
+def _finite(value: float) -> float | None:
+    return value if not isinstance(value, float) or math.isfinite(value) else None      # JSON has no nan
+
+
+def short(n: float) -> str:
+    return f"{n / 1e6:.2f}M" if n >= 1e6 else f"{n / 1e3:.1f}k" if n >= 1e3 else f"{n:.0f}"
+
+
+def _clock(seconds: float) -> str:
+    seconds = int(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}" if seconds >= 3600 else f"{seconds // 60}:{seconds % 60:02d}"

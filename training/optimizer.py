@@ -1,0 +1,134 @@
+"""Muon for matrices, AdamW for the rest, and rates that are pure functions of the step."""
+
+from math import cos, pi
+
+import torch
+from torch import Tensor, nn
+
+from training.config import OptimizerConfig
+
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5    # quintic coefficients that bring singular values near 1 fastest (Jordan 2024)
+MOMENTUM_START = 0.85
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The share (0 … 1) of its height that the rate has for update `step` (1 … steps). A longer warm-up than the run is cut."""
+    warmup = min(config.warmup_steps, steps)
+    if step <= warmup:
+        return step / warmup
+    decay_steps = max(1.0, (steps - warmup) * config.decay_share)
+    progress = max(0.0, (step - 1 - (steps - decay_steps)) / decay_steps)       # the last update still moves
+    match config.schedule:
+        case "constant":
+            return 1.0
+        case "linear":
+            return 1 - (1 - config.final_lr) * progress
+        case "cosine":
+            return config.final_lr + (1 - config.final_lr) * (1 + cos(pi * progress)) / 2
+
+
+def momentum(config: OptimizerConfig, step: int) -> float:
+    """Muon's momentum for update `step`: early gradients turn quickly and are better forgotten."""
+    risen = min(1.0, step / max(1, config.momentum_warmup_steps))
+    return min(config.momentum, MOMENTUM_START + risen * (config.momentum - MOMENTUM_START))
+
+
+class Optimizer:
+    """Every parameter of a model in exactly one group; `step` clips, sets the rates and updates."""
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, steps: int):
+        self.config, self.steps = config, steps
+        self.names = {p: name for name, p in model.named_parameters()}
+        matrices = [p for p, name in self.names.items() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
+        others = [p for p in self.names if all(p is not m for m in matrices)]
+        assert len(matrices) + len(others) == len(self.names), "the groups must partition the parameters"
+        decay = config.weight_decay
+        device = next(iter(self.names)).device.type
+        adam = {"betas": tuple(config.betas), "fused": device in ("cuda", "cpu", "mps")}
+        if config.kind == "muon":
+            self.parts = {"muon": Muon([{"params": matrices, "height": config.lr, "weight_decay": decay}]),
+                          "adam": torch.optim.AdamW([{"params": others, "height": config.adam_lr, "weight_decay": 0.0}], **adam)}
+        else:
+            self.parts = {"adam": torch.optim.AdamW(
+                [{"params": matrices, "height": config.lr, "weight_decay": decay},
+                 {"params": others, "height": config.lr, "weight_decay": 0.0}], **adam)}
+
+    @torch.no_grad()
+    def step(self, step: int, tokens: int) -> Tensor:
+        """Update `step` (1 for the first) with the gradients of a loss summed over `tokens` tokens; their mean's norm, ().
+
+        Dividing here and not in the loss keeps fp16 gradients in range without a loss scale to tune and to save.
+        """
+        gradients = [p.grad for p in self.names if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) / tokens
+        shorten = (self.config.clip / (norm + 1e-6)).clamp(max=1.0) if self.config.clip else 1.0
+        torch._foreach_mul_(gradients, torch.as_tensor(shorten / tokens, device=norm.device))
+        share = learning_rate(self.config, step, self.steps)
+        for part in self.parts.values():
+            for group in part.param_groups:
+                group["lr"] = group["height"] * share
+                if "momentum" in group:
+                    group["momentum"] = momentum(self.config, step)
+            part.step()
+            part.zero_grad(set_to_none=True)
+        return norm
+
+    def lr(self, step: int) -> float:
+        """The learning rate of update `step`: of the matrices under muon, of everything under adamw."""
+        return self.config.lr * learning_rate(self.config, step, self.steps)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the next step depends on, as tensors by name: `adam.exp_avg.blocks.0.…`."""
+        return {f"{kind}.{key}.{self.names[p]}": value.detach().contiguous()
+                for kind, part in self.parts.items() for p, state in part.state.items() for key, value in state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        parameters = {name: p for p, name in self.names.items()}
+        for full_name, value in state.items():
+            kind, key, name = full_name.split(".", 2)
+            p = parameters[name]
+            on_cpu = key == "step" and p.device.type == "cpu"
+            self.parts[kind].state[p][key] = value.clone() if on_cpu else value.to(p.device, copy=True)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: every singular value of a matrix's update becomes about 1 (Jordan et al. 2024).
+
+    torch.optim.Muon orthogonalises in bf16, six times slower than fp32 on a CPU without bf16 units; and one matrix at a
+    time, where here all of one shape go together.
+    """
+
+    def __init__(self, groups: list[dict]):
+        super().__init__(groups, {"lr": 0.0, "momentum": 0.95, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for (rows, columns), matrices in by_shape.items():
+                for p in matrices:
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                averages = [self.state[p]["momentum"] for p in matrices]
+                gradients = [p.grad for p in matrices]
+                torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+                nesterov = torch._foreach_lerp(gradients, averages, group["momentum"])
+                updates = orthogonalise(torch.stack(nesterov))
+                # A tall matrix of orthonormal columns moves its outputs less than a wide one; this evens it out.
+                rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(matrices, list(updates.to(matrices[0].dtype).unbind()), alpha=-rate)
+
+
+def orthogonalise(g: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrices to g (N, R, C), roughly: Newton–Schulz, singular values end in about 0.7 … 1.2."""
+    x = g.bfloat16() if g.device.type == "cuda" else g.float()
+    wide = x if x.shape[-2] <= x.shape[-1] else x.mT           # the Gram matrix of the short side
+    wide = wide / (wide.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in NEWTON_SCHULZ:
+        gram = wide @ wide.mT
+        wide = a * wide + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ wide
+    return wide if x.shape[-2] <= x.shape[-1] else wide.mT

@@ -1,0 +1,258 @@
+"""A run on disk: its directory, its lock, its measurements, its checkpoints, and how it stops."""
+
+import math
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.dataset import Dataset
+from errors import UserError
+from files import explain_disk_errors, only_one, whole_file
+from model.budget import flops_per_token
+from model.gpt import GPT
+from training.checkpoint import load_optimizer, load_weights, prune, read_state, save_checkpoint, snapshot, whole_checkpoints
+from training.config import Config, differences, dump_config, load_config
+from training.logger import Console, Metrics, Wandb, short
+from training.optimizer import Optimizer
+
+FIXED = ("run", "seed", "init_from", "model", "data")       # what makes a run the run it is; the rest may change on continuing
+PEAK_FLOPS = {                                              # dense 16-bit matrix products, from the makers' data sheets
+    "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "A10G": 70e12,
+}
+
+
+def config_of(target: str, overrides: list[str]) -> tuple[Config, Path]:
+    """The config that a command line names, a YAML file or a run directory to continue, and the run's directory."""
+    if Path(target).is_dir():
+        saved_file = Path(target) / "config.yaml"
+        if not saved_file.exists():
+            raise UserError(f"{target} holds no config.yaml, so it is no run (runs/NAME continues one, configs/NAME.yaml starts one)")
+        config = load_config(saved_file, overrides)
+        if changed := differences(load_config(saved_file), config, FIXED):
+            raise UserError(f"{target} cannot be continued with another {'; '.join(changed[:3])}\n"
+                            f"  start a run from its weights instead: python train.py CONFIG run=NEW init_from={target}")
+        return config, Path(target)
+    config = load_config(target, overrides)
+    folder = Path("runs") / config.run
+    if (folder / "config.yaml").exists():
+        if changed := differences(load_config(folder / "config.yaml"), config, list(Config.model_fields)):
+            raise UserError(f"{folder} holds a run of another config ({'; '.join(changed[:3])}{'; …' if changed[3:] else ''})\n"
+                            f"  continue it with: python train.py {folder}   or begin another with: run=NEW")
+    return config, folder
+
+
+def newest_state(folder: Path) -> dict:
+    """What the newest checkpoint of a run notes; of a run without one, step 0."""
+    whole = whole_checkpoints(folder / "checkpoints")
+    return read_state(whole[-1]) if whole else {"step": 0, "tokens": 0, "seconds": 0.0, "data": {}}
+
+
+class Run:
+    """An open run directory. Leaving `with Run(…) as run` closes everything and frees the lock."""
+
+    def __init__(self, config: Config, folder: Path, model: GPT, optimizer: Optimizer, data: Dataset):
+        """Load what the run's newest checkpoint holds into model and optimizer, then open its files.
+
+        Raises UserError where another trainer holds the run, its checkpoint is damaged, or its data is not `data`.
+        """
+        self.config, self.folder, self.checkpoints = config, folder, folder / "checkpoints"
+        self.model, self.optimizer, self.data = model, optimizer, data
+        self.device = model.embed.weight.device
+        self.stop_requested = False
+        self.writer, self.writing = ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), None
+        self.stack = ExitStack()
+        with self.explained("opening"):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.stack.enter_context(only_one(folder / ".lock", f"{folder} is being trained by another process\n"
+                                              "  wait for it, stop it, or begin another run with: run=NEW"))
+        try:
+            self._restore()
+            self._open()
+        except BaseException:
+            self.stack.close()
+            raise
+
+    def _restore(self) -> None:
+        for unfinished in self.checkpoints.glob(".partial-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        state = newest_state(self.folder)
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        if self.step:
+            if state["data"]["hash"] != self.data.identity["hash"]:
+                raise UserError(f"{self.folder} was trained on other data than is there now; it lay in {state['data'].get('folder')}\n"
+                                "  bring that back, or begin another run with: run=NEW")
+            checkpoint = whole_checkpoints(self.checkpoints)[-1]
+            load_weights(self.model, checkpoint)
+            self.optimizer.load_state_dict(load_optimizer(checkpoint))
+
+    def _open(self) -> None:
+        with self.explained("opening"):
+            with whole_file(self.folder / "config.yaml", "w") as file:
+                file.write(dump_config(self.config))
+            self.metrics = Metrics(self.folder / "metrics.jsonl", self.step)
+        self.git = git_revision()
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        self.console = Console(self.step, self.config.train.steps)
+        self.say = self.console.say
+        self.wandb = Wandb(self.config.log, self.folder, self.config.run,
+                           self.config.model_dump() | {"git": self.git, "torch": torch.__version__, "device": device}, self.say)
+        half = self.model.compute_dtype.itemsize == 2
+        self.peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if half and name in device), None)
+        self.flops_per_token = 3 * flops_per_token(self.model.config).total()
+        self.record: dict[str, float] = {}              # this step's measurements
+        self.latest: dict[str, float] = {}              # the newest of each
+        self.unchecked: tuple[int, Tensor, Tensor] | None = None
+        self.opened = self.timed_from = time.monotonic()
+        self.timed_tokens = 0
+        self.handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            self.wait_for_checkpoint()
+        finally:
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            self.wandb.finish(exit_code=0 if kind is None else 1)
+            self.metrics.close()
+            self.writer.shutdown()
+            self.stack.close()
+
+    def _stop(self, number: int, frame) -> None:
+        if self.stop_requested and number == signal.SIGINT:         # a second Ctrl-C means now
+            raise KeyboardInterrupt
+        self.stop_requested = True
+        self.say(f"{signal.Signals(number).name}: finishing this step, then saving")
+
+    def explained(self, doing: str):
+        return explain_disk_errors(f"{doing} {self.folder}", f"make room where it lies, then: python train.py {self.folder}")
+
+    # --- each step ---
+
+    def count(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
+        """Note a completed update; `loss` and `grad_norm` () stay on the device until they are logged."""
+        self.check_finite()
+        self.unchecked = (step, loss, grad_norm)
+        self.step = step
+        self.tokens += self.config.train.batch_tokens
+        self.timed_tokens += self.config.train.batch_tokens
+        if step % self.config.log.every == 0 or step == self.config.train.steps:
+            self.check_finite()
+            speed = self.timed_tokens / (time.monotonic() - self.timed_from)
+            self.log({"train/loss": loss.item(), "train/lr": self.optimizer.lr(step), "train/grad_norm": grad_norm.item(),
+                      "train/tokens_per_second": round(speed, 1), "train/memory_gb": round(memory_gb(self.device), 4)})
+            if self.peak_flops:
+                self.log({"train/mfu": round(speed * self.flops_per_token / self.peak_flops, 4)})
+            self.console.progress(step, self.record)
+            self.timed_from, self.timed_tokens = time.monotonic(), 0
+
+    def check_finite(self) -> None:
+        """Raise a UserError if the update counted last had a loss or gradient that is no number.
+
+        Asked one step later, when the device has long finished it, or just before something is built on it.
+        """
+        if self.unchecked is None:
+            return
+        (step, *values), self.unchecked = self.unchecked, None
+        for name, value in zip(("loss", "gradient norm"), values):
+            if not math.isfinite(value.item()):
+                whole, windows = whole_checkpoints(self.checkpoints), self.config.windows_per_step
+                raise UserError(
+                    f"the {name} became {value.item()} at step {step} (batch {step - 1}: windows {(step - 1) * windows} to "
+                    f"{step * windows - 1}); {f'{whole[-1]} is the last good checkpoint' if whole else 'no checkpoint was saved yet'}\n"
+                    f"  try a lower optimizer.lr{', or train.precision=bf16' if self.config.train.precision == 'fp16' else ''}")
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Add measurements to this step's record."""
+        if not self.record:
+            self.record = {"step": self.step, "tokens": self.tokens, "seconds": round(self.elapsed, 3)}
+        self.record |= metrics
+
+    def end_step(self) -> None:
+        """Write this step's record, if it has one, as one line."""
+        if self.record:
+            with self.explained("writing metrics.jsonl of"):
+                self.metrics.write(self.record)
+            self.wandb.log(self.record)
+            self.latest |= self.record
+            self.record = {}
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """What the block takes does not count as training time in tokens per second."""
+        before = time.monotonic()
+        yield
+        self.timed_from += time.monotonic() - before
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds this run has trained, in all its processes together."""
+        return self.seconds + time.monotonic() - self.opened
+
+    # --- saving ---
+
+    def save(self) -> None:
+        """Save a checkpoint of this step and delete those that are no longer kept."""
+        self.check_finite()
+        self.wait_for_checkpoint()
+        state = {"step": self.step, "tokens": self.tokens, "seconds": self.elapsed, "data": self.data.identity, "git": self.git,
+                 "val_loss": self.latest.get("val/loss") if self.latest.get("step") == self.step else None}
+        what = snapshot(self.model, self.optimizer.state_dict(), state, dump_config(self.config), self.data.tokenizer,
+                        copy=self.config.checkpoint.background)
+        self.writing: Future | None = self.writer.submit(self._write, what)
+        if not self.config.checkpoint.background:
+            self.wait_for_checkpoint()
+
+    def _write(self, what) -> None:
+        save_checkpoint(self.checkpoints, what)
+        prune(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.steps)
+
+    def wait_for_checkpoint(self) -> None:
+        """Until the checkpoint being written is on the disk; raises what went wrong with it."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    def summary(self) -> str:
+        """What the run has come to and where everything is."""
+        saved = whole_checkpoints(self.checkpoints)
+        latest = self.latest
+        lines = [f"step       {self.step} of {self.config.train.steps}, {short(self.tokens)} tokens, {self.elapsed:.0f} s"]
+        if "val/loss" in latest:
+            lines.append(f"validation {latest['val/loss']:.4f} nats per token, {latest['val/bpb']:.4f} bits per byte")
+        if "train/tokens_per_second" in latest:
+            lines.append(f"speed      {short(latest['train/tokens_per_second'])} tokens/s")
+        lines.append(f"saved      {saved[-1] if saved else 'no checkpoint (checkpoint.every=0)'}")
+        lines.append(f"measured   {self.folder}/metrics.jsonl" + (f", {self.wandb.where}" if self.wandb.run else ""))
+        return "\n".join(lines)
+
+
+def git_revision() -> str | None:
+    """The commit this code is at, with + where it was changed since; None outside a repository."""
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *args],
+                              capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most memory that this process has held on its device, in GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
