@@ -1,0 +1,164 @@
+"""Text from a run: `python sample.py runs/quickstart "def " -n 3`."""
+
+import codecs
+import json
+import sys
+import time
+from pathlib import Path
+
+from errors import ArgumentParser, UserError, run_command
+
+
+def main() -> None:
+    args = parse_arguments()
+    import torch
+
+    from model.generate import Sampling, generate
+    from training.checkpoint import find_checkpoint, load_model
+    from training.device import choose_device
+    device = choose_device(args.device)
+    model, tokenizer = load_model(find_checkpoint(args.run), device)
+    sampling = Sampling(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
+
+    def complete(prompts: list[str], show=None) -> list[dict]:
+        """Continue `prompts`; `show` is given (row, text) as it comes."""
+        ids = [tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text] for prompt in prompts]
+        if too_long := [len(row) for row in ids if len(row) > model.config.n_ctx]:
+            if not args.slide:
+                raise UserError(f"a prompt of {max(too_long)} tokens is longer than the model's context of {model.config.n_ctx}\n"
+                                "  shorten it, or use --slide to read its end alone")
+        rows = [Row(tokenizer, args.stop) for _ in prompts]
+        for tokens in generate(model, ids, args.max_tokens, sampling, seed=args.seed, end=tokenizer.end_of_text, slide=args.slide):
+            for r, (row, token) in enumerate(zip(rows, tokens)):
+                if token is not None and not row.ended and (text := row.add(token)) and show:
+                    show(r, text)
+            if all(row.ended for row in rows):
+                break
+        for r, row in enumerate(rows):
+            if (text := row.finish()) and show:
+                show(r, text)
+            if row.ended is None and len(row.tokens) < args.max_tokens:
+                print(f"note: row {r} filled the context of {model.config.n_ctx} tokens; --slide goes on", file=sys.stderr)
+        return [{"prompt": prompt, "text": row.text, "tokens": row.tokens} for prompt, row in zip(prompts, rows)]
+
+    torch.manual_seed(args.seed)
+    if args.interactive:
+        return interact(complete)
+    prompts = [prompt for prompt in read_prompts(args) for _ in range(args.n)]
+    stream = not args.json and (args.stream or len(prompts) == 1)
+    if stream and len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+        complete(prompts, lambda _, text: print(text, end="", flush=True))
+        print()
+        return
+    started = time.monotonic()
+    done = complete(prompts, (lambda r, text: print(f"[{r}] {text!r}", flush=True)) if stream else None)
+    if args.json:
+        print(json.dumps(done, ensure_ascii=False, indent=1))
+    elif not stream:
+        print("\n---\n".join(row["prompt"] + row["text"] for row in done))
+        tokens = sum(len(row["tokens"]) for row in done)
+        print(f"{tokens} tokens, {tokens / (time.monotonic() - started):.0f} tokens/s", file=sys.stderr)
+
+
+class Row:
+    """One continuation as it grows: its tokens, and its text up to a stop string, never cut inside a character."""
+
+    def __init__(self, tokenizer, stops: list[str]):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.tokens: list[int] = []
+        self.text = ""              # what is certain to stay
+        self.held = ""              # the beginning of a stop string, perhaps
+        self.ended: str | None = None
+
+    def add(self, token: int) -> str:
+        """Take a token; the text that has become certain."""
+        self.tokens.append(token)
+        if token == self.tokenizer.end_of_text:
+            self.ended = "end of text"
+            return self.finish()
+        return self._settle(self.decoder.decode(self.tokenizer.token_bytes[token]))
+
+    def finish(self) -> str:
+        """The text that was still held back."""
+        rest = self._settle(self.decoder.decode(b"", final=True))
+        held, self.held = self.held, ""
+        self.text += held
+        return rest + held
+
+    def _settle(self, new: str) -> str:
+        text = self.held + new
+        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if found:
+            self.ended, certain, self.held = "stop", text[:min(found)], ""
+        else:
+            keep = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+            certain, self.held = text[:len(text) - keep], text[len(text) - keep:]
+        self.text += certain
+        return certain
+
+
+def interact(complete) -> None:
+    """Read a prompt, continue it, again, until the end of input."""
+    terminal = sys.stdin.isatty()
+    while True:
+        try:
+            prompt = input("> " if terminal else "")
+        except EOFError:
+            return
+        print(prompt, end="", flush=True)
+        try:
+            complete([prompt], lambda _, text: print(text, end="", flush=True))
+        except UserError as error:
+            print(f"\nerror: {error}", file=sys.stderr, end="")
+        print(flush=True)
+
+
+def read_prompts(args) -> list[str]:
+    if args.file:
+        try:
+            lines = Path(args.file).read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--file {args.file}: cannot be read ({error})") from None
+        if not any(lines):
+            raise UserError(f"--file {args.file}: holds no prompt (one a line)")
+        return args.prompt + [line for line in lines if line]
+    return [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt or [""]]
+
+
+def parse_arguments():
+    parser = ArgumentParser("python sample.py", description="Continue prompts with a trained model.")
+    parser.add_argument("run", help="runs/NAME, or a checkpoint in it: runs/NAME/checkpoints/000500")
+    parser.add_argument("prompt", nargs="*", default=[], help="text to continue, several at once if given; - reads standard input; "
+                        "none begins a new document")
+    parser.add_argument("--file", help="a file of prompts, one a line")
+    parser.add_argument("-n", type=at_least(int, 1), default=1, metavar="N", help="continuations of each prompt (default 1)")
+    parser.add_argument("--max-tokens", type=at_least(int, 1), default=200, metavar="N", help="longest continuation (default 200)")
+    parser.add_argument("--temperature", type=at_least(float, 0), default=0.8, metavar="T", help="0 is greedy (default 0.8)")
+    parser.add_argument("--top-k", type=at_least(int, 1), metavar="K", help="choose among the K likeliest tokens")
+    parser.add_argument("--top-p", type=at_least(float, 0), metavar="P", help="choose among the likeliest that together reach P")
+    parser.add_argument("--min-p", type=at_least(float, 0), metavar="P", help="leave out tokens below P times the likeliest")
+    parser.add_argument("--repetition-penalty", type=at_least(float, 0.01), default=1.0, metavar="R", help="above 1: repeat less (default 1)")
+    parser.add_argument("--seed", type=at_least(int, 0), default=0, metavar="S", help="same seed, same text (default 0)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be given again")
+    parser.add_argument("--slide", action="store_true", help="past the model's context, forget the older half and go on")
+    parser.add_argument("--stream", action="store_true", help="several continuations: show pieces as they come (one always streams)")
+    parser.add_argument("--interactive", action="store_true", help="read prompts line by line until the end of input")
+    parser.add_argument("--json", action="store_true", help='print [{"prompt": …, "text": …, "tokens": […]}]')
+    parser.add_argument("--device", default="auto", help="cuda, cpu, mps (default: the first there is)")
+    return parser.parse_args()
+
+
+def at_least(kind, low):
+    def number(text: str):
+        value = kind(text)
+        if not low <= value < float("inf"):
+            raise ValueError
+        return value
+    number.__name__ = f"{'whole number' if kind is int else 'number'} of at least {low},"
+    return number
+
+
+if __name__ == "__main__":
+    run_command(main)
