@@ -44,7 +44,12 @@ def prepare(config: DataConfig, verify: bool = False) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with only_one(folder / ".lock", f"{folder} is being prepared by another process (wait for it)"):
             if not (folder / "manifest.json").exists():         # another process may have finished just before
-                _prepare(corpus, config, folder, key)
+                try:
+                    _prepare(corpus, config, folder, key)
+                except UserError:
+                    if not (folder / "journal.json").exists():  # nothing to continue from
+                        shutil.rmtree(folder)
+                    raise
     return folder
 
 
@@ -78,7 +83,6 @@ def _prepare(corpus: TextCorpus, config: DataConfig, folder: Path, key: str) -> 
     shards = {split: [part[split] for part in journal] for split in ("train", "val")}
     tokens = {split: sum(shard["tokens"] for shard in shards[split]) for split in shards}
     if not tokens["train"]:
-        shutil.rmtree(folder)
         raise UserError(f"data.corpus={corpus.name} is empty: no text was found in it")
     if not tokens["val"]:                   # too few documents for the hash: the end of the text is held out instead
         shards = _hold_out_the_end(folder, shards["train"], config.val_fraction)

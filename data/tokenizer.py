@@ -21,7 +21,7 @@ from errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 DOWNLOAD_SECONDS = 60
-# GPT-2's way of cutting text into words before merging (Radford et al. 2019); `\z` because `$` means line end to some engines.
+# GPT-2's way of cutting text into words before merging (Radford et al. 2019).
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"
 
 
@@ -157,7 +157,7 @@ def named_encoding(name: str) -> Tokenizer:
                         "  connect once, point TIKTOKEN_CACHE_DIR at a filled cache, or use tokenizer: {kind: bpe, vocab_size: 4096}")
     encoding = tiktoken.get_encoding(name)
     # Possessive quantifiers only save time in these patterns, and Hugging Face's regex engine reads some differently.
-    pattern = re.sub(r"(?<=[+*?}])\+", "", encoding._pat_str).replace(r"|\s+$", "")
+    pattern = re.sub(r"([+*?]|\{\d+(?:,\d*)?\})\+", r"\1", encoding._pat_str).replace("$", r"\z")        # $ means line end to it
     return Tokenizer(encoding._mergeable_ranks, pattern, dict(encoding._special_tokens), name)
 
 

@@ -25,6 +25,9 @@ class ModelConfig(Settings):
     window: PositiveInt | list[PositiveInt | None] | None = None        # keys a query sees; a list repeats over layers
     smear: bool = False                                # mix each key with the one before it (a control, never a default)
     tied_embeddings: bool = False
+    zero_init: bool = True                             # every block starts as the identity: the matrices that write to the
+                                                       # residual stream start at zero. Learns text faster, forms induction
+                                                       # heads later (docs/experiments.md)
     vocab_size: PositiveInt | None = None              # V; null: the tokenizer's
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
 

@@ -51,8 +51,10 @@ class GPT(nn.Module):
                 std = EMBEDDING_STD
             elif part in ("w_q", "w_k", "w_v", "w_gate", "w_up"):
                 std = p.shape[1] ** -0.5                    # unit variance in, unit variance out
-            elif part in ("w_o", "w_down", "lm_head"):
-                std = 0.0                                   # every block starts as the identity, the first loss is ln V
+            elif part in ("w_o", "w_down"):
+                std = 0.0 if self.config.zero_init else p.shape[1] ** -0.5
+            elif part == "lm_head":
+                std = 0.0                                   # the first loss is ln V
             elif part in ("gain", "smear_alpha"):
                 continue                                    # ones and zeros, as made
             else:

@@ -1,0 +1,24 @@
+# make quickstart · make test · make venv
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test venv
+
+quickstart: .venv/installed
+	$(BIN)/python train.py configs/quickstart.yaml
+	@echo
+	$(BIN)/python sample.py runs/quickstart "def " --max-tokens 120 --slide
+	@echo
+	@echo "sample more   $(BIN)/python sample.py runs/quickstart \"class \" -n 3"
+	@echo "train longer  $(BIN)/python train.py runs/quickstart train.steps=4600"
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+venv: .venv/installed
+
+# Made anew where it is missing or broken, brought up to date where requirements.txt is newer.
+.venv/installed: requirements.txt
+	@$(BIN)/python -c "" 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	@touch $@

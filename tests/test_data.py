@@ -1,0 +1,352 @@
+"""From text to batches: shards that continue and verify, a split that stays, batches that are functions of the step."""
+
+import csv
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from math import floor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command, fails
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data.prepare
+from data.batches import Batches, Quotas, RepeatRows, TextWindows, permute, repeat_vocabulary
+from data.config import DataConfig, MixtureEntry, RepeatsConfig
+from data.corpus import PIECE_BYTES, TextCorpus
+from data.dataset import Dataset
+from data.prepare import is_validation, prepare
+from data.shards import Shards, TokenStream
+from errors import UserError
+
+
+def data_config(**changes) -> DataConfig:
+    return DataConfig(**({"corpus": "files", "files": ["texts/*.txt"], "tokenizer": {"kind": "bytes"}, "val_fraction": 0.2} | changes))
+
+
+def documents(stream: TokenStream, end_of_text: int) -> list[list[int]]:
+    tokens = stream.read(0, len(stream))
+    return [part.tolist() for part in np.split(tokens, np.flatnonzero(tokens == end_of_text))[1:]]
+
+
+# --- preparing --------------------------------------------------------------------------------------------------------
+
+def test_every_document_is_there_once_and_begins_with_end_of_text(workplace):
+    shards = Shards(prepare(data_config()))
+    end = shards.tokenizer.end_of_text
+    both = documents(shards.train, end) + documents(shards.val, end)
+    assert all(doc[0] == end for doc in both)
+    assert sorted(shards.tokenizer.decode_bytes(doc) for doc in both) == sorted(p.read_bytes() for p in Path("texts").glob("*"))
+    assert 0 < len(shards.val) < len(shards.train)
+
+
+def test_the_split_stays_when_documents_are_added(workplace):
+    def validation_texts() -> set[bytes]:
+        shards = Shards(prepare(data_config()))
+        return {shards.tokenizer.decode_bytes(doc) for doc in documents(shards.val, 256)}
+
+    before = validation_texts()
+    for n in range(10):
+        Path(f"texts/aa{n}.txt").write_text(f"a new document {n}\n" * 20)
+    after = validation_texts()
+    assert before <= after and all(is_validation(text, 0.2) for text in after)
+
+
+def test_a_finished_folder_is_left_alone_and_a_changed_text_is_noticed(workplace):
+    folder = prepare(data_config())
+    before = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    assert prepare(data_config()) == folder
+    assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+    Path("texts/abc.txt").write_text("changed")
+    assert prepare(data_config()) != folder                 # beside it, so that a run that began with it can go on
+    named = data_config(folder="mine")
+    prepare(named)
+    Path("texts/abc.txt").write_text("changed again")
+    with pytest.raises(UserError, match="its text has changed since"):
+        prepare(named)
+
+
+def test_interrupted_preparation_continues_to_the_same_shards(workplace, monkeypatch):
+    monkeypatch.setattr(data.prepare, "PART_BYTES", 20_000)
+    whole = Shards(prepare(data_config(folder="whole")))
+    assert len(whole.manifest["shards"]["train"]) > 3
+
+    written, write = [], data.prepare._write_part
+
+    def break_down(*arguments):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(arguments)
+        return write(*arguments)
+
+    monkeypatch.setattr(data.prepare, "_write_part", break_down)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(data_config(folder="broken"))
+    with pytest.raises(UserError, match="no prepared corpus"):
+        Shards("broken")
+    first = (Path("broken") / "train-00000.npy").stat().st_mtime_ns
+    monkeypatch.setattr(data.prepare, "_write_part", write)
+    assert Shards(prepare(data_config(folder="broken"))).hash == whole.hash
+    assert (Path("broken") / "train-00000.npy").stat().st_mtime_ns == first         # not made again
+
+
+def test_killed_preparation_continues(workplace):
+    Path("texts/long.txt").write_text("\n".join(f"line {n} of a long text, {n * n}" for n in range(400_000)))
+    Path("p.yaml").write_text("data: {corpus: files, files: [texts/*.txt], tokenizer: bytes, folder: out}")
+    script = "import data.prepare as p; p.PART_BYTES = 500_000; from errors import run_command; run_command(p.main)"
+    for _ in range(20):
+        process = subprocess.Popen([sys.executable, "-c", script, "p.yaml"], env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(timeout=1.2)
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert not list(Path("out").glob("manifest.json"))
+    assert process.wait() == 0
+    shards = Shards("out", verify=True)
+    end = shards.tokenizer.end_of_text
+    joined = b"".join(shards.tokenizer.decode_bytes(d) for d in documents(shards.train, end) + documents(shards.val, end))
+    assert len(joined) == sum(p.stat().st_size for p in Path("texts").glob("*"))
+
+
+def test_threads_do_not_change_the_result(workplace, monkeypatch):
+    one = Shards(prepare(data_config(folder="a"))).hash
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    monkeypatch.setattr(data.prepare, "BATCH_BYTES", 1000)
+    assert Shards(prepare(data_config(folder="b"))).hash == one
+
+
+def test_long_documents_are_cut_and_joined_again(workplace):
+    text = ("".join(f"Zeile {n} – über 漢字\n" for n in range(8000))).encode()
+    Path("texts/long.txt").write_bytes(text)
+    corpus = TextCorpus(data_config(files=["texts/long.txt"]))
+    pieces = list(corpus.pieces())
+    assert b"".join(p.text for p in pieces) == text and [p.starts_document for p in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert all(len(p.text) <= 2 * PIECE_BYTES and p.text.decode() for p in pieces)
+    shards = Shards(prepare(data_config(files=["texts/long.txt"])))
+    cuts = sum(a != b for a, b in zip(*[[is_validation(p.text, 0.2) for p in pieces][n:] for n in (0, 1)])) + 1
+    assert len(documents(shards.train, 256)) + len(documents(shards.val, 256)) == cuts      # seamless but where the split cuts
+
+
+def test_one_line_without_an_end_is_cut_between_characters(workplace):
+    Path("texts/line.txt").write_text("漢字" * 30_000)
+    assert all(p.text.decode() for p in TextCorpus(data_config(files=["texts/line.txt"])).pieces())
+
+
+def test_structured_files_are_read_by_datasets(workplace):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    rows = [f"document {n} says hello" for n in range(30)]
+    with open("a.jsonl", "w") as file:
+        file.writelines(json.dumps({"body": row, "n": 1}) + "\n" for row in rows)
+    with gzip.open("a.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"body": row, "n": 1}) + "\n" for row in rows)
+    with open("a.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["body"], *([row] for row in rows)])
+    pq.write_table(pa.table({"body": rows}), "a.parquet")
+    with gzip.open("a.txt.gz", "wt") as file:
+        file.write("plain text, compressed")
+    for name in ("a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"):
+        assert [p.text.decode() for p in TextCorpus(data_config(files=[name], column="body")).pieces()] == rows, name
+    assert [p.text for p in TextCorpus(data_config(files=["a.txt.gz"])).pieces()] == [b"plain text, compressed"]
+    with pytest.raises(UserError, match="no such column; there are body"):
+        list(TextCorpus(data_config(files=["a.parquet"])).pieces())
+    Path("b.jsonl").write_text("{broken")
+    with pytest.raises(UserError, match="b.jsonl"):
+        list(TextCorpus(data_config(files=["b.jsonl"])).pieces())
+
+
+def test_hub_datasets_go_through_the_same_code(workplace, monkeypatch):
+    """The hub is not reached here: its `load_dataset` is given the same rows from a local file, all else is real."""
+    import datasets
+    import huggingface_hub
+    Path("rows.jsonl").write_text("".join(json.dumps({"text": f"story {n} " * 30}) + "\n" for n in range(200)))
+    local, asked = datasets.load_dataset, []
+
+    def load(name, config, **options):
+        asked.append((name, config, options["split"]))
+        return local("json", data_files="rows.jsonl", **options)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: None)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    hub = {"dataset": "someone/stories", "config": "small", "max_tokens": 20_000}
+    shards = Shards(prepare(data_config(corpus="hub", hub=hub)))
+    assert set(asked) == {("someone/stories", "small", "train")}
+    assert 20_000 <= len(shards.train) + len(shards.val) < 21_000
+
+
+def test_the_library_of_python_is_a_corpus():
+    corpus = TextCorpus(DataConfig())
+    assert corpus.size() > 5e6 and corpus.identity() == TextCorpus(DataConfig()).identity()
+    names = {path.name for path in corpus.paths}
+    assert {"argparse.py", "textwrap.py"} <= names and not any("/test/" in str(path) for path in corpus.paths)
+
+
+def test_a_small_text_still_has_something_held_out(workplace):
+    Path("texts/tiny.txt").write_text("to be or not to be, that is the question\n" * 20)
+    shards = Shards(prepare(data_config(files=["texts/tiny.txt"], val_fraction=0.1)))
+    assert len(shards.val) == 82 and len(shards.train) == 821 - 82
+
+
+def test_nothing_to_read_is_an_error_and_leaves_nothing(workplace):
+    Path("texts/empty.txt").write_text("")
+    for config, words in ((data_config(files=["texts/empty.txt"]), "empty"), (data_config(files=["no/*.txt"]), "no file matches")):
+        with pytest.raises(UserError, match=words):
+            prepare(config)
+    assert not Path("prepared").exists() or not list(Path("prepared").iterdir())
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "huge", "pickle"])
+def test_a_damaged_shard_is_refused(workplace, damage):
+    folder = prepare(data_config())
+    path = folder / "train-00000.npy"
+    raw = bytearray(path.read_bytes())
+    if damage == "flip":
+        raw[len(raw) // 2] ^= 1
+    match damage:
+        case "truncate" | "flip":
+            path.write_bytes(raw[:-2] if damage == "truncate" else raw)
+        case "remove":
+            path.unlink()
+        case "huge":                                        # a header that claims 2^60 tokens
+            shape = str(len(np.load(path))).encode()
+            path.write_bytes(bytes(raw).replace(shape, b"1152921504606846976", 1))
+        case "pickle":
+            np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match=r"train-00000\.npy is damaged"):
+        Shards(folder)
+
+
+def test_two_preparations_at_once(workplace):
+    Path("p.yaml").write_text("data: {corpus: files, files: [texts/*.txt], tokenizer: bytes, folder: out}")
+    from files import only_one
+    Path("out").mkdir()
+    with only_one(Path("out/.lock"), "mine"):
+        fails(command("-m data.prepare", "p.yaml", cwd=workplace), "being prepared by another process")
+    assert command("-m data.prepare", "p.yaml", cwd=workplace).returncode == 0
+
+
+def test_offline_a_hub_name_fails_quickly(workplace):
+    Path("h.yaml").write_text("data: {corpus: hub, hub: {dataset: someone/something}, tokenizer: bytes}")
+    started = time.monotonic()
+    done = command("-m data.prepare", "h.yaml", cwd=workplace, env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert time.monotonic() - started < 15
+    fails(done, "someone/something", "cannot be reached")
+    assert not list(Path("prepared").glob("*/manifest.json"))
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+@given(st.integers(1, 3000), st.integers(0, 2 ** 128))
+def test_a_permutation_hits_everything_once(size, key):
+    assert sorted(permute(np.arange(size), size, key)) == list(range(size))
+
+
+def test_a_permutation_is_uniform_and_differs_by_key():
+    hits = Counter(int(permute(np.array([3]), 10, key)[0]) for key in range(5000))
+    assert all(400 < hits[n] < 600 for n in range(10))      # 500 ± 4.7 standard deviations
+    far = permute(np.arange(10 ** 9, 10 ** 9 + 1000), 3 * 10 ** 9, 1)
+    assert len(set(far)) == 1000 and abs(far.mean() / 3e9 - 0.5) < 0.05
+
+
+def test_an_epoch_reads_each_window_once_and_the_next_in_another_order():
+    stream = TokenStream([np.arange(n, n + 100, dtype=np.uint16) for n in range(0, 1000, 100)])
+    windows = TextWindows(stream, 7, seed=3)
+    rows = windows.rows(np.arange(2 * windows.per_epoch))
+    assert (np.diff(rows, axis=1) == 1).all()               # tokens in a row, across shard borders
+    for epoch in np.split(rows, 2):
+        starts = np.sort(epoch[:, 0])
+        assert (np.diff(starts) == 7).all() and len(starts) == (1000 - 7) // 7
+    assert list(rows[:windows.per_epoch, 0]) != list(rows[windows.per_epoch:, 0])
+
+
+def test_the_smallest_text_is_one_window():
+    windows = TextWindows(TokenStream([np.arange(8, dtype=np.uint16)]), 7, seed=0)
+    assert windows.rows(np.arange(3)).tolist() == [list(range(8))] * 3
+    with pytest.raises(UserError, match="less than one window"):
+        TextWindows(TokenStream([np.arange(7, dtype=np.uint16)]), 7, seed=0)
+
+
+def test_shares_of_any_number_of_processes_make_the_same_batch():
+    stream = TokenStream([np.arange(5000, dtype=np.uint16)])
+    entries = [MixtureEntry(corpus="stdlib", weight=0.7), MixtureEntry(corpus="repeats", weight=0.3)]
+    batches = Batches({"stdlib": TextWindows(stream, 16, 1), "repeats": RepeatRows(RepeatsConfig(period=[2, 5]), 16, 256, 1)},
+                      entries, 12 * 16, 16)
+    for step in (0, 5, 10 ** 9):
+        whole = batches[step]
+        assert whole.tokens.shape == whole.targets.shape == (12, 16) and torch.equal(whole.tokens[:, 1:], whole.targets[:, :-1])
+        for world_size in (1, 2, 3, 4):
+            parts = [batches.share(step, rank, world_size).tokens for rank in range(world_size)]
+            assert torch.equal(torch.cat(parts), whole.tokens)
+    ahead = list(batches.ahead(3, 7, torch.device("cpu")))
+    assert len(ahead) == 4 and all(torch.equal(got.tokens, batches[3 + n].tokens) for n, got in enumerate(ahead))
+
+
+def test_quotas_are_exact_at_every_step():
+    entries = [MixtureEntry(corpus="repeats", weight=0.3), MixtureEntry(corpus="stdlib", weight=0.7)]
+    owners = [Quotas(entries, 4).locate(n) for n in range(1000)]
+    for n in range(1000):
+        had = [index for owner, index in owners[:n + 1] if owner == "repeats"]
+        assert len(had) == floor((n + 1) * 3 / 10) and had == list(range(len(had)))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["stdlib", "files", "repeats"]), st.floats(0.01, 5), st.none() | st.integers(1, 9)), min_size=1, max_size=5),
+       st.integers(1, 5))
+def test_every_window_has_one_owner_whatever_the_weights(entries, windows):
+    entries = [MixtureEntry(corpus=c, weight=w, until=u) for c, w, u in entries] + [MixtureEntry(corpus="stdlib", weight=1.0)]
+    quotas, counted = Quotas(entries, windows), Counter()
+    for n in range(windows * 15):
+        name, index = quotas.locate(n)
+        assert index == counted[name]
+        counted[name] += 1
+
+
+def test_weights_change_at_the_step_that_is_named():
+    entries = [MixtureEntry(corpus="repeats", weight=1.0, until=3), MixtureEntry(corpus="stdlib", weight=1.0)]
+    entries[1] = MixtureEntry(corpus="stdlib", weight=1.0)
+    owners = [Quotas(entries, 4).locate(n)[0] for n in range(24)]
+    assert owners[:12].count("repeats") == 6 and owners[12:].count("repeats") == 0
+
+
+def test_repeat_rows_repeat_distinct_tokens_of_periods_in_training():
+    config = RepeatsConfig(period=[3, 9], held_out_periods=[4, 8], held_out_tokens=0.25)
+    trained, held_out = repeat_vocabulary(config, 256, seed=5)
+    assert len(held_out) == 64 and not set(trained) & set(held_out)
+    rows = RepeatRows(config, 30, 256, seed=5).rows(np.arange(300))
+    periods = set()
+    for row in rows:
+        assert row[0] == 256 and len(row) == 31 and set(row[1:]) <= set(trained)
+        period = next(p for p in range(1, 31) if (row[1 + p:] == row[1:-p]).all())
+        assert len(set(row[1:1 + period])) == period
+        periods.add(period)
+    assert periods == {3, 5, 6, 7, 9}
+    again = RepeatRows(config, 30, 256, seed=5).rows(np.array([7]))
+    assert (again == rows[7]).all() and not (RepeatRows(config, 30, 256, 5, "validation").rows(np.array([7])) == rows[7]).all()
+
+
+def test_documents_are_numbered_for_the_mask(workplace):
+    config = data_config(mask_documents=True)
+    batch = Dataset(config, seed=0).training(256, 64)[0]
+    assert torch.equal(batch.segments, (batch.tokens == 256).cumsum(1))
+    assert Dataset(data_config(), seed=0).training(256, 64)[0].segments is None
+
+
+def test_validation_windows_are_held_out_and_always_the_same(workplace):
+    data = Dataset(data_config(), seed=0)
+    batches = data.validation(2048, 64, windows_per_batch=10)
+    assert sum(len(b.tokens) for b in batches) == 32 and all(len(b.tokens) <= 10 for b in batches)
+    again = Dataset(data_config(), seed=9).validation(2048, 64, 10)
+    assert all(torch.equal(a.targets, b.targets) for a, b in zip(batches, again))
+    held_out = data.shards.val.read(0, len(data.shards.val)).astype(np.uint16).tobytes()
+    for row in torch.cat([b.tokens for b in batches]):
+        assert row.numpy().astype(np.uint16).tobytes() in held_out

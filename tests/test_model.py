@@ -1,0 +1,147 @@
+"""The network: cached decoding against the full pass, positions, loss, initial weights."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import cross_entropy
+from model.config import ModelConfig
+from model.gpt import GPT
+from model.kv_cache import KVCache
+from model.position import rope_table, rotate, sinusoidal_table
+
+KINDS = {
+    "rope": {}, "learned": {"position": "learned"}, "sinusoidal": {"position": "sinusoidal"}, "none": {"position": "none"},
+    "window": {"window": 5}, "windows": {"window": [None, 3, 7]}, "mqa": {"n_kv_heads": 1}, "mha": {"n_kv_heads": 4},
+    "smear": {"smear": True}, "smear window qk": {"smear": True, "window": 4, "qk_norm": True}, "wide head": {"d_head": 24},
+    "attention only": {"mlp": "none", "tied_embeddings": True}, "gelu": {"mlp": "gelu"}, "relu2": {"mlp": "relu2", "n_layers": 1},
+}
+
+
+def make(**kind) -> GPT:
+    """A small model with no weight left at its first value, so that no path is silent."""
+    config = {"n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "d_model": 32, "n_ctx": 32, "vocab_size": 50} | kind
+    model = GPT(ModelConfig(**config)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@torch.no_grad()
+def test_cached_logits_are_the_full_pass(kind):
+    model, tokens = make(**kind), torch.randint(50, (3, 24), generator=torch.Generator().manual_seed(1))
+    full = model(tokens)
+    for cuts in ([0, 24], [0, 7, 8, 9, 16, 17, 24], list(range(25))):               # one prefill, chunks, token by token
+        cache = KVCache(model.config, 3, 24)
+        chunks = [model(tokens[:, a:b], cache=cache) for a, b in zip(cuts, cuts[1:])]
+        assert torch.allclose(torch.cat(chunks, 1), full, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@torch.no_grad()
+def test_ragged_rows_are_the_full_pass(kind):
+    model, tokens = make(**kind), torch.randint(50, (4, 24), generator=torch.Generator().manual_seed(1))
+    full = model(tokens)
+    cache, at = KVCache(model.config, 4, 24), torch.zeros(4, dtype=torch.long)
+    rows = torch.arange(4)
+    # prompts of different lengths, some tokens one by one, a ragged chunk on top, more tokens
+    for new in ([3, 9, 1, 6], 1, 1, 1, [2, 5, 1, 0], 1, 1, [4, 1, 3, 2], 1):
+        if isinstance(new, int):
+            logits, count = model(tokens[rows, at][:, None], cache=cache), torch.full((4,), new)
+        else:
+            count = torch.tensor(new)
+            padded = torch.stack([F.pad(tokens[b, at[b]:at[b] + count[b]], (0, int(count.max() - count[b]))) for b in rows])
+            logits = model(padded, cache=cache, lengths=count)
+        for b in rows:
+            assert torch.allclose(logits[b, :count[b]], full[b, at[b]:at[b] + count[b]], atol=1e-4)
+        at += count
+
+
+def test_a_windowed_cache_stays_at_the_window():
+    config = make(window=[4, None]).config
+    cache = KVCache(config, 1, 32)
+    assert [k.shape[2] for k in cache.keys] == [4, 32, 4]
+
+
+def test_documents_do_not_see_each_other():
+    for kind in ({"position": "none"}, {"position": "none", "smear": True}, {}):        # rope: shifting both changes nothing
+        model, tokens = make(**kind), torch.randint(50, (1, 20))
+        segments = (torch.arange(20) >= 12).long()[None]
+        together = model(tokens, segments=segments)
+        assert torch.allclose(together[:, :12], model(tokens[:, :12]), atol=1e-5)
+        assert torch.allclose(together[:, 12:], model(tokens[:, 12:]), atol=1e-4)
+
+
+def test_rope_is_the_rotation_of_the_paper_and_sees_only_distance():
+    D, base = 8, 100.0
+    table = rope_table(40, D, base)
+    q, k = torch.randn(D, dtype=torch.float64), torch.randn(D, dtype=torch.float64)
+    turned = rotate(q.expand(40, D), table)
+    for m in (0, 1, 39):
+        for i in range(D // 2):
+            angle = m * base ** (-2 * i / D)
+            expected = complex(q[i], q[i + D // 2]) * complex(math.cos(angle), math.sin(angle))
+            assert abs(complex(turned[m, i], turned[m, i + D // 2]) - expected) < 1e-6
+    scores = rotate(q.expand(40, D), table) @ rotate(k.expand(40, D), table).T
+    assert torch.allclose(scores[5:, 5:], scores[:-5, :-5], atol=1e-5)
+
+
+def test_sinusoids_are_those_of_the_paper():
+    table = sinusoidal_table(10, 6)
+    for position in range(10):
+        for i in range(3):
+            angle = position / 10000 ** (2 * i / 6)
+            assert abs(table[position, i] - math.sin(angle)) < 1e-6 and abs(table[position, 3 + i] - math.cos(angle)) < 1e-6
+
+
+def test_smeared_keys_are_those_of_the_paper():
+    model = make(smear=True, n_layers=1)
+    attn, k = model.blocks[0].attn, torch.randn(1, 2, 5, 8)
+    from model.attention import Context
+    smeared = attn.smear(k, Context())
+    share = 1 / (1 + math.exp(-attn.smear_alpha[1].item()))
+    assert torch.allclose(smeared[0, 1, 3], share * k[0, 1, 3] + (1 - share) * k[0, 1, 2], atol=1e-6)
+    assert torch.allclose(smeared[0, 1, 0], share * k[0, 1, 0], atol=1e-6)
+
+
+def test_chunked_cross_entropy_is_the_plain_one(monkeypatch):
+    x, w, targets = torch.randn(50, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True), torch.randint(30, (50,))
+    plain = F.cross_entropy(x.double() @ w.double().T, targets, reduction="sum")
+    expected = torch.autograd.grad(plain, (x, w))
+    for limit in (1, 100, 2 ** 24):
+        monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", limit)
+        loss = cross_entropy.summed_cross_entropy(x, w, targets)
+        assert abs(loss.item() - plain.item()) < 1e-3
+        for got, want in zip(torch.autograd.grad(3 * loss, (x, w)), expected):
+            assert torch.allclose(got, 3 * want, atol=1e-4)
+
+
+def test_the_first_loss_of_a_new_model_is_that_of_guessing():
+    model = GPT(ModelConfig(vocab_size=100, n_ctx=16))
+    tokens = torch.randint(100, (2, 16))
+    assert model.loss(tokens, tokens).item() / 32 == pytest.approx(math.log(100), abs=0.2)
+
+
+def test_initial_weights_are_named_one_by_one():
+    model = make()
+    first, again = GPT(model.config, seed=3), GPT(model.config, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
+    assert not torch.equal(first.embed.weight, GPT(model.config, seed=4).embed.weight)
+    model.register_parameter("surprise", torch.nn.Parameter(torch.ones(2)))
+    with pytest.raises(ValueError, match="surprise"):
+        model.init_weights(0)
+
+
+def test_more_tokens_than_n_ctx_are_refused():
+    model = make(n_ctx=8)
+    with pytest.raises(ValueError, match="n_ctx=8"):
+        model(torch.zeros(1, 9, dtype=torch.long))
+    cache = KVCache(model.config, 1, 8)
+    model(torch.zeros(1, 8, dtype=torch.long), cache=cache)
+    with pytest.raises(ValueError, match="capacity of 8"):
+        model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
