@@ -69,11 +69,10 @@ def hf_config(config: ModelConfig, end_of_text: int | None) -> dict:
         "attention_bias": False, "mlp_bias": False, "dtype": "float32",
         "bos_token_id": end_of_text, "eos_token_id": end_of_text, "pad_token_id": None,
     }
-    if sizes := [window for window in config.windows if window]:
-        described |= {"sliding_window": sizes[0], "use_sliding_window": True,
+    described["sliding_window"] = next((window for window in config.windows if window), None)
+    if model_type in ("ministral", "qwen3"):
+        described |= {"use_sliding_window": any(config.windows),
                       "layer_types": ["sliding_attention" if window else "full_attention" for window in config.windows]}
-    else:
-        described |= {"sliding_window": None}
     return described | {"gpt": config.model_dump()}
 
 
