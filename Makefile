@@ -13,7 +13,7 @@ quickstart: .venv/installed
 	@echo "train longer  $(BIN)/python train.py runs/quickstart train.steps=4600"
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 venv: .venv/installed
 

@@ -1,0 +1,29 @@
+"""Every config under configs/ trains, for three steps, with what would be downloaded replaced by text from this machine."""
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, command, metrics
+
+from training.config import load_config
+
+TOO_LARGE = {"gpt3_175b"}           # to be weighed by model.budget, not trained
+CONFIGS = {path.stem: path for path in sorted(ROOT.glob("configs/**/*.yaml")) if path.stem not in TOO_LARGE}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_three_steps(name, workplace):
+    config = load_config(CONFIGS[name])
+    windows = 1 if config.model.n_ctx >= 1024 else 4
+    overrides = ["train.steps=3", f"train.batch_tokens={windows * config.model.n_ctx}", "eval.tokens=1024", "log.every=1", "log.wandb=disabled"]
+    if config.data.text_corpus in ("hub", "files"):
+        overrides += ["data.corpus=files", "data.files=[texts/*.txt]"]
+        if config.data.tokenizer.kind not in ("bytes", "bpe"):
+            overrides += ["data.tokenizer={kind: bpe, vocab_size: 300}"]
+        elif config.data.tokenizer.kind == "bpe":
+            overrides += ["data.tokenizer.vocab_size=400"]
+    done = command("train.py", str(CONFIGS[name]), *overrides, cwd=workplace, timeout=300, env={"OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0, done.stderr
+    records = metrics(Path("runs") / config.run)
+    assert list(records) == [1, 2, 3] and records[3]["val/loss"] > 0
+    assert config.run == name

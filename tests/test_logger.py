@@ -1,0 +1,51 @@
+"""wandb's own files, read back with its own tool; metrics.jsonl after a torn write."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import command, metrics
+
+from training.logger import Metrics
+
+
+def inspect(run: Path, *options: str) -> list[dict]:
+    """The records of an offline wandb run."""
+    folder = next((run / "wandb").glob("offline-run-*"))
+    done = subprocess.run([str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", *options, str(folder)],
+                          capture_output=True, text=True, timeout=60, env=os.environ | {"WANDB_ERROR_REPORTING": "false"})
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
+
+
+def test_wandb_holds_every_key_of_metrics_jsonl(workplace):
+    done = command("train.py", "tiny.yaml", "log.wandb=offline", env={"WANDB_MODE": "offline"}, cwd=workplace)
+    assert done.returncode == 0 and "wandb sync" in done.stdout, done.stderr
+    records = metrics(Path("runs/tiny"))
+    history = [record for record in inspect(Path("runs/tiny")) if record.get("type") == "history"]
+    assert len(history) == len(records)
+    text = json.dumps(history)
+    for key in set().union(*records.values()):
+        assert f'"{key}"' in text or key in text
+    assert str(records[12]["val/loss"])[:10] in text
+
+
+def test_an_unreachable_server_does_not_hold_training_up(workplace):
+    started = time.monotonic()
+    done = command("train.py", "tiny.yaml", "log.wandb=online", cwd=workplace,
+                   env={"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"})
+    assert done.returncode == 0 and "logging offline" in done.stdout, done.stderr
+    assert time.monotonic() - started < 60 and list(Path("runs/tiny/wandb").glob("offline-run-*")) and len(metrics(Path("runs/tiny"))) == 12
+
+
+def test_metrics_drop_what_lies_ahead_and_what_was_torn(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "x": 1}\n{"step": 2, "x": 2}\n{"step": 3, "x": 3}\n{"step": 4, "x"')
+    log = Metrics(path, 2)
+    log.write({"step": 3, "x": float("nan"), "y": 0.5})
+    log.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "x": 1}, {"step": 2, "x": 2}, {"step": 3, "x": None, "y": 0.5}]
