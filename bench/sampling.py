@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "THP_MEM_ALLOC_ENABLE": "1"}         # sample.py sets the second too; both sides have it
 
 import torch
 
@@ -75,7 +75,7 @@ def main() -> None:
             for p in model.parameters():
                 p.add_(torch.randn_like(p) * 0.02)
             path = save_checkpoint(Path(folder), snapshot(model, {}, {"step": 1}, "", bytes_tokenizer(), copy=False))
-            model, _ = load_model(path)
+            model = load_model(path)[0].pack()
             theirs = AutoModelForCausalLM.from_pretrained(path).eval()
         floor = read_floor(model)
         print(f"\n{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, read floor {floor * 1e3:.2f} ms a token")

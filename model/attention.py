@@ -22,6 +22,17 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def joined(x: Tensor, *matrices: Linear, packed: Tensor | None = None) -> Tensor:
+    """Matrices that read the same input, applied as one product (…, sum of their outputs): one large one is faster than
+    several small ones, and each stays a parameter of its own. `packed`: the joined matrix, where it is at hand."""
+    return F.linear(x, (torch.cat([m.weight for m in matrices]) if packed is None else packed).to(x.dtype))
+
+
+def for_decoding(matrix: Tensor) -> Tensor:
+    """The same matrix with its memory turned: a product with one vector then reads it 1.5 times as fast on a CPU."""
+    return matrix.detach().mT.contiguous().mT
+
+
 class RMSNorm(nn.Module):
     """x / rms(x), times a gain per channel (Zhang and Sennrich 2019, eq. 4)."""
 
@@ -52,23 +63,35 @@ class CausalSelfAttention(nn.Module):
         self.layer, self.d_head, self.window = layer, D, config.windows[layer]
         self.w_q, self.w_k, self.w_v = Linear(E, H * D), Linear(E, K * D), Linear(E, K * D)
         self.w_o = Linear(H * D, E)
-        self.norm_q = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.w_qkv: Tensor | None = None            # the three as one, once `pack` has been called
+        self.n_heads, self.n_kv_heads = H, K
+        self.norm_q = RMSNorm(D, config.norm_eps) if config.qk_norm else None
+        self.norm_k = RMSNorm(D, config.norm_eps) if config.qk_norm else None
         self.smear_alpha = nn.Parameter(torch.zeros(K)) if config.smear else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        q = self.norm_q(self.w_q(x).unflatten(-1, (-1, self.d_head))).transpose(1, 2)       # (B, H, T, D)
-        k = self.norm_k(self.w_k(x).unflatten(-1, (-1, self.d_head))).transpose(1, 2)       # (B, K, T, D)
-        v = self.w_v(x).unflatten(-1, (-1, self.d_head)).transpose(1, 2)                    # (B, K, T, D)
+        H, K = self.n_heads, self.n_kv_heads
+        qkv = joined(x, self.w_q, self.w_k, self.w_v, packed=self.w_qkv)                    # (B, T, (H + 2K) D)
+        qk, v = qkv.unflatten(-1, (-1, self.d_head)).transpose(1, 2).split((H + K, K), dim=1)       # (B, heads, T, D)
+        if self.norm_q is not None:
+            q, k = qk.split((H, K), dim=1)
+            qk = torch.cat([self.norm_q(q), self.norm_k(k)], dim=1)
         if self.smear_alpha is not None:
-            k = self.smear(k, context)
+            q, k = qk.split((H, K), dim=1)
+            qk = torch.cat([q, self.smear(k, context)], dim=1)
         if context.rotation is not None:
-            q, k = rotate(q, context.rotation), rotate(k, context.rotation)
+            qk = rotate(qk, context.rotation)
+        q, k = qk.split((H, K), dim=1)                                                      # (B, H, T, D), (B, K, T, D)
         if context.cache is not None:
             z = context.cache.attend(self.layer, q, k, v)                                   # (B, H, T, D)
         else:
             z = attention(q, k, v, window=self.window, segments=context.segments)           # (B, H, T, D)
         return self.w_o(z.transpose(1, 2).flatten(2))                                       # (B, T, E)
+
+    def pack(self) -> None:
+        """Lay the matrices out for decoding; the parameters must not change any more."""
+        self.w_qkv = for_decoding(torch.cat([self.w_q.weight, self.w_k.weight, self.w_v.weight]))
+        self.w_o.weight.data = for_decoding(self.w_o.weight)
 
     def smear(self, k: Tensor, context: Context) -> Tensor:
         """k_j := σ(α) k_j + (1 − σ(α)) k_{j−1}, a learned α per key head (Olsson et al. 2022, "smeared keys")."""

@@ -49,8 +49,9 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, samp
         else:
             logits = model(chosen[:, None], cache=cache)[:, 0]
         chosen = choose(logits.float(), sampling, draws[:, n], rows)
-        yield [None if ended[r] else token for r, token in enumerate(chosen.tolist())]
-        for r, token in enumerate(chosen.tolist()):
+        said = chosen.tolist()
+        yield [None if ended[r] else token for r, token in enumerate(said)]
+        for r, token in enumerate(said):
             rows[r].append(token)
             ended[r] = ended[r] or token == end
         full = [len(row) - f > n_ctx for row, f in zip(rows, forgotten)]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import CausalSelfAttention, Context, Linear, RMSNorm
+from model.attention import CausalSelfAttention, Context, Linear, RMSNorm, for_decoding, joined
 from model.config import ModelConfig
 from model.cross_entropy import summed_cross_entropy
 from model.kv_cache import KVCache
@@ -76,10 +76,7 @@ class GPT(nn.Module):
         Raises ValueError when positions run past n_ctx.
         """
         T = tokens.shape[1]
-        positions = slice(0, T)
-        if cache is not None:
-            cache.begin(T, lengths)
-            positions = slice(cache.start, cache.start + T) if cache.start is not None else cache.positions
+        positions = slice(0, T) if cache is None else cache.begin(T, lengths)
         if isinstance(positions, slice) and positions.stop > self.config.n_ctx:
             raise ValueError(f"{positions.stop} tokens are more than model.n_ctx={self.config.n_ctx}")
         x = self.embed(tokens)                                                      # (B, T, E)
@@ -95,7 +92,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, context)
         if cache is not None:
-            cache.end(T)
+            cache.end()
         return self.norm_final(x)
 
     def unembed(self, x: Tensor) -> Tensor:
@@ -111,6 +108,17 @@ class GPT(nn.Module):
         """Cross-entropy in nats, *summed* over the (B, T) targets, so that accumulating equals one big batch."""
         x = self.hidden(tokens, segments=segments)
         return summed_cross_entropy(x.flatten(0, 1), self.unembedding, targets.flatten())
+
+    @torch.no_grad()
+    def pack(self) -> "GPT":
+        """Lay out all weights for decoding one token at a time; the parameters must not change any more. Returns the model."""
+        for block in self.blocks:
+            block.attn.pack()
+            if block.mlp is not None:
+                block.mlp.pack()
+        owner = self.embed if self.lm_head is None else self.lm_head
+        owner.weight.data = for_decoding(owner.weight)
+        return self
 
     def _at(self, table: Tensor, positions: slice | Tensor) -> Tensor:
         """Rows of a table (N, C, …) at positions: (N, T, …); for ragged rows (N, B, T, …), heads left room for."""
@@ -146,13 +154,23 @@ class MLP(nn.Module):
         self.kind = config.mlp
         self.w_gate = Linear(E, F_) if config.mlp == "swiglu" else None
         self.w_up, self.w_down = Linear(E, F_), Linear(F_, E)
+        self.w_gate_up: Tensor | None = None        # the two as one, once `pack` has been called
 
     def forward(self, x: Tensor) -> Tensor:
         match self.kind:
             case "swiglu":
-                h = F.silu(self.w_gate(x)) * self.w_up(x)
+                gate, up = joined(x, self.w_gate, self.w_up, packed=self.w_gate_up).chunk(2, dim=-1)
+                h = F.silu(gate) * up
             case "gelu":
                 h = F.gelu(self.w_up(x))
             case "relu2":
                 h = F.relu(self.w_up(x)).square()
         return self.w_down(h)                                                       # (B, T, F) → (B, T, E)
+
+    def pack(self) -> None:
+        """Lay the matrices out for decoding; the parameters must not change any more."""
+        if self.w_gate is not None:
+            self.w_gate_up = for_decoding(torch.cat([self.w_gate.weight, self.w_up.weight]))
+        else:
+            self.w_up.weight.data = for_decoding(self.w_up.weight)
+        self.w_down.weight.data = for_decoding(self.w_down.weight)

@@ -14,8 +14,7 @@ class KVCache:
     the token at position p lies in slot p mod slots, so memory stays at the window however long the text.
 
     keys, values   one (B, K, slots, D) tensor per layer
-    lengths        (B,) tokens held by each row
-    start          the same as a plain int while all rows are equal, else None: equal rows need no mask
+    start          tokens held by every row while all are equal, else None: equal rows need no masks
     """
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype = torch.float32,
@@ -23,32 +22,43 @@ class KVCache:
         shapes = [(batch, config.kv_heads, min(window or capacity, capacity), config.head_size) for window in config.windows]
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-        self.windows = config.windows
-        self.capacity = capacity
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-        self.start: int | None = 0
-        self.empty = True
         # Smeared keys look one raw key back, before positions were applied.
         self.last_raw_key = [torch.zeros(shape[0], shape[1], shape[3], dtype=dtype, device=device) for shape in shapes]
+        self.windows, self.capacity = config.windows, capacity
+        self.start: int | None = 0
+        self.empty = True
+        self._lengths = torch.zeros(batch, dtype=torch.long, device=device)         # counted once rows are ragged
 
-    def begin(self, T: int, new_lengths: Tensor | None = None) -> None:
-        """Make room for T more tokens a row, of which the first `new_lengths` (B,) are real and the rest padding."""
-        self.new = new_lengths if new_lengths is not None else torch.full_like(self.lengths, T)
-        self.ragged = new_lengths is not None
-        self.positions = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)        # (B, T)
-        if self.start is not None and not self.ragged and self.start + T > self.capacity:
-            raise ValueError(f"KVCache: {self.start} + {T} tokens do not fit a capacity of {self.capacity}")
+    @property
+    def lengths(self) -> Tensor:
+        """(B,) tokens held by each row."""
+        return self._lengths if self.start is None else torch.full_like(self._lengths, self.start)
 
-    def end(self, T: int) -> None:
+    def begin(self, T: int, new: Tensor | None = None) -> slice | Tensor:
+        """Make room for T more tokens a row, of which the first `new` (B,) are real and the rest padding.
+
+        Returns their positions: a slice while all rows are equal, else (B, T). Raises ValueError when they do not fit.
+        """
+        self.T, self.new, self.padded = T, new, new is not None
+        if self.start is not None and new is None:
+            if self.start + T > self.capacity:
+                raise ValueError(f"KVCache: {self.start} + {T} tokens do not fit a capacity of {self.capacity}")
+            return slice(self.start, self.start + T)
+        self.new = torch.full_like(self._lengths, T) if new is None else new
+        return self._query_positions()
+
+    def end(self) -> None:
         """Count the tokens that `attend` has stored in every layer."""
-        self.lengths = self.lengths + self.new
-        self.start = None if self.ragged or self.start is None else self.start + T
+        if self.new is None:
+            self.start += self.T
+        else:
+            self._lengths, self.start = self.lengths + self.new, None
         self.empty = False
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k, v (B, K, T, D) and attend to all that each query q (B, H, T, D) may see → (B, H, T, D)."""
         T, slots, window = q.shape[2], self.keys[layer].shape[2], self.windows[layer]
-        if self.start is not None and not self.ragged and self.start + T <= slots:      # in order, no wrap
+        if self.new is None and self.start + T <= slots:            # in order, no wrap
             n = self.start + T
             self.keys[layer][:, :, self.start:n] = k
             self.values[layer][:, :, self.start:n] = v
@@ -56,25 +66,33 @@ class KVCache:
         if self.empty:                                              # prefill; padding lies behind what a real query sees
             self._store(layer, k, v)
             return attention(q, k, v, window=window)
+        at = self._query_positions()
         if T == 1:                                                  # a ring of `window` slots is exactly what one query sees
             self._store(layer, k, v)
-            return decode(q, self.keys[layer], self.values[layer], self.positions,
-                          self._slot_positions(slots, self.lengths + self.new), window=window)
+            return decode(q, self.keys[layer], self.values[layer], at, self._slot_positions(slots, self.lengths + self._counts()),
+                          window=window)
         # Several tokens may overwrite slots that the first of them still has to see: look before storing.
-        padding = torch.arange(T, device=q.device) >= self.new[:, None]
+        padding = torch.arange(T, device=q.device) >= self._counts()[:, None]
         held = self._slot_positions(slots, self.lengths)
-        z = decode(q, torch.cat([self.keys[layer], k], 2), torch.cat([self.values[layer], v], 2), self.positions,
-                   torch.cat([held, self.positions.masked_fill(padding, -1)], 1), window=window)
+        z = decode(q, torch.cat([self.keys[layer], k], 2), torch.cat([self.values[layer], v], 2), at,
+                   torch.cat([held, at.masked_fill(padding, -1)], 1), window=window)
         self._store(layer, k, v)
         return z
 
     def previous_raw_keys(self, layer: int, k: Tensor) -> Tensor:
         """For each raw key of k (B, K, T, D) the raw key one position before it; remembers the last one."""
         previous = torch.cat([self.last_raw_key[layer][:, :, None], k[:, :, :-1]], dim=2)
-        last = (self.new - 1).clamp(min=0)[:, None, None, None].expand(-1, k.shape[1], 1, k.shape[3])
-        newest = k.gather(2, last)[:, :, 0]
-        self.last_raw_key[layer] = torch.where((self.new > 0)[:, None, None], newest, self.last_raw_key[layer])
+        new = self._counts()
+        newest = k.gather(2, (new - 1).clamp(min=0)[:, None, None, None].expand(-1, k.shape[1], 1, k.shape[3]))[:, :, 0]
+        self.last_raw_key[layer] = torch.where((new > 0)[:, None, None], newest, self.last_raw_key[layer])
         return previous
+
+    def _counts(self) -> Tensor:
+        """(B,) real tokens among those being added."""
+        return torch.full_like(self._lengths, self.T) if self.new is None else self.new
+
+    def _query_positions(self) -> Tensor:
+        return self.lengths[:, None] + torch.arange(self.T, device=self._lengths.device)            # (B, T)
 
     @staticmethod
     def _slot_positions(slots: int, lengths: Tensor) -> Tensor:
@@ -83,13 +101,13 @@ class KVCache:
         return last - (last - torch.arange(slots, device=lengths.device)) % slots
 
     def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        slots = self.keys[layer].shape[2]
-        if k.shape[2] == 1 and not self.ragged:
-            row = torch.arange(len(self.lengths), device=k.device)
-            self.keys[layer][row, :, self.lengths % slots] = k[:, :, 0]
-            self.values[layer][row, :, self.lengths % slots] = v[:, :, 0]
+        slots, before = self.keys[layer].shape[2], self.lengths
+        if k.shape[2] == 1 and not self.padded:                     # one token a row goes to one slot each
+            row = torch.arange(len(before), device=k.device)
+            self.keys[layer][row, :, before % slots] = k[:, :, 0]
+            self.values[layer][row, :, before % slots] = v[:, :, 0]
             return
-        source = self._slot_positions(slots, self.lengths + self.new) - self.lengths[:, None]   # index into k, < 0: keep
+        source = self._slot_positions(slots, before + self._counts()) - before[:, None]             # index into k, < 0: keep
         fresh = (source >= 0)[:, None, :, None]
         index = source.clamp(min=0)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
         self.keys[layer] = torch.where(fresh, k.gather(2, index), self.keys[layer])
