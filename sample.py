@@ -26,10 +26,10 @@ def main() -> None:
     def complete(prompts: list[str], show=None) -> list[dict]:
         """Continue `prompts`; `show` is given (row, text) as it comes."""
         ids = [tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text] for prompt in prompts]
-        if too_long := [len(row) for row in ids if len(row) > model.config.n_ctx]:
-            if not args.slide:
-                raise UserError(f"a prompt of {max(too_long)} tokens is longer than the model's context of {model.config.n_ctx}\n"
-                                "  shorten it, or use --slide to read its end alone")
+        longest = max(map(len, ids))
+        if longest > model.config.n_ctx and not args.slide:
+            raise UserError(f"a prompt of {longest} tokens is longer than the model's context of {model.config.n_ctx}\n"
+                            "  shorten it, or use --slide to read its end alone")
         rows = [Row(tokenizer, args.stop) for _ in prompts]
         for tokens in generate(model, ids, args.max_tokens, sampling, seed=args.seed, end=tokenizer.end_of_text, slide=args.slide):
             for r, (row, token) in enumerate(zip(rows, tokens)):
@@ -142,7 +142,8 @@ def parse_arguments():
     parser.add_argument("--top-k", type=at_least(int, 1), metavar="K", help="choose among the K likeliest tokens")
     parser.add_argument("--top-p", type=at_least(float, 0), metavar="P", help="choose among the likeliest that together reach P")
     parser.add_argument("--min-p", type=at_least(float, 0), metavar="P", help="leave out tokens below P times the likeliest")
-    parser.add_argument("--repetition-penalty", type=at_least(float, 0.01), default=1.0, metavar="R", help="above 1: repeat less (default 1)")
+    parser.add_argument("--repetition-penalty", type=at_least(float, 0.01), default=1.0, metavar="R",
+                        help="above 1: repeat less (default 1)")
     parser.add_argument("--seed", type=at_least(int, 0), default=0, metavar="S", help="same seed, same text (default 0)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be given again")
     parser.add_argument("--slide", action="store_true", help="past the model's context, forget the older half and go on")

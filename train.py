@@ -36,7 +36,7 @@ def train(config, folder: Path) -> None:
 
     with Run(config, folder, model, optimizer, data) as run:
         run.say(f"{'continuing' if run.step else 'training  '} {folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-                f"{str(precision).removeprefix('torch.')} on {device}, {len(batches[0].tokens) // micro_batch} × {micro_batch} windows a step")
+                f"{str(precision).removeprefix('torch.')} on {device}, {batches.windows // micro_batch} × {micro_batch} windows a step")
         for step, batch in enumerate(batches.ahead(run.step, config.train.steps, device), run.step + 1):
             loss = torch.zeros((), device=device)
             for part in batch.split(micro_batch):
@@ -100,7 +100,8 @@ def main() -> None:
                             epilog="Ctrl-C finishes the step, saves and says how to continue. "
                                    "Every key is listed with its default in training/config.py, model/config.py and data/config.py.")
     parser.add_argument("config", help="configs/NAME.yaml, or runs/NAME to continue that run")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change values, for example optimizer.lr=0.01 train.steps=500")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value",
+                        help="change values, for example optimizer.lr=0.01 train.steps=500")
     args = parser.parse_args()
     from training.run import config_of
     train(*config_of(args.config, args.overrides))

@@ -1,19 +1,18 @@
 """Tokens per second of cached decoding: against recomputing everything, and against transformers: `python -m bench.sampling`.
 
-One checkpoint, opened by both sides; batch 1, fp32, greedy, alternating, medians. The floor is the time that reading
-every weight once takes at the bandwidth measured in the same run: no decoder of one token at a time can be faster.
+One checkpoint, opened by both sides, each in a process of its own as its user would start it; batch 1, fp32, greedy,
+taking turns, medians. The floor is the time that reading every weight once takes at the bandwidth measured in the same
+run: no decoder of one token at a time can be faster.
 """
 
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-
-os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "THP_MEM_ALLOC_ENABLE": "1"}         # sample.py sets the second too; both sides have it
 
 import torch
 
@@ -21,83 +20,116 @@ from data.tokenizer import bytes_tokenizer
 from errors import ArgumentParser, run_command
 from files import whole_file
 from model.config import ModelConfig
-from model.generate import Sampling, generate
 from model.gpt import GPT
 from training.checkpoint import load_model, save_checkpoint, snapshot
 
 SHAPES = {
-    "small (4 layers, width 128)": ModelConfig(n_layers=4, n_heads=4, d_model=128, d_mlp=344, n_ctx=2048, vocab_size=257),
-    "gpt2-small (12 layers, width 768)": ModelConfig(n_layers=12, n_heads=12, d_model=768, d_mlp=2048, n_ctx=2048, vocab_size=50304,
-                                                     tied_embeddings=True),
+    "small": ModelConfig(n_layers=4, n_heads=4, d_model=128, d_mlp=344, n_ctx=2048, vocab_size=257),
+    "gpt2-small": ModelConfig(n_layers=12, n_heads=12, d_model=768, d_mlp=2048, n_ctx=2048, vocab_size=50304, tied_embeddings=True),
 }
 
 
-def seconds_of(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+class Side:
+    """One of the two, in its own process: `seconds, tokens = side(context, n)`."""
+
+    def __init__(self, serve, path: Path, threads: int, environment: dict[str, str]):
+        here, there = multiprocessing.Pipe()
+        kept = dict(os.environ)
+        os.environ.update(environment)                          # a spawned process starts with it
+        self.process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, path, threads), daemon=True)
+        self.process.start()
+        os.environ.clear()
+        os.environ.update(kept)
+        self.pipe = here
+
+    def __call__(self, *request):
+        self.pipe.send(request)
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        self.pipe.send(None)
+        self.process.join()
 
 
-def median_of_each(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Each call's median seconds, taken in turn so that a slow moment falls on all alike."""
-    for call in calls.values():
-        call()
-    taken = [{name: seconds_of(call) for name, call in calls.items()} for _ in range(rounds)]
-    return {name: statistics.median(t[name] for t in taken) for name in calls}
-
-
-def read_floor(model: GPT) -> float:
-    """Seconds to read every weight that one token needs, at the bandwidth of a large matrix-vector product."""
-    matrix, vector = torch.randn(16384, 4096), torch.randn(1, 4096)         # 268 MB: far beyond the caches
-    measured = min(seconds_of(lambda: torch.nn.functional.linear(vector, matrix)) for _ in range(10))
-    needed = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name or model.lm_head is None)
-    return measured * needed / matrix.numel()
+def prompt_of(context: int) -> torch.Tensor:
+    return torch.randint(257, (1, context), generator=torch.Generator().manual_seed(0))
 
 
 @torch.inference_mode()
+def serve_ours(pipe, path: Path, threads: int) -> None:
+    """As sample.py does it; `("recompute", context)` is one pass over everything, `("floor",)` the reading of all weights."""
+    from model.generate import Sampling, generate
+    torch.set_num_threads(threads)
+    model = load_model(path)[0].pack()
+    matrix, vector = torch.randn(4096, 16384).mT, torch.randn(1, 4096)      # 268 MB, laid out as the model's own weights
+    while (request := pipe.recv()) is not None:
+        started, said = time.perf_counter(), []
+        match request:
+            case ("recompute", context):
+                model(prompt_of(context))
+            case ("floor",):
+                torch.nn.functional.linear(vector, matrix)
+            case (context, n):
+                said = [row[0] for row in generate(model, prompt_of(context).tolist(), n, Sampling(temperature=0))]
+        pipe.send((time.perf_counter() - started, said))
+
+
+@torch.inference_mode()
+def serve_transformers(pipe, path: Path, threads: int) -> None:
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    from transformers import AutoModelForCausalLM, logging
+    logging.disable_progress_bar()
+    torch.set_num_threads(threads)
+    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    while (request := pipe.recv()) is not None:
+        (context, n), started = request, time.perf_counter()
+        prompt = prompt_of(context)
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, min_new_tokens=n,
+                             do_sample=False, pad_token_id=0)
+        pipe.send((time.perf_counter() - started, out[0, context:].tolist()))
+
+
+def measure(ours: Side, theirs: Side, context: int, tokens: int, rounds: int) -> dict[str, float]:
+    """Median milliseconds of one decoded token on either side, of recomputing all, and of the prefills."""
+    assert ours(context, 8)[1] == theirs(context, 8)[1], "the two sides must say the same"
+    taken = []
+    for _ in range(rounds):
+        prefill, their_prefill = ours(context, 1)[0], theirs(context, 1)[0]
+        taken.append({"prefill": prefill, "their prefill": their_prefill, "recompute": ours("recompute", context)[0],
+                      "decode": (ours(context, tokens + 1)[0] - prefill) / tokens,
+                      "their decode": (theirs(context, tokens + 1)[0] - their_prefill) / tokens})
+    return {name: statistics.median(t[name] for t in taken) * 1e3 for name in taken[0]}
+
+
 def main() -> None:
     parser = ArgumentParser("python -m bench.sampling", description="Cached decoding against recomputation and against transformers.")
     parser.add_argument("--threads", type=int, default=1, help="default 1")
     parser.add_argument("--tokens", type=int, default=48, help="tokens decoded a round (default 48)")
     parser.add_argument("--rounds", type=int, default=5, help="rounds whose median counts (default 5)")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024], help="tokens already read (default 256 1024)")
-    parser.add_argument("--shape", choices=["small", "gpt2-small"], action="append", help="default: both")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[16, 256, 1024], help="tokens already read (default 16 256 1024)")
+    parser.add_argument("--shape", choices=list(SHAPES), action="append", help="default: both")
     args = parser.parse_args()
-    from transformers import AutoModelForCausalLM
-    torch.set_num_threads(args.threads)
     rows = []
     print(f"{platform.machine()}, torch {torch.__version__}, {args.threads} thread(s), batch 1, fp32")
-    for name, config in SHAPES.items():
-        if args.shape and name.split()[0] not in args.shape:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            model = GPT(config)
+    for name in args.shape or SHAPES:
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            model = GPT(SHAPES[name])
             for p in model.parameters():
                 p.add_(torch.randn_like(p) * 0.02)
             path = save_checkpoint(Path(folder), snapshot(model, {}, {"step": 1}, "", bytes_tokenizer(), copy=False))
-            model = load_model(path)[0].pack()
-            theirs = AutoModelForCausalLM.from_pretrained(path).eval()
-        floor = read_floor(model)
-        print(f"\n{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, read floor {floor * 1e3:.2f} ms a token")
-        for context in args.contexts:
-            prompt = torch.randint(257, (1, context), generator=torch.Generator().manual_seed(0))
-
-            def ours(n: int, prompt=prompt, model=model) -> list[int]:
-                return [row[0] for row in generate(model, prompt.tolist(), n, Sampling(temperature=0))]
-
-            def transformers(n: int, prompt=prompt, theirs=theirs) -> list[int]:
-                out = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
-                return out[0, prompt.shape[1]:].tolist()
-
-            assert ours(8) == transformers(8), "the two sides must say the same"
-            one, many = 1, args.tokens + 1                      # their difference is decoding alone, without the prefill
-            t = median_of_each({"ours 1": lambda: ours(one), "ours": lambda: ours(many), "theirs 1": lambda: transformers(one),
-                                "theirs": lambda: transformers(many), "recompute": lambda: model(prompt)[:, -1]}, args.rounds)
-            a, b = (t["ours"] - t["ours 1"]) / args.tokens, (t["theirs"] - t["theirs 1"]) / args.tokens
-            print(f"  context {context:5}: {b / a:5.2f} × transformers, {t['recompute'] / a:6.1f} × recomputing, {a / floor:5.2f} × the floor    "
-                  f"ours {1 / a:6.0f} tokens/s ({a * 1e3:.2f} ms), transformers {1 / b:6.0f} ({b * 1e3:.2f} ms)", flush=True)
-            rows.append({"model": name, "context": context, "ours_ms": a * 1e3, "transformers_ms": b * 1e3, "recompute_ms": t["recompute"] * 1e3,
-                         "floor_ms": floor * 1e3, "prefill_ms": t["ours 1"] * 1e3, "transformers_prefill_ms": t["theirs 1"] * 1e3})
+            ours = Side(serve_ours, path, args.threads, {"THP_MEM_ALLOC_ENABLE": "1"})      # as sample.py sets it
+            theirs = Side(serve_transformers, path, args.threads, {})
+            read = sum(p.numel() for part, p in model.named_parameters() if "embed" not in part or model.lm_head is None)
+            floor = min(ours("floor")[0] for _ in range(10)) * read / (4096 * 16384) * 1e3
+            print(f"\n{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, read floor {floor:.2f} ms a token")
+            for context in args.contexts:
+                t = measure(ours, theirs, context, args.tokens, args.rounds)
+                a, b = t["decode"], t["their decode"]
+                print(f"  context {context:5}: {b / a:5.2f} × transformers, {t['recompute'] / a:6.1f} × recomputing, {a / floor:5.2f} × "
+                      f"the floor    ours {1e3 / a:6.0f} tokens/s ({a:.2f} ms), transformers {1e3 / b:6.0f} ({b:.2f} ms)", flush=True)
+                rows.append({"model": name, "context": context, "floor_ms": floor} | {f"{k.replace(' ', '_')}_ms": t[k] for k in t})
+            ours.close()
+            theirs.close()
     results = Path(__file__).parent / "results"
     results.mkdir(exist_ok=True)
     with whole_file(results / "sampling.json", "w") as file:

@@ -133,8 +133,8 @@ def main() -> None:
                 for seed in range(args.seeds)]
         seconds, tokens = (statistics.median(run[key] for run in ours) for key in ("seconds", "tokens"))
         passed = sum(run["reached"] is not None for run in ours)
-        print(f"{threads} thread(s): ours takes {seconds / plain['seconds']:.3f} of the time and {tokens / plain['tokens']:.3f} of the tokens "
-              f"to pass {plain['loss']:.4f} ({passed} of {len(ours)} seeds)\n"
+        print(f"{threads} thread(s): ours takes {seconds / plain['seconds']:.3f} of the time and {tokens / plain['tokens']:.3f} of "
+              f"the tokens to pass {plain['loss']:.4f} ({passed} of {len(ours)} seeds)\n"
               f"  plain {plain['seconds']:7.1f} s  {plain['tokens']:>10,} tokens\n"
               f"  ours  {seconds:7.1f} s  {tokens:>10,.0f} tokens", flush=True)
         rows.append({"threads": threads, "ratio_seconds": seconds / plain["seconds"], "ratio_tokens": tokens / plain["tokens"],
@@ -148,7 +148,8 @@ def main() -> None:
             print(f"  {name:30} {end['loss']:.4f}  {end['seconds']:6.1f} s", flush=True)
             ablations.append({"without": name, "loss": end["loss"], "seconds": end["seconds"]})
     with whole_file(results / "time_to_loss.json", "w") as file:
-        json.dump({"text": text.name, "torch": torch.__version__, "machine": platform.platform(), "runs": rows, "ablations": ablations}, file, indent=1)
+        json.dump({"text": text.name, "torch": torch.__version__, "machine": platform.platform(), "runs": rows,
+                   "ablations": ablations}, file, indent=1)
 
 
 if __name__ == "__main__":

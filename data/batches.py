@@ -135,7 +135,7 @@ class RepeatRows:
     def row(self, n: int) -> np.ndarray:
         draw = np.random.Generator(np.random.Philox(key=random_key(self.seed, self.stream, n)))
         block = draw.choice(self.vocabulary, size=draw.choice(self.periods), replace=False)
-        return np.concatenate([[self.end_of_text], np.resize(block, self.n_ctx)])
+        return np.array([self.end_of_text, *np.resize(block, self.n_ctx)], dtype=np.int64)
 
 
 def repeat_vocabulary(config: RepeatsConfig, end_of_text: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -156,7 +156,7 @@ class Quotas:
     """
 
     def __init__(self, entries: list[MixtureEntry], windows_per_step: int):
-        ends = sorted({e.until for e in entries if e.until}) + [None]
+        ends = [*sorted({e.until for e in entries if e.until}), None]
         self.phases: list[tuple[int, list[tuple[str, Fraction]], dict[str, int]]] = []
         first, had = 0, dict.fromkeys((e.corpus for e in entries), 0)
         for end in ends:

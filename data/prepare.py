@@ -70,7 +70,7 @@ def _prepare(corpus: TextCorpus, config: DataConfig, folder: Path, key: str) -> 
     pieces = corpus.pieces()
     skipped = sum(len(piece.text) for piece in islice(pieces, sum(part["pieces"] for part in journal)))
     done = sum(part["train"]["tokens"] + part["val"]["tokens"] for part in journal)
-    with _progress(corpus, folder, skipped) as bar:
+    with _progress(corpus, skipped) as bar:
         while not (limit and done >= limit):
             part = list(_until_bytes(pieces, PART_BYTES))
             if not part:
@@ -91,7 +91,8 @@ def _prepare(corpus: TextCorpus, config: DataConfig, folder: Path, key: str) -> 
         "format": FORMAT, "key": key, "corpus": corpus.name, "data": config.model_dump(), "tokenizer": tokenizer.hash,
         "hash": hashlib.sha256("".join([tokenizer.hash, *hashes]).encode()).hexdigest(), "shards": shards})
     (folder / "journal.json").unlink(missing_ok=True)
-    print(f"prepared   {folder}: {_millions(shards['train'])} tokens to train on, {_millions(shards['val'])} held out", file=sys.stderr)
+    print(f"prepared   {folder}: {_millions(shards['train'])} tokens to train on, {_millions(shards['val'])} held out",
+          file=sys.stderr)
 
 
 def is_validation(text: bytes, fraction: float) -> bool:
@@ -187,9 +188,10 @@ def _write_json(path: Path, value: object) -> None:
         json.dump(value, file, indent=1)
 
 
-def _progress(corpus: TextCorpus, folder: Path, done: int):
+def _progress(corpus: TextCorpus, done: int):
     from tqdm import tqdm
-    return tqdm(total=corpus.size(), initial=done, unit="B", unit_scale=True, desc="encoding", mininterval=0.5 if sys.stderr.isatty() else 10)
+    return tqdm(total=corpus.size(), initial=done, unit="B", unit_scale=True, desc="encoding",
+                mininterval=0.5 if sys.stderr.isatty() else 10)
 
 
 def _millions(shards: list[dict]) -> str:
@@ -204,7 +206,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change a value of the config")
     parser.add_argument("--verify", action="store_true", help="read every byte of finished shards and check it against the manifest")
     args = parser.parse_args()
-    from training.config import load_config     # the command reads the whole file; this module needs its data part alone
+    from training.config import load_config  # the command reads the whole file; this module needs its data part alone
     config = load_config(args.config, args.overrides)
     if config.data.text_corpus is None:
         print("nothing to prepare: all rows of this config are synthetic")

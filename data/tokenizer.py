@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +189,7 @@ def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         parts = [bytes([b]) for b in token]
         while len(parts) > 2:
-            candidates = [(ranks.get(a + b, rank), n) for n, (a, b) in enumerate(zip(parts, parts[1:]))]
+            candidates = [(ranks.get(a + b, rank), n) for n, (a, b) in enumerate(pairwise(parts))]
             lowest, n = min(candidates)
             if lowest >= rank:
                 break

@@ -69,8 +69,7 @@ def _sdpa(q, k, v, causal, window, segments, scale, return_lse):
 @torch.no_grad()
 def _chunked_lse(q, k, causal, window, segments, scale, chunk: int = 128) -> Tensor:
     """lse (B, H, T) float32 from `chunk` rows of scores at a time, so that memory grows with S and not with T × S."""
-    B, H, T, D = q.shape
-    K, S = k.shape[1:3]
+    (_, H, T, D), (_, K, S, _) = q.shape, k.shape
     grouped = q.unflatten(1, (K, H // K)).float()                                       # (B, K, H/K, T, D)
     keys = k[:, :, None].float().mT * (D ** -0.5 if scale is None else scale)           # (B, K, 1, D, S)
     lse = []

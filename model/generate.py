@@ -41,7 +41,7 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, samp
     draws = draws.to(model.embed.weight.device)
     ended = [False] * len(rows)
     forgotten = [0] * len(rows)                             # tokens of each row that the context no longer holds
-    cache = None
+    cache, chosen = None, None
     for n in range(max_tokens):
         if cache is None:
             forgotten = [f if len(row) - f <= n_ctx else len(row) - max(1, n_ctx // 2) for row, f in zip(rows, forgotten)]

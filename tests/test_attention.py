@@ -91,10 +91,11 @@ def test_a_token_changes_nothing_before_it():
 
 
 def test_a_row_that_sees_nothing_is_zero():
-    pattern, lse = attention_pattern(torch.randn(1, 1, 3, 4), torch.randn(1, 1, 2, 4), causal=False, window=1)
-    assert lse.shape == (1, 1, 3) and torch.isfinite(lse).all()
-    sees = visible(2, 2)
-    assert sees.tolist() == [[True, False], [True, True]]
+    """Queries before the first key: only the definition can express them, attention() refuses."""
+    q, k = torch.randn(1, 1, 3, 4), torch.randn(1, 1, 2, 4)
+    pattern, lse = attention_pattern(q, k)
+    assert pattern[0, 0, 0].tolist() == [0, 0] and lse[0, 0, 0] == -inf and torch.isfinite(lse[0, 0, 1:]).all()
+    assert visible(2, 2).tolist() == [[True, False], [True, True]]
 
 
 def test_decode_takes_slots_in_any_order():

@@ -15,7 +15,8 @@ CONFIGS = {path.stem: path for path in sorted(ROOT.glob("configs/**/*.yaml")) if
 def test_three_steps(name, workplace):
     config = load_config(CONFIGS[name])
     windows = 1 if config.model.n_ctx >= 1024 else 4
-    overrides = ["train.steps=3", f"train.batch_tokens={windows * config.model.n_ctx}", "eval.tokens=1024", "log.every=1", "log.wandb=disabled"]
+    overrides = ["train.steps=3", f"train.batch_tokens={windows * config.model.n_ctx}", "eval.tokens=1024", "log.every=1",
+                 "log.wandb=disabled"]
     if config.data.text_corpus in ("hub", "files"):
         overrides += ["data.corpus=files", "data.files=[texts/*.txt]"]
         if config.data.tokenizer.kind not in ("bytes", "bpe"):

@@ -63,8 +63,9 @@ def test_no_code_of_ours_is_needed(trained, tmp_path):
     assert text == "import os" + tokenizer.decode(ours)
 
 
-@pytest.mark.parametrize("kind", [{"position": "learned"}, {"position": "sinusoidal", "tied_embeddings": True}, {"position": "none", "mlp": "none"},
-                                  {"smear": True}, {"mlp": "gelu"}, {"mlp": "relu2", "qk_norm": True}, {"window": [3, 5]}])
+@pytest.mark.parametrize("kind", [{"position": "learned"}, {"position": "sinusoidal", "tied_embeddings": True},
+                                  {"position": "none", "mlp": "none"}, {"smear": True},
+                                  {"mlp": "gelu"}, {"mlp": "relu2", "qk_norm": True}, {"window": [3, 5]}])
 @torch.no_grad()
 def test_what_has_no_form_there_is_saved_the_same_way(kind, tmp_path):
     model = make(**kind)

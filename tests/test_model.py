@@ -1,6 +1,7 @@
 """The network: cached decoding against the full pass, positions, loss, initial weights."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_cached_logits_are_the_full_pass(kind):
     full = model(tokens)
     for cuts in ([0, 24], [0, 7, 8, 9, 16, 17, 24], list(range(25))):               # one prefill, chunks, token by token
         cache = KVCache(model.config, 3, 24)
-        chunks = [model(tokens[:, a:b], cache=cache) for a, b in zip(cuts, cuts[1:])]
+        chunks = [model(tokens[:, a:b], cache=cache) for a, b in pairwise(cuts)]
         assert torch.allclose(torch.cat(chunks, 1), full, atol=1e-4)
 
 

@@ -53,8 +53,8 @@ def test_the_context_ends_with_a_word_or_slides(trained):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["runs/nothing"], "no such run"), (["RUN", "--top-k", "0"], "--top-k"), (["RUN", "--temperature", "-1"], "--temperature"),
-    (["RUN", "--max-tokens", "x"], "--max-tokens"), (["RUN", "--file", "nothing.txt"], "nothing.txt"), (["RUN", "--device", "cuda:7"], "cuda:7"),
-    ([], "run"),
+    (["RUN", "--max-tokens", "x"], "--max-tokens"), (["RUN", "--file", "nothing.txt"], "nothing.txt"),
+    (["RUN", "--device", "cuda:7"], "cuda:7"), ([], "run"),
 ])
 def test_mistakes(trained, arguments, words):
     fails(command("sample.py", *[str(trained) if a == "RUN" else a for a in arguments]), words)

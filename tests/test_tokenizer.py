@@ -16,6 +16,8 @@ from errors import UserError
 
 TEXT = ["The cat sat on the mat.\n\n    def f(x):\n        return x + 1  # don't\n", "Ünïcödé 漢字 🙂\t\r\n 12345"] * 50
 POOL = "ab c\n\t  'll \r\n don't 123 éü漢字🙂 \u00a0\u2003 <|endoftext|>x _=() \n\n   if   The cat"
+POSSESSIVE = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+              r"|\s+(?!\S)|\s")
 TEXT.append(Path(random.__file__).read_text())
 TOKENIZERS = {"bpe": train_bpe(iter(TEXT), 400), "bytes": bytes_tokenizer()}
 
@@ -78,8 +80,8 @@ def test_encodings_are_found_by_name(monkeypatch, tmp_path):
         "def tiny():\n"
         f"    ranks = train_bpe(iter({TEXT!r}), 400).ranks\n"
         "    return dict(name='tiny', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 401, '<|other|>': 410},\n"
-        r"""                pat_str=r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")"""
-        "\nENCODING_CONSTRUCTORS = {'tiny': tiny}\n")
+        f"                pat_str={POSSESSIVE!r})\n"
+        "ENCODING_CONSTRUCTORS = {'tiny': tiny}\n")
     import tiktoken.registry as registry
     import tiktoken_ext
     from conftest import ROOT
@@ -106,7 +108,7 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch, tmp_path):
     for name in ("HTTPS_PROXY", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")             # nobody listens there
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    with pytest.raises(UserError, match="data.tokenizer.kind=gpt2 needs one download") as caught:
+    with pytest.raises(UserError, match=r"data\.tokenizer\.kind=gpt2 needs one download") as caught:
         named_encoding("gpt2")
     assert "TIKTOKEN_CACHE_DIR" in str(caught.value)
 

@@ -42,8 +42,8 @@ def test_a_run_holds_what_the_readme_says(trained):
     assert (trained / "checkpoints" / "best").exists()
     checkpoint = find_checkpoint(trained)
     names = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
-    assert names == {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "manifest.json",
-                     "training_state/optimizer.safetensors", "training_state/state.json", "training_state/config.yaml"}
+    assert names == {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+                     "manifest.json", "training_state/optimizer.safetensors", "training_state/state.json", "training_state/config.yaml"}
     records = metrics(trained)
     assert list(records) == list(range(1, 13))
     assert records[3].keys() == {"step", "tokens", "train/loss", "train/lr", "train/grad_norm"}
@@ -116,8 +116,8 @@ def test_finishing_extending_and_starting_from_weights(workplace):
     longer = train("runs/tiny", "train.steps=15")
     assert longer.returncode == 0 and "continuing runs/tiny" in longer.stdout
     assert list(metrics(Path("runs/tiny"))) == list(range(1, 16))
-    tuned = train("tiny.yaml", "run=tuned", "init_from=runs/tiny", "data.tokenizer={kind: runs/tiny/checkpoints/latest}", "optimizer.lr=1e-9",
-                  "optimizer.adam_lr=1e-9", "train.steps=1")
+    tuned = train("tiny.yaml", "run=tuned", "init_from=runs/tiny", "data.tokenizer={kind: runs/tiny/checkpoints/latest}",
+                  "optimizer.lr=1e-9", "optimizer.adam_lr=1e-9", "train.steps=1")
     assert tuned.returncode == 0, tuned.stderr
     a, b = (load_model(find_checkpoint(f"runs/{name}"))[0] for name in ("tiny", "tuned"))
     assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(a.parameters(), b.parameters()))

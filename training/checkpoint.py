@@ -138,8 +138,8 @@ def find_checkpoint(where: str | Path) -> Path:
     if (path / "manifest.json").exists() and (path / "config.json").exists():
         return path.resolve()
     if not path.exists():
-        near = [p.name for p in path.parent.glob("*") if p.is_dir()] if path.parent.is_dir() else []
-        raise UserError(f"{where}: no such run or checkpoint" + (f"; there are {', '.join(sorted(near)[:8])} in {path.parent}" if near else ""))
+        near = sorted(p.name for p in path.parent.glob("*") if p.is_dir())[:8] if path.parent.is_dir() else []
+        raise UserError(f"{where}: no such run or checkpoint" + (f"; there are {', '.join(near)} in {path.parent}" if near else ""))
     whole = whole_checkpoints(path if path.name == "checkpoints" else path / "checkpoints")
     if not whole:
         raise UserError(f"{where}: holds no checkpoint (train first, or name runs/NAME or runs/NAME/checkpoints/STEP)")

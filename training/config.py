@@ -89,11 +89,10 @@ class Config(Settings):
         if tokens % n_ctx:
             yield ("train.batch_tokens", "model.n_ctx"), (f"train.batch_tokens={tokens} must be a multiple of model.n_ctx={n_ctx} "
                                        f"(try {max(1, round(tokens / n_ctx)) * n_ctx})")
-        elif self.train.micro_batch and self.windows_per_step % self.train.micro_batch:
-            fits = [m for m in range(1, self.windows_per_step + 1) if self.windows_per_step % m == 0]
-            near = min(fits, key=lambda m: abs(m - self.train.micro_batch))
-            yield ("train.micro_batch", "train.batch_tokens", "model.n_ctx"), (f"train.micro_batch={self.train.micro_batch} must divide the {self.windows_per_step} windows of "
-                               f"train.batch_tokens={tokens} (try {near})")
+        elif (micro := self.train.micro_batch) and (windows := self.windows_per_step) % micro:
+            near = min((m for m in range(1, windows + 1) if windows % m == 0), key=lambda m: abs(m - micro))
+            yield ("train.micro_batch", "train.batch_tokens", "model.n_ctx"), (
+                f"train.micro_batch={micro} must divide the {windows} windows of train.batch_tokens={tokens} (try {near})")
         longest = self.data.repeats.period[-1]
         if "repeats" in self.data.corpora and 2 * longest > n_ctx:
             yield ("data.repeats.period", "model.n_ctx"), (f"data.repeats.period={self.data.repeats.period} does not fit twice into "

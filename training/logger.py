@@ -36,7 +36,7 @@ class Metrics:
                     continue                        # torn by a kill
         with whole_file(path) as file:
             file.writelines(kept)
-        self.file = open(path, "ab", buffering=0)   # one write a line, so that a kill cannot tear it
+        self.file = open(path, "ab", buffering=0)   # noqa: SIM115  one write a line, so that a kill cannot tear it
 
     def write(self, record: dict[str, float]) -> None:
         self.file.write((json.dumps({k: _finite(v) for k, v in record.items()}) + "\n").encode())

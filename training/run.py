@@ -44,10 +44,10 @@ def config_of(target: str, overrides: list[str]) -> tuple[Config, Path]:
         return config, Path(target)
     config = load_config(target, overrides)
     folder = Path("runs") / config.run
-    if (folder / "config.yaml").exists():
-        if changed := differences(load_config(folder / "config.yaml"), config, list(Config.model_fields)):
-            raise UserError(f"{folder} holds a run of another config ({'; '.join(changed[:3])}{'; …' if changed[3:] else ''})\n"
-                            f"  continue it with: python train.py {folder}   or begin another with: run=NEW")
+    if (folder / "config.yaml").exists() and (
+            changed := differences(load_config(folder / "config.yaml"), config, list(Config.model_fields))):
+        raise UserError(f"{folder} holds a run of another config ({'; '.join(changed[:3])}{'; …' if changed[3:] else ''})\n"
+                        f"  continue it with: python train.py {folder}   or begin another with: run=NEW")
     return config, folder
 
 
