@@ -5,7 +5,6 @@ taking turns, medians. The floor is the time that reading every weight once take
 run: no decoder of one token at a time can be faster.
 """
 
-import json
 import multiprocessing
 import os
 import platform
@@ -16,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from bench import results
 from data.tokenizer import bytes_tokenizer
 from errors import ArgumentParser, run_command
-from files import whole_file
 from model.config import ModelConfig
 from model.gpt import GPT
 from training.checkpoint import load_model, save_checkpoint, snapshot
@@ -130,10 +129,7 @@ def main() -> None:
                 rows.append({"model": name, "context": context, "floor_ms": floor} | {f"{k.replace(' ', '_')}_ms": t[k] for k in t})
             ours.close()
             theirs.close()
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    with whole_file(results / "sampling.json", "w") as file:
-        json.dump({"torch": torch.__version__, "threads": args.threads, "machine": platform.platform(), "rows": rows}, file, indent=1)
+    results.write("sampling", {"threads": args.threads, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Both are trained in one process on the same bytes and judged on the same validat
 The plain recipe is bench/baseline.py, ours is configs/shakespeare_char.yaml; `--ablate` takes ours apart.
 """
 
-import json
 import platform
 import statistics
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from bench import results
 from bench.baseline import PlainGPT, Recipe
 from data.batches import Batch
 from data.corpus import pydoc_topics, stdlib_files
@@ -115,9 +115,7 @@ def main() -> None:
     parser.add_argument("--ablate", action="store_true", help="also our recipe without each ingredient")
     args = parser.parse_args()
 
-    results = ROOT / "bench" / "results"
-    results.mkdir(parents=True, exist_ok=True)
-    text = Path(args.text) if args.text else default_text(results)
+    text = Path(args.text) if args.text else default_text(results.folder())
     fixed = [f"data.files=[{text}]", "data.val_fraction=0.1"]
     config = load_config(CONFIG, [*fixed, *args.overrides])
     recipe = Recipe(steps=args.steps)
@@ -147,9 +145,7 @@ def main() -> None:
             end = train_ours(changed, data, validation, None)
             print(f"  {name:30} {end['loss']:.4f}  {end['seconds']:6.1f} s", flush=True)
             ablations.append({"without": name, "loss": end["loss"], "seconds": end["seconds"]})
-    with whole_file(results / "time_to_loss.json", "w") as file:
-        json.dump({"text": text.name, "torch": torch.__version__, "machine": platform.platform(), "runs": rows,
-                   "ablations": ablations}, file, indent=1)
+    results.write("time_to_loss", {"text": text.name, "runs": rows, "ablations": ablations})
 
 
 if __name__ == "__main__":
