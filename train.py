@@ -3,10 +3,11 @@
 A run directory in place of the file continues that run: `python train.py runs/quickstart`.
 """
 
+import os
 from math import log
 from pathlib import Path
 
-from errors import ArgumentParser, run_command
+from errors import ArgumentParser, UserError, run_command
 
 
 def train(config, folder: Path) -> None:
@@ -18,6 +19,8 @@ def train(config, folder: Path) -> None:
     from training.optimizer import Optimizer
     from training.run import Run, newest_state
 
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("torchrun: training in several processes is not built yet; start one process: python train.py …")
     begun = newest_state(folder)
     if begun["step"] >= config.train.steps:
         print(f"{folder} is finished: {begun['step']} steps; to go further: python train.py {folder} train.steps={2 * begun['step']}")
@@ -69,7 +72,6 @@ def due(step: int, every: int) -> bool:
 
 def build_model(config, tokenizer):
     """A new model for `tokenizer`'s vocabulary, with the weights of `init_from` where the config names a run."""
-    from errors import UserError
     from model.gpt import GPT
     from training.checkpoint import find_checkpoint, load_weights
     size = config.model.vocab_size or tokenizer.n_vocab

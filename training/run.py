@@ -96,11 +96,11 @@ class Run:
             self.optimizer.load_state_dict(load_optimizer(checkpoint))
 
     def _open(self) -> None:
+        self.git = git_revision()
         with self.explained("opening"):
             with whole_file(self.folder / "config.yaml", "w") as file:
-                file.write(dump_config(self.config))
+                file.write(f"# git {self.git}, torch {torch.__version__}\n{dump_config(self.config)}")
             self.metrics = Metrics(self.folder / "metrics.jsonl", self.step)
-        self.git = git_revision()
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         self.console = Console(self.step, self.config.train.steps)
         self.say = self.console.say
