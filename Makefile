@@ -9,7 +9,7 @@ quickstart: .venv/installed
 	@echo
 	$(BIN)/python sample.py runs/quickstart "def " --max-tokens 120 --slide
 	@echo
-	@echo "sample more   $(BIN)/python sample.py runs/quickstart \"class \" -n 3"
+	@echo "sample more   $(BIN)/python sample.py runs/quickstart \"class \" -n 3 --max-tokens 40"
 	@echo "train longer  $(BIN)/python train.py runs/quickstart train.steps=4600"
 
 test: .venv/installed
@@ -20,5 +20,6 @@ venv: .venv/installed
 # Made anew where it is missing or broken, brought up to date where requirements.txt is newer.
 .venv/installed: requirements.txt
 	@$(BIN)/python -c "" 2>/dev/null || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+	@echo "installing the pinned requirements into .venv (a minute or two)"
+	@$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
 	@touch $@

@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Callable
 
+LOCAL = {"model", "kernels", "data", "training", "settings", "files", "errors"}
+
 
 class UserError(Exception):
     """Something the user can mend. The message names the thing, its value and the fix."""
@@ -18,7 +20,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit: 0 done, 2 the user can mend it, 130 interrupted."""
+    """Run a command's `main` and exit: 0 done, 2 the user can mend it, 130 interrupted, 141 nobody reads on."""
     try:
         code = main() or 0
         sys.stdout.flush()                          # a closed pipe shows itself here, not at interpreter exit
@@ -28,7 +30,13 @@ def run_command(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 130
-    except BrokenPipeError:                         # `… | head` has read enough
+    except BrokenPipeError:                         # `… | head` has read enough: end as SIGPIPE would
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = 141
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in LOCAL:
+            raise
+        print(f"error: {error.name} is not installed for {sys.executable}\n"
+              "  source .venv/bin/activate   (`make venv` makes that environment)", file=sys.stderr)
+        code = 2
     sys.exit(code)

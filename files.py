@@ -11,6 +11,9 @@ from filelock import FileLock, Timeout
 
 from errors import UserError
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO,
+               errno.ENOTDIR, errno.EISDIR, errno.EEXIST)               # the last: a dangling link where a folder should be
+
 
 @contextlib.contextmanager
 def whole_file(path: Path, mode: str = "wb") -> Iterator:
@@ -60,6 +63,6 @@ def explain_disk_errors(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EIO):
+        if error.errno not in DISK_ERRORS:
             raise
         raise UserError(f"{what}: {error.strerror} ({error.filename or 'disk'})\n  {advice}") from None

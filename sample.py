@@ -12,26 +12,27 @@ from errors import ArgumentParser, UserError, run_command
 
 def main() -> None:
     args = parse_arguments()
+    for stream in (sys.stdin, sys.stdout):                      # bytes that are no UTF-8 pass through as they are
+        stream.reconfigure(errors="surrogateescape")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # large pages: on a CPU, weights are read a third faster
-    import torch
-
     from model.generate import Sampling, generate
     from training.checkpoint import find_checkpoint, load_model
     from training.device import choose_device
-    device = choose_device(args.device)
+    device = choose_device(args.device, "--device ")
     model, tokenizer = load_model(find_checkpoint(args.run), device)
     model.pack()
     sampling = Sampling(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
 
     def complete(prompts: list[str], show=None) -> list[dict]:
         """Continue `prompts`; `show` is given (row, text) as it comes."""
-        ids = [tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text] for prompt in prompts]
+        ids = [tokenizer.encode(prompt.encode("utf-8", "surrogateescape")).tolist() or [tokenizer.end_of_text] for prompt in prompts]
         longest = max(map(len, ids))
         if longest > model.config.n_ctx and not args.slide:
             raise UserError(f"a prompt of {longest} tokens is longer than the model's context of {model.config.n_ctx}\n"
                             "  shorten it, or use --slide to read its end alone")
         rows = [Row(tokenizer, args.stop) for _ in prompts]
-        for tokens in generate(model, ids, args.max_tokens, sampling, seed=args.seed, end=tokenizer.end_of_text, slide=args.slide):
+        for tokens in generate(model, ids, args.max_tokens, sampling, seed=args.seed, end=tokenizer.end_of_text,
+                               slide=args.slide, n_tokens=tokenizer.n_vocab):
             for r, (row, token) in enumerate(zip(rows, tokens)):
                 if token is not None and not row.ended and (text := row.add(token)) and show:
                     show(r, text)
@@ -40,11 +41,10 @@ def main() -> None:
         for r, row in enumerate(rows):
             if (text := row.finish()) and show:
                 show(r, text)
-            if row.ended is None and len(row.tokens) < args.max_tokens:
-                print(f"note: row {r} filled the context of {model.config.n_ctx} tokens; --slide goes on", file=sys.stderr)
+        if any(row.ended is None and len(row.tokens) < args.max_tokens for row in rows):
+            print(f"{chr(10) if show else ''}note: the context of {model.config.n_ctx} tokens is full; --slide goes on", file=sys.stderr)
         return [{"prompt": prompt, "text": row.text, "tokens": row.tokens} for prompt, row in zip(prompts, rows)]
 
-    torch.manual_seed(args.seed)
     if args.interactive:
         return interact(complete)
     prompts = [prompt for prompt in read_prompts(args) for _ in range(args.n)]
@@ -57,7 +57,7 @@ def main() -> None:
     started = time.monotonic()
     done = complete(prompts, (lambda r, text: print(f"[{r}] {text!r}", flush=True)) if stream else None)
     if args.json:
-        print(json.dumps(done, ensure_ascii=False, indent=1))
+        print("[" + ",\n ".join(json.dumps(row, ensure_ascii=False) for row in done) + "]")
     elif not stream:
         print("\n---\n".join(row["prompt"] + row["text"] for row in done))
         tokens = sum(len(row["tokens"]) for row in done)
@@ -79,12 +79,15 @@ class Row:
         """Take a token; the text that has become certain."""
         self.tokens.append(token)
         if token == self.tokenizer.end_of_text:
+            rest = self.finish()
             self.ended = "end of text"
-            return self.finish()
+            return rest
         return self._settle(self.decoder.decode(self.tokenizer.token_bytes[token]))
 
     def finish(self) -> str:
         """The text that was still held back."""
+        if self.ended:
+            return ""
         rest = self._settle(self.decoder.decode(b"", final=True))
         held, self.held = self.held, ""
         self.text += held
@@ -110,6 +113,8 @@ def interact(complete) -> None:
             prompt = input("> " if terminal else "")
         except EOFError:
             return
+        if not prompt:
+            continue
         print(prompt, end="", flush=True)
         try:
             complete([prompt], lambda _, text: print(text, end="", flush=True))
@@ -119,15 +124,16 @@ def interact(complete) -> None:
 
 
 def read_prompts(args) -> list[str]:
-    if args.file:
-        try:
-            lines = Path(args.file).read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--file {args.file}: cannot be read ({error})") from None
-        if not any(lines):
-            raise UserError(f"--file {args.file}: holds no prompt (one a line)")
-        return args.prompt + [line for line in lines if line]
-    return [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt or [""]]
+    given = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
+    if args.file is None:
+        return given or [""]
+    try:
+        lines = [line.rstrip("\r") for line in Path(args.file).read_text("utf-8", "surrogateescape").split("\n")]
+    except OSError as error:
+        raise UserError(f"--file {args.file}: cannot be read ({error.strerror})") from None
+    if not any(lines):
+        raise UserError(f"--file {args.file}: holds no prompt (one a line)")
+    return given + [line for line in lines if line]
 
 
 def parse_arguments():
@@ -140,8 +146,8 @@ def parse_arguments():
     parser.add_argument("--max-tokens", type=at_least(int, 1), default=200, metavar="N", help="longest continuation (default 200)")
     parser.add_argument("--temperature", type=at_least(float, 0), default=0.8, metavar="T", help="0 is greedy (default 0.8)")
     parser.add_argument("--top-k", type=at_least(int, 1), metavar="K", help="choose among the K likeliest tokens")
-    parser.add_argument("--top-p", type=at_least(float, 0), metavar="P", help="choose among the likeliest that together reach P")
-    parser.add_argument("--min-p", type=at_least(float, 0), metavar="P", help="leave out tokens below P times the likeliest")
+    parser.add_argument("--top-p", type=between(float, 1e-9, 1), metavar="P", help="choose among the likeliest that together reach P")
+    parser.add_argument("--min-p", type=between(float, 0, 1), metavar="P", help="leave out tokens below P times the likeliest")
     parser.add_argument("--repetition-penalty", type=at_least(float, 0.01), default=1.0, metavar="R",
                         help="above 1: repeat less (default 1)")
     parser.add_argument("--seed", type=at_least(int, 0), default=0, metavar="S", help="same seed, same text (default 0)")
@@ -151,17 +157,25 @@ def parse_arguments():
     parser.add_argument("--interactive", action="store_true", help="read prompts line by line until the end of input")
     parser.add_argument("--json", action="store_true", help='print [{"prompt": …, "text": …, "tokens": […]}]')
     parser.add_argument("--device", default="auto", help="cuda, cpu, mps (default: the first there is)")
-    return parser.parse_args()
+    args = parser.parse_intermixed_args()       # prompts may stand behind options
+    if args.interactive and (args.prompt or args.file or args.json or args.n > 1):
+        raise UserError("--interactive reads its prompts by itself, one at a time: leave out prompt, --file, --json and -n")
+    return args
+
+
+def between(kind, low, high):
+    """A number of `kind` in a range, as argparse takes it; its name makes the error readable."""
+    def number(text: str):
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+    number.__name__ = f"{'whole number' if kind is int else 'number'} from {low:g} to {high:g},"
+    return number
 
 
 def at_least(kind, low):
-    def number(text: str):
-        value = kind(text)
-        if not low <= value < float("inf"):
-            raise ValueError
-        return value
-    number.__name__ = f"{'whole number' if kind is int else 'number'} of at least {low},"
-    return number
+    return between(kind, low, 2 ** 62)
 
 
 if __name__ == "__main__":

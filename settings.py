@@ -88,8 +88,10 @@ def read_file(path: str | Path) -> dict:
         tree = read_yaml(Path(path).read_text("utf-8"), str(path))
     except FileNotFoundError:
         folder = Path(path).parent
-        near = difflib.get_close_matches(Path(path).name, [p.name for p in folder.glob("*.yaml")], 1)
-        raise UserError(f"{path}: no such file" + (f"; did you mean {folder / near[0]}?" if near else "")) from None
+        here = {p.name: p for p in folder.glob("*") if p.is_dir() or p.suffix == ".yaml"}
+        near = difflib.get_close_matches(Path(path).name, list(here), 1)
+        found = [here[near[0]]] if near else sorted(Path("configs").glob(f"**/{Path(path).stem}.yaml"))
+        raise UserError(f"{path}: no such file" + (f"; did you mean {found[0]}?" if found else "")) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(tree, dict):
@@ -154,12 +156,16 @@ def _mistakes(e: dict, kind: type[Settings]) -> Iterator[tuple[list[str], str]]:
         yield from (([inside + k for k in keys], message) for keys, message in cause.conflicts)
     elif e["type"] == "extra_forbidden":
         known = list(_settings_at(kind, e["loc"][:-1]).model_fields)
-        near = difflib.get_close_matches(str(e["loc"][-1]), known, 1, 0.5)
+        inside = key[:-len(str(e["loc"][-1]))]
+        near = [inside + k for k in difflib.get_close_matches(str(e["loc"][-1]), known, 1, 0.5)]
+        near = near or [path for path in _paths(kind) if path.rsplit(".", 1)[-1] == e["loc"][-1]]
         yield [key], f"unknown key {key}; " + (f"did you mean {near[0]}?" if near else f"keys here: {', '.join(known)}")
     elif e["type"] == "missing":
         yield [key], f"{key} is missing"
     elif e["type"] in ("model_type", "model_attributes_type"):
         yield [key], f"{key}={e['input']!r}: keys are expected here: {', '.join(_settings_at(kind, e['loc']).model_fields)}"
+    elif e["type"] == "list_type":
+        yield [key], f"{key}={e['input']!r} must be a list (try {key}='[{e['input']}]')"
     else:
         yield [key], f"{key}={e['input']!r}: {cause or e['msg'][0].lower() + e['msg'][1:]}"
 
@@ -169,12 +175,20 @@ def _touches(a: str, b: str) -> bool:
 
 
 def _source(key: str, source: str, overridden: Sequence[str]) -> str:
-    return "command line" if any(key == p or key.startswith(p + ".") for p in overridden) else source
+    return "command line" if any(_touches(key, path) for path in overridden) else source
 
 
 def _key(loc: Sequence[Any]) -> str:
     # pydantic adds the names of union members to the path ("window.int"); a user's keys have no such parts
     return ".".join(str(part) for part in loc if not re.fullmatch(r"int|list\[.*\]|constrained-int|function-.*|float|str|none", str(part)))
+
+
+def _paths(kind: type[Settings], inside: str = "") -> Iterator[str]:
+    """Every key below `kind`, as a path."""
+    for name, field in kind.model_fields.items():
+        yield inside + name
+        if below := _settings_in(field.annotation):
+            yield from _paths(below, f"{inside}{name}.")
 
 
 def _settings_at(kind: type[Settings], loc: Sequence[Any]) -> type[Settings]:

@@ -10,11 +10,16 @@ from pathlib import Path
 from errors import ArgumentParser, UserError, run_command
 
 
-def train(config, folder: Path) -> None:
-    """Train a model as `config` says, in the run directory `folder`, continuing where its newest checkpoint is."""
+def train(config, folder: Path, changed: list[str]) -> None:
+    """Train a model as `config` says, in the run directory `folder`, continuing where its newest checkpoint is.
+
+    `changed` says how the config differs from the one the run was begun with.
+    """
     import torch
 
     from data.dataset import Dataset
+    from model.huggingface import obstacles
+    from training.checkpoint import point_at_newest
     from training.device import choose_device, choose_micro_batch, choose_precision, training_loss
     from training.optimizer import Optimizer
     from training.run import Run, newest_state
@@ -23,7 +28,9 @@ def train(config, folder: Path) -> None:
         raise UserError("torchrun: training in several processes is not built yet; start one process: python train.py …")
     begun = newest_state(folder)
     if begun["step"] >= config.train.steps:
-        print(f"{folder} is finished: {begun['step']} steps; to go further: python train.py {folder} train.steps={2 * begun['step']}")
+        point_at_newest(folder / "checkpoints")
+        print(f"{folder} is finished: {begun['step']} steps; to go further: python train.py {folder} train.steps={2 * begun['step']}"
+              + (f"\n  nothing was changed ({'; '.join(changed)})" if changed else ""))
         return
 
     device = choose_device(config.train.device)
@@ -32,14 +39,19 @@ def train(config, folder: Path) -> None:
     data = Dataset(config.data, config.seed, begun["data"].get("folder"))
     batches = data.training(config.train.batch_tokens, config.model.n_ctx)
     validation = data.validation(config.eval.tokens, config.model.n_ctx, micro_batch)
-    model = build_model(config, data.tokenizer).to(device)
+    model = build_model(config, data.tokenizer, new=begun["step"] == 0).to(device)
     model.compute_dtype = precision
     optimizer = Optimizer(model, config.optimizer, config.train.steps)
     loss_of = training_loss(model, config.train.compile, device)
 
     with Run(config, folder, model, optimizer, data) as run:
         run.say(f"{'continuing' if run.step else 'training  '} {folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-                f"{str(precision).removeprefix('torch.')} on {device}, {batches.windows // micro_batch} × {micro_batch} windows a step")
+                f"{str(precision).removeprefix('torch.')} on {device}, {batches.windows // micro_batch} × {micro_batch} windows a step "
+                f"of {data.identity.get('folder', 'synthetic rows')}")
+        if changed:
+            run.say(f"changed    {'; '.join(changed)} (from step {run.step + 1})")
+        if reasons := obstacles(model.config):
+            run.say(f"note       transformers has no model of this shape ({'; '.join(reasons)}): its checkpoints open here alone")
         for step, batch in enumerate(batches.ahead(run.step, config.train.steps, device), run.step + 1):
             loss = torch.zeros((), device=device)
             for part in batch.split(micro_batch):
@@ -54,8 +66,8 @@ def train(config, folder: Path) -> None:
                 if due(step, config.eval.every) or (last and config.eval.every):
                     run.log(evaluate(model, validation, data.tokenizer))
                 run.end_step()
-                if due(step, config.checkpoint.every) or step in config.checkpoint.steps or (
-                        config.checkpoint.every and (last or run.stop_requested)):
+                if (due(step, config.checkpoint.every) or step in config.checkpoint.steps
+                        or (last and config.checkpoint.every) or run.stop_requested):
                     run.save()
             if run.stop_requested:
                 break
@@ -70,16 +82,21 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def build_model(config, tokenizer):
-    """A new model for `tokenizer`'s vocabulary, with the weights of `init_from` where the config names a run."""
+def build_model(config, tokenizer, new: bool):
+    """A model for `tokenizer`'s vocabulary; a new one has the weights of `init_from` where the config names a run."""
+    from data.tokenizer import Tokenizer
     from model.gpt import GPT
     from training.checkpoint import find_checkpoint, load_weights
     size = config.model.vocab_size or tokenizer.n_vocab
     if size < tokenizer.n_vocab:
         raise UserError(f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer.n_vocab} (leave it out)")
     model = GPT(config.model.model_copy(update={"vocab_size": size}), config.seed)
-    if config.init_from:
-        load_weights(model, find_checkpoint(config.init_from))
+    if config.init_from and new:
+        checkpoint = find_checkpoint(config.init_from)
+        if Tokenizer.load(checkpoint / "tokenizer.json").hash != tokenizer.hash:
+            raise UserError(f"init_from={config.init_from} was trained with another tokenizer, its weights mean other tokens\n"
+                            f"  use its own: data.tokenizer={checkpoint}")
+        load_weights(model, checkpoint)
     return model
 
 
@@ -102,7 +119,7 @@ def main() -> None:
                             epilog="Ctrl-C finishes the step, saves and says how to continue. "
                                    "Every key is listed with its default in training/config.py, model/config.py and data/config.py.")
     parser.add_argument("config", help="configs/NAME.yaml, or runs/NAME to continue that run")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value",
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value",
                         help="change values, for example optimizer.lr=0.01 train.steps=500")
     args = parser.parse_args()
     from training.run import config_of

@@ -1,7 +1,6 @@
 """What a model is trained on."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -35,7 +34,7 @@ class TokenizerConfig(Settings):
             import difflib
 
             import tiktoken
-            if Path(self.kind).exists():
+            if "/" in self.kind:            # a path, looked for when the tokenizer is made: a run keeps its own
                 return
             known = ["bpe", "bytes", *tiktoken.list_encoding_names()]
             if self.kind not in known:
@@ -110,6 +109,9 @@ class DataConfig(Settings):
             yield ("mixture",), f"data.mixture has two text corpora ({', '.join(self.corpora)}): one text and repeats are mixed"
         if self.mixture and all(e.until is not None for e in self.mixture):
             yield ("mixture",), "data.mixture ends before the run may: leave `until` out of at least one entry"
+        if self.files and "files" not in self.corpora:
+            yield ("files", "corpus", "mixture"), (f"data.files={self.files} is read by corpus: files, here it is "
+                                                   f"{' and '.join(self.corpora)} (set data.corpus=files, or name files in the mixture)")
         if "files" in self.corpora and not self.files:
             yield ("files", "corpus"), "data.files is empty: corpus: files needs globs, for example data.files=['texts/*.txt']"
         if "hub" in self.corpora and self.hub is None:

@@ -60,7 +60,9 @@ class TextCorpus:
 
     def size(self) -> int | None:
         """Bytes to read, for the progress bar; None where only reading tells."""
-        return None if self.name == "hub" else sum(path.stat().st_size for path in self.paths)
+        if self.name == "hub":
+            return None
+        return sum(path.stat().st_size for path in self.paths) + (sum(map(len, pydoc_topics())) if self.name == "stdlib" else 0)
 
 
 def stdlib_files() -> list[Path]:

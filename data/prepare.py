@@ -79,6 +79,8 @@ def _prepare(corpus: TextCorpus, config: DataConfig, folder: Path, key: str) -> 
             journal.append(_write_part(folder, len(journal), streams, len(part)))
             done += sum(len(stream) for stream in streams.values())
             _write_json(folder / "journal.json", {"key": key, "parts": journal})
+        bar.total = bar.n               # structured files and a hub's limit are longer than their text
+        bar.refresh()
 
     shards = {split: [part[split] for part in journal] for split in ("train", "val")}
     tokens = {split: sum(shard["tokens"] for shard in shards[split]) for split in shards}
@@ -203,7 +205,7 @@ def main() -> None:
     parser = ArgumentParser("python -m data.prepare", description="Turn a config's corpus into token shards. "
                             "Interrupted, it continues; finished, it does nothing.")
     parser.add_argument("config", help="a YAML file of configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change a value of the config")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="change a value of the config")
     parser.add_argument("--verify", action="store_true", help="read every byte of finished shards and check it against the manifest")
     args = parser.parse_args()
     from training.config import load_config  # the command reads the whole file; this module needs its data part alone

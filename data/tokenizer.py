@@ -169,7 +169,7 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
             return bytes_tokenizer()
         case "bpe":
             return train_bpe(texts, config.vocab_size)
-        case path if Path(path).exists():
+        case path if "/" in path:
             return Tokenizer.load(Path(path) / "tokenizer.json" if Path(path).is_dir() else path)
         case name:
             return named_encoding(name)
@@ -209,14 +209,3 @@ def _valid_stretches(raw: bytes) -> Iterator[str | bytes]:
                 yield raw[:error.start].decode("utf-8")
             yield from (raw[n:n + 1] for n in range(error.start, error.end))
             raw = raw[error.end:]
-
-
-def utf8_stream(pieces: Iterable[bytes]) -> Iterator[str]:
-    """Text as its bytes arrive, never cut inside a character."""
-    import codecs
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for piece in pieces:
-        if text := decoder.decode(piece):
-            yield text
-    if text := decoder.decode(b"", final=True):
-        yield text

@@ -1,6 +1,7 @@
 """What a config costs before anything is allocated: `python -m model.budget CONFIG [key.path=value …]`."""
 
 from collections import Counter
+from pathlib import Path
 
 from errors import ArgumentParser, run_command
 from model.config import ModelConfig
@@ -87,7 +88,7 @@ def report(config: ModelConfig, context: int | None = None) -> str:
               f"  {'flash attention instead':28}{_bytes(pattern['flash']):>18}", "", f"KV cache of one sequence of {T} in 16 bits"]
     kinds = {"MHA": config.n_heads, f"GQA, {config.kv_heads} heads (this config)": config.kv_heads, "MQA": 1}
     if config.kv_heads in (1, config.n_heads):
-        kinds = {"MHA": config.n_heads, "GQA, 4 queries a head": max(1, config.n_heads // 4), "MQA": 1}
+        kinds = {"MHA": config.n_heads} | ({"GQA, 4 queries a head": config.n_heads // 4} if config.n_heads > 4 else {}) | {"MQA": 1}
     lines += [f"  {kind:28}{_bytes(cache_bytes(config, heads, 2, T)):>18}" for kind, heads in kinds.items()]
     return "\n".join(lines)
 
@@ -101,13 +102,14 @@ def _bytes(n: float) -> str:
 
 def main() -> None:
     parser = ArgumentParser("python -m model.budget", description="Parameters, FLOPs and memory of a config, without allocating it.")
-    parser.add_argument("config", help="a YAML file of configs/, or runs/NAME/config.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="change a value, for example model.n_ctx=4096")
+    parser.add_argument("config", help="a YAML file of configs/, or runs/NAME")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="change a value, for example model.n_ctx=4096")
     args = parser.parse_args()
-    tree = read_file(args.config)
+    path = Path(args.config) / "config.yaml" if Path(args.config).is_dir() else Path(args.config)
+    tree = read_file(path)
     overridden = override(tree, args.overrides)
     tokenizer = (tree.get("data") or {}).get("tokenizer") or {}
-    config = validate(ModelPart, {"model": tree.get("model") or {}}, args.config, overridden).model
+    config = validate(ModelPart, {"model": tree.get("model") or {}}, str(path), overridden).model
     if config.vocab_size is None:
         known = {"bytes": 257, "gpt2": 50257, "r50k_base": 50257, "cl100k_base": 100277, "o200k_base": 200019}
         kind = tokenizer if isinstance(tokenizer, str) else tokenizer.get("kind", "bytes")

@@ -36,7 +36,8 @@ class ModelConfig(Settings):
             fits = ", ".join(str(k) for k in range(1, self.n_heads + 1) if self.n_heads % k == 0)
             yield ("n_kv_heads", "n_heads"), f"model.n_kv_heads={self.kv_heads} must divide model.n_heads={self.n_heads} (try {fits})"
         if self.d_head is None and self.d_model % self.n_heads:
-            near = max(1, round(self.d_model / self.n_heads)) * self.n_heads
+            size = self.n_heads * (2 if self.position == "rope" else 1)         # rope turns pairs of numbers
+            near = max(1, round(self.d_model / size)) * size
             yield ("n_heads", "d_model"), (f"model.n_heads={self.n_heads} must divide model.d_model={self.d_model} "
                                            f"(try d_model={near}, or set d_head)")
         elif self.position == "rope" and self.head_size % 2:

@@ -10,6 +10,8 @@ from torch import Tensor
 from model.gpt import GPT
 from model.kv_cache import KVCache
 
+DRAWS = 256
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -24,11 +26,12 @@ class Sampling:
 
 @torch.inference_mode()
 def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling = Sampling(), *,
-             seed: int = 0, end: int | None = None, slide: bool = False) -> Iterator[list[int | None]]:
+             seed: int = 0, end: int | None = None, slide: bool = False, n_tokens: int | None = None) -> Iterator[list[int | None]]:
     """Continue every prompt at once; yields the next token of each row, None for rows that have ended.
 
     Row r draws from (seed, r) alone, so what it says does not depend on its neighbours. A row ends after `max_tokens`,
     behind the token `end`, or when its text fills n_ctx; with `slide` it then forgets all but its newest half and goes on.
+    `n_tokens`: choose among the first so many ids, where the model's vocabulary is larger than the tokenizer's.
     Raises ValueError for an empty prompt, and without `slide` for one longer than n_ctx.
     """
     rows, n_ctx = [list(prompt) for prompt in prompts], model.config.n_ctx
@@ -36,9 +39,7 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, samp
         raise ValueError("a prompt has no tokens: begin it with the end-of-text token")
     if not slide and max(map(len, rows)) > n_ctx:
         raise ValueError(f"a prompt of {max(map(len, rows))} tokens is longer than model.n_ctx={n_ctx}")
-    draws = torch.from_numpy(np.stack([                     # one number a token, all known beforehand
-        np.random.Generator(np.random.Philox(key=[seed, r])).random(max_tokens, np.float32) for r in range(len(rows))]))
-    draws = draws.to(model.embed.weight.device)
+    randoms = [np.random.Generator(np.random.Philox(key=[seed, r])) for r in range(len(rows))]
     ended = [False] * len(rows)
     forgotten = [0] * len(rows)                             # tokens of each row that the context no longer holds
     cache, chosen = None, None
@@ -48,7 +49,9 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, samp
             cache, logits = prefill(model, [row[f:] for row, f in zip(rows, forgotten)], max_tokens - n)
         else:
             logits = model(chosen[:, None], cache=cache)[:, 0]
-        chosen = choose(logits.float(), sampling, draws[:, n], rows)
+        if n % DRAWS == 0:                                  # one number a token, some tokens ahead
+            draws = torch.from_numpy(np.stack([random.random(DRAWS, np.float32) for random in randoms])).to(logits.device)
+        chosen = choose(logits[:, :n_tokens].float(), sampling, draws[:, n % DRAWS], rows)
         said = chosen.tolist()
         yield [None if ended[r] else token for r, token in enumerate(said)]
         for r, token in enumerate(said):
@@ -84,7 +87,7 @@ def choose(logits: Tensor, sampling: Sampling, draw: Tensor, rows: Sequence[Sequ
         logits = torch.where(said, penalised, logits)
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / sampling.temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature       # at most 0: no temperature overflows
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -torch.inf)
     if sampling.top_p is not None and sampling.top_p < 1:

@@ -73,7 +73,7 @@ class GPT(nn.Module):
         cache      continue the sequences it holds; `tokens` are appended to it
         lengths    (B,) with a cache: how many of each row's tokens are real, the rest is padding on the right
         segments   (B, T) without a cache: document numbers; tokens see only their own document
-        Raises ValueError when positions run past n_ctx.
+        Raises ValueError when the positions of equally long rows run past n_ctx; ragged rows are the caller's to count.
         """
         T = tokens.shape[1]
         positions = slice(0, T) if cache is None else cache.begin(T, lengths)

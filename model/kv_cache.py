@@ -37,7 +37,8 @@ class KVCache:
     def begin(self, T: int, new: Tensor | None = None) -> slice | Tensor:
         """Make room for T more tokens a row, of which the first `new` (B,) are real and the rest padding.
 
-        Returns their positions: a slice while all rows are equal, else (B, T). Raises ValueError when they do not fit.
+        Returns their positions: a slice while all rows are equal, and a ValueError when that does not fit; else (B, T).
+        Ragged rows are the caller's to count: one that runs over its capacity overwrites its own beginning.
         """
         self.T, self.new, self.padded = T, new, new is not None
         if self.start is not None and new is None:

@@ -52,4 +52,4 @@ def test_windows_bound_flops_and_cache():
 def test_the_command():
     done = command("-m model.budget", "configs/gpt3_175b.yaml", "model.n_ctx=4096", cwd=ROOT)
     assert done.returncode == 0 and "33,554,432 bytes" in done.stdout and "57,982,058,496" in done.stdout
-    fails(command("-m model.budget", "configs/gpt3_175b.yaml", "model.n_cxt=1", cwd=ROOT), "did you mean n_ctx")
+    fails(command("-m model.budget", "configs/gpt3_175b.yaml", "model.n_cxt=1", cwd=ROOT), "did you mean model.n_ctx")

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from conftest import command, metrics
 
 from training.logger import Metrics
@@ -39,6 +40,22 @@ def test_an_unreachable_server_does_not_hold_training_up(workplace):
                    env={"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"})
     assert done.returncode == 0 and "logging offline" in done.stdout, done.stderr
     assert time.monotonic() - started < 60 and list(Path("runs/tiny/wandb").glob("offline-run-*")) and len(metrics(Path("runs/tiny"))) == 12
+
+
+def test_a_line_the_disk_takes_a_part_of_is_taken_back(tmp_path, monkeypatch):
+    log = Metrics(tmp_path / "metrics.jsonl", 0)
+    log.write({"step": 1})
+
+    class Short:
+        """A disk that fills up in the middle of a line."""
+        def __init__(self, file): self.file = file
+        def write(self, line): return self.file.write(line[:7])
+        def __getattr__(self, name): return getattr(self.file, name)
+
+    log.file = Short(log.file)
+    with pytest.raises(OSError, match="No space"):
+        log.write({"step": 2})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_metrics_drop_what_lies_ahead_and_what_was_torn(tmp_path):

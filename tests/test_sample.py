@@ -1,12 +1,13 @@
 """sample.py as a user runs it, and the choices behind it."""
 
 import json
+import os
 import subprocess
-from pathlib import Path
+import sys
 
 import pytest
 import torch
-from conftest import command, fails
+from conftest import ROOT, command, fails
 from test_model import make
 
 from data.tokenizer import bytes_tokenizer
@@ -43,7 +44,7 @@ def test_a_prompt_comes_from_argument_file_or_standard_input(trained, tmp_path):
 
 def test_the_context_ends_with_a_word_or_slides(trained):
     stopped = sample(trained, "import os", "--max-tokens", "100", "--json")
-    assert "filled the context of 32 tokens; --slide goes on" in stopped.stderr
+    assert "the context of 32 tokens is full; --slide goes on" in stopped.stderr
     assert len(json.loads(stopped.stdout)[0]["tokens"]) < 32
     slid = sample(trained, "import os", "--max-tokens", "100", "--json", "--slide", "--temperature", "0")
     assert not slid.stderr and len(json.loads(slid.stdout)[0]["tokens"]) == 100
@@ -53,6 +54,7 @@ def test_the_context_ends_with_a_word_or_slides(trained):
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["runs/nothing"], "no such run"), (["RUN", "--top-k", "0"], "--top-k"), (["RUN", "--temperature", "-1"], "--temperature"),
+    (["RUN", "--top-p", "0"], "--top-p"), (["RUN", "--min-p", "1.5"], "--min-p"), (["RUN", "--seed", str(2 ** 64)], "--seed"),
     (["RUN", "--max-tokens", "x"], "--max-tokens"), (["RUN", "--file", "nothing.txt"], "nothing.txt"),
     (["RUN", "--device", "cuda:7"], "cuda:7"), ([], "run"),
 ])
@@ -61,9 +63,26 @@ def test_mistakes(trained, arguments, words):
 
 
 def test_a_closed_pipe_is_no_error(trained):
-    done = subprocess.run(f"{__import__('sys').executable} sample.py {trained} -n 3 --max-tokens 20 | head -c 1",
-                          shell=True, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    done = subprocess.run(f"{sys.executable} sample.py {trained} -n 3 --max-tokens 20 | head -c 1",
+                          shell=True, cwd=ROOT, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
+
+
+def test_prompts_may_stand_behind_options_and_hold_any_bytes(trained, tmp_path):
+    assert json.loads(sample(trained, "--json", "--max-tokens", "2", "def ").stdout)[0]["prompt"] == "def "
+    (tmp_path / "odd.txt").write_bytes(b"a\x0cb\r\n\xff\n\n")
+    done = subprocess.run([sys.executable, ROOT / "sample.py", trained, "-", "--file", tmp_path / "odd.txt", "--json", "--max-tokens", "2"],
+                          input=b"ab\xff", capture_output=True, env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
+    assert done.returncode == 0, done.stderr
+    assert [row["prompt"].encode("utf-8", "surrogateescape") for row in json.loads(done.stdout.decode("utf-8", "surrogateescape"))] == [
+        b"ab\xff", b"a\x0cb", b"\xff"]
+    fails(sample(trained, "x", "--interactive"), "--interactive")
+
+
+def test_a_vocabulary_larger_than_the_tokenizers(workplace):
+    assert command("train.py", "tiny.yaml", "model.vocab_size=1000", "train.steps=1", cwd=workplace).returncode == 0
+    rows = json.loads(sample("runs/tiny", "a", "--max-tokens", "25", "--temperature", "50", "--json", cwd=workplace).stdout)
+    assert max(rows[0]["tokens"]) < 300
 
 
 # --- choosing ---------------------------------------------------------------------------------------------------------
@@ -84,7 +103,7 @@ def test_choices_follow_the_formulas():
     close = lambda a, b: a == pytest.approx(b, abs=2e-3)        # noqa: E731
     assert close(shares(Sampling(), LOGITS), P)
     assert close(shares(Sampling(temperature=0.5), LOGITS), (torch.tensor(LOGITS) / 0.5).softmax(0).tolist())
-    assert shares(Sampling(temperature=0), LOGITS) == [0, 1, 0, 0]
+    assert shares(Sampling(temperature=0), LOGITS) == shares(Sampling(temperature=1e-30), LOGITS) == [0, 1, 0, 0]
     assert close(shares(Sampling(top_k=2), LOGITS), [0, P[1] / (P[1] + P[2]), P[2] / (P[1] + P[2]), 0])
     assert close(shares(Sampling(top_p=P[1] + 0.01), LOGITS), [0, P[1] / (P[1] + P[2]), P[2] / (P[1] + P[2]), 0])
     assert shares(Sampling(top_p=0.01), LOGITS) == [0, 1, 0, 0]
@@ -152,3 +171,5 @@ def test_streamed_text_is_never_cut_inside_a_character_and_ends_before_a_stop():
     assert "".join(pieces) + row.finish() == row.text == "go STO on "
     cut = Row(bytes_tokenizer(), [])
     assert cut.add(0xE6) + cut.finish() == "\ufffd"
+    stopped = Row(bytes_tokenizer(), ["lo"])
+    assert stopped._settle("hel") + stopped._settle("lo") + stopped.add(0xE6) + stopped.finish() == "hel" == stopped.text

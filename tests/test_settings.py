@@ -30,21 +30,24 @@ def test_all_mistakes_come_at_once_each_with_its_key_value_and_fix():
     lines = errors_of({"model": {"n_head": 4, "n_kv_heads": 3, "d_head": 7}, "train": {"batch_tokens": 1000, "steps": "many"}},
                       "optimizer.lr=fast", "modle.n_ctx=4")
     assert len(lines) == 7
-    for words in (["x.yaml", "model.n_head", "did you mean n_heads"], ["n_kv_heads=3", "n_heads=4", "try 1, 2, 4"], ["d_head=7", "odd"],
-                  ["batch_tokens=1000", "n_ctx=256", "try 1024"], ["train.steps='many'"],
+    for words in (["x.yaml", "model.n_head", "did you mean model.n_heads"], ["n_kv_heads=3", "n_heads=4", "try 1, 2, 4"],
+                  ["d_head=7", "odd"],                   ["batch_tokens=1000", "n_ctx=256", "try 1024"], ["train.steps='many'"],
                   ["command line", "optimizer.lr='fast'"], ["modle", "did you mean model"]):
         assert any(all(word in line for word in words) for line in lines), (words, lines)
 
 
 @pytest.mark.parametrize(("assignment", "words"), [
-    ("run=../elsewhere", "run="), ("run=7", "run=7"), ("train.steps=0", "greater than 0"), ("train.steps=1.5", "train.steps=1.5"),
-    ("optimizer.lr=.nan", "optimizer.lr"), ("model.qk_norm=1", "model.qk_norm=1"), ("model.window=[8, 0]", "model.window.1=0"),
+    ("run=../elsewhere", "run="), ("run=7", "run=7"), ("seed=18446744073709551616", "seed="),
+    ("train.steps=0", "greater than 0"), ("train.steps=1.5", "train.steps=1.5"), ("optimizer.lr=.nan", "optimizer.lr"),
+    ("model.qk_norm=1", "model.qk_norm=1"), ("model.window=[8, 0]", "model.window.1=0"),
     ("data.tokenizer=gtp2", "did you mean gpt2"), ("data.tokenizer={kind: bytes, vocab_size: 9}", "vocab_size=9"),
-    ("data.tokenizer={kind: bpe, vocab_size: 9}", "try 4096"), ("data.corpus=files", "data.files"), ("data.corpus=hub", "data.hub"),
-    ("data.mixture=[{corpus: stdlib, weight: 1, until: 5}]", "until"),
+    ("data.tokenizer={kind: bpe, vocab_size: 9}", "try 4096"), ("data.corpus=files", "data.files"),
+    ("data.corpus=hub", "data.hub"), ("data.mixture=[{corpus: stdlib, weight: 1, until: 5}]", "until"),
     ("data={corpus: repeats, repeats: {period: [8, 200]}}", "longest: 128"),
     ("data.repeats={period: [8, 9], held_out_periods: [8, 9]}", "held_out_periods"), ("model=5", "keys are expected"),
-    ("model={d_model: 100, n_heads: 3}", "try d_model=99"), ("train.micro_batch=5", "try 4"),
+    ("model={d_model: 100, n_heads: 3}", "try d_model=102"), ("data.files=a.txt", "try data.files='[a.txt]'"),
+    ("data.files=[a.txt]", "set data.corpus=files"), ("lr=0.1", "did you mean optimizer.lr?"),
+    ("modle.d_model=3", "command line: unknown key modle; did you mean model?"), ("train.micro_batch=5", "try 4"),
 ])
 def test_one_mistake(assignment, words):
     lines = errors_of({}, assignment)

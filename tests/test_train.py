@@ -114,7 +114,7 @@ def test_finishing_extending_and_starting_from_weights(workplace):
     assert again.returncode == 0 and "finished" in again.stdout and "train.steps=24" in again.stdout
     assert train("runs/tiny").returncode == 0
     longer = train("runs/tiny", "train.steps=15")
-    assert longer.returncode == 0 and "continuing runs/tiny" in longer.stdout
+    assert longer.returncode == 0 and "continuing runs/tiny" in longer.stdout and "train.steps: 12 → 15" in longer.stdout
     assert list(metrics(Path("runs/tiny"))) == list(range(1, 16))
     tuned = train("tiny.yaml", "run=tuned", "init_from=runs/tiny", "data.tokenizer={kind: runs/tiny/checkpoints/latest}",
                   "optimizer.lr=1e-9", "optimizer.adam_lr=1e-9", "train.steps=1")
@@ -153,14 +153,60 @@ def test_a_compiled_step_gives_the_same_losses(workplace):
         assert metrics(Path("runs/fast"))[step]["train/loss"] == pytest.approx(record["train/loss"], rel=1e-4)
 
 
+def test_a_console_that_is_gone_does_not_end_training(workplace):
+    process = start("tiny.yaml", "train.steps=300", "log.every=1", cwd=workplace)
+    while not process.stdout.readline().startswith("training"):
+        pass
+    process.stdout.close()                                  # as `| head -1` does
+    assert process.wait(timeout=60) == 0
+    assert find_checkpoint("runs/tiny").name == "000300" and len(metrics(Path("runs/tiny"))) == 300
+
+
+def test_a_stopped_run_is_saved_even_where_it_saves_nothing_else(workplace):
+    process = start("tiny.yaml", "train.steps=100000", "eval.every=0", "checkpoint.every=0", cwd=workplace)
+    while not (Path("runs/tiny/metrics.jsonl").exists() and Path("runs/tiny/metrics.jsonl").read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert int(find_checkpoint("runs/tiny").name) == max(metrics(Path("runs/tiny")))
+
+
+def test_a_checkpoint_notes_the_validation_loss_of_its_own_step_and_best_is_the_lowest(workplace):
+    assert train("tiny.yaml", "train.steps=20", "checkpoint.keep=9").returncode == 0        # evaluated at 6, 12, 18 and 20
+    noted = {p.name: json.loads((p / "training_state/state.json").read_text())["val_loss"]
+             for p in whole_checkpoints(Path("runs/tiny/checkpoints"))}
+    measured = {f"{step:06d}": record.get("val/loss") for step, record in metrics(Path("runs/tiny")).items()}
+    assert noted == {name: measured[name] for name in ("000004", "000008", "000012", "000016", "000020")}
+    best = min(("000012", "000020"), key=measured.get)
+    assert Path("runs/tiny/checkpoints/best").resolve().name == best
+
+
+def test_links_and_unfinished_folders_are_put_right(workplace, trained):
+    shutil.copytree(trained, "runs/tiny", symlinks=True)
+    folder = Path("runs/tiny/checkpoints")
+    (folder / "latest").unlink()
+    (folder / "latest").symlink_to("000001")                # killed between the rename and the link
+    assert train("runs/tiny").returncode == 0 and (folder / "latest").resolve().name == "000012"
+    (folder / "000012" / "manifest.json").unlink()          # never finished, as far as anyone can tell
+    assert train("runs/tiny").returncode == 0
+    assert find_checkpoint("runs/tiny").name == "000012" and same_bits(folder / "000012", trained / "checkpoints/000012")
+
+
+def test_weights_are_not_given_to_another_tokenizer_and_optimizers_not_exchanged(workplace, trained):
+    fails(train("tiny.yaml", "run=new", f"init_from={trained}", "data.tokenizer=bytes"), "another tokenizer", "data.tokenizer=")
+    shutil.copytree(trained, "runs/tiny", symlinks=True)
+    fails(train("runs/tiny", "train.steps=14", "optimizer.kind=adamw"), "optimizer.kind: 'muon' → 'adamw'")
+
+
 # --- what a user gets wrong, and what breaks ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["tiny.yaml", "model.n_head=4"], ["model.n_head", "did you mean n_heads"]),
+    (["tiny.yaml", "model.n_head=4"], ["model.n_head", "did you mean model.n_heads"]),
     (["tiny.yaml", "train.steps=many"], ["train.steps='many'"]),
     (["tiny.yaml", "model.n_kv_heads=3"], ["n_kv_heads=3", "n_heads=4"]),
     (["tiny.yaml", "model.d_head=7"], ["d_head=7", "rope"]),
     (["nothing.yaml"], ["nothing.yaml", "no such file"]),
+    (["tyni.yaml"], ["did you mean tiny.yaml"]),
     (["texts"], ["texts", "config.yaml"]),
     (["tiny.yaml", "data.files=[no/*.txt]"], ["data.files", "no/*.txt"]),
     (["tiny.yaml", "data.files=[empty.txt]"], ["empty"]),
@@ -199,7 +245,6 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(workplace, trained,
     assert list(metrics(Path("runs/tiny"))) == list(range(1, 13))
     shutil.rmtree("runs/tiny/checkpoints/000012")
     if name == "config.json" and damage == "flip":          # the rest is the same: once is enough
-        shutil.copytree(Path(json.loads((trained / "checkpoints/000008/training_state/state.json").read_text())["data"]["folder"]), "p")
         assert train("runs/tiny").returncode == 0
         assert same_bits(Path("runs/tiny/checkpoints/000012"), trained / "checkpoints/000012")
 

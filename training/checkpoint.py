@@ -53,7 +53,7 @@ def snapshot(model: GPT, optimizer: dict[str, Tensor], state: dict, config_yaml:
 def save_checkpoint(folder: Path, what: Snapshot) -> Path:
     """Write `folder`/STEP under a temporary name, flush it to the disk, rename it, point `latest` at it; its path."""
     path = folder / f"{what.state['step']:06d}"
-    if path.exists():                                       # continued from just here
+    if (path / "manifest.json").exists():                   # continued from just here
         return path
     temporary = folder / f".partial-{path.name}"
     config = hf_config(what.model_config, what.tokenizer.end_of_text)
@@ -80,9 +80,10 @@ def save_checkpoint(folder: Path, what: Snapshot) -> Path:
                 _write(temporary / name, content)
             _write(temporary / "manifest.json", _json({
                 name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)} for name in files}))
+            shutil.rmtree(path, ignore_errors=True)         # one without a manifest was never whole
             os.rename(temporary, path)
             sync_folder(folder)
-            point(folder / "latest", path)
+            point_at_newest(folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -112,6 +113,12 @@ def point(link: Path, target: Path) -> None:
     sync_folder(link.parent)
 
 
+def point_at_newest(folder: Path) -> None:
+    """Make `latest` name the newest whole checkpoint, whatever it named before."""
+    if whole := whole_checkpoints(folder):
+        point(folder / "latest", whole[-1])
+
+
 def whole_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a run's folder, oldest first. One without a manifest was never finished."""
     return sorted((p for p in folder.glob("*") if re.fullmatch(r"\d{6,}", p.name) and (p / "manifest.json").exists()),
@@ -120,11 +127,16 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 def prune(folder: Path, keep: int, listed: list[int]) -> None:
     """Delete all but the newest `keep`, the listed steps and the best (lowest validation loss), which `best` points at."""
-    whole = whole_checkpoints(folder)
-    losses = {p: loss for p in whole if (loss := read_state(p).get("val_loss")) is not None}
-    best = min(losses, key=losses.get) if losses else None
+    whole, losses = whole_checkpoints(folder), {}
+    for path in whole:
+        with contextlib.suppress(UserError):                    # a damaged one is no reason to stop training
+            losses[path] = read_state(path).get("val_loss")
+    losses = {path: loss for path, loss in losses.items() if loss is not None}
+    best = min(losses, key=losses.get, default=None)
     if best:
         point(folder / "best", best)
+    else:
+        (folder / "best").unlink(missing_ok=True)
     for path in whole[:-keep]:
         if path != best and int(path.name) not in listed:
             doomed = path.with_name(f".partial-{path.name}")        # no longer a checkpoint before the first file goes

@@ -13,14 +13,16 @@ from training.config import Config
 CPU_TOKENS = 16384          # a micro-batch on the CPU: larger ones leave its caches without saving overhead
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, key: str = "train.device=") -> torch.device:
+    """The device of that name, or the first there is; `key` is what a user wrote before the name."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"train.device={name} is not available here ({str(error).splitlines()[0]}); try train.device=auto") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{key}{name} is not available here ({reason if len(reason) < 80 else 'no such device'}); try {key}auto") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -1,5 +1,7 @@
 """Where measurements go: one line on the console, one in metrics.jsonl, the same keys in wandb."""
 
+import contextlib
+import errno
 import importlib.util
 import json
 import math
@@ -39,7 +41,11 @@ class Metrics:
         self.file = open(path, "ab", buffering=0)   # noqa: SIM115  one write a line, so that a kill cannot tear it
 
     def write(self, record: dict[str, float]) -> None:
-        self.file.write((json.dumps({k: _finite(v) for k, v in record.items()}) + "\n").encode())
+        line = (json.dumps({k: _finite(v) for k, v in record.items()}) + "\n").encode()
+        written = self.file.write(line)
+        if written != len(line):                    # a disk that is full takes a part: take that back
+            self.file.truncate(self.file.seek(0, os.SEEK_END) - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         self.file.close()
@@ -65,11 +71,15 @@ class Console:
             parts.append(f"MFU {metrics['train/mfu']:.0%}")
         parts.append(f"{_clock(left)} left")
         line = "  ".join(parts)
-        print(f"\r\033[K{line}" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
+        self._print(line, "" if self.terminal else "\n")
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        print(f"\r\033[K{text}" if self.terminal else text, flush=True)
+        self._print(text, "\n")
+
+    def _print(self, text: str, end: str) -> None:
+        with contextlib.suppress(BrokenPipeError):              # nobody reads any more (`| head`): no reason to stop training
+            print(f"\r\033[K{text}" if self.terminal else text, end=end, flush=True)
 
 
 class Wandb:
@@ -99,16 +109,14 @@ class Wandb:
         settings = wandb.Settings(console="off", init_timeout=WANDB_SECONDS, x_transaction_log_flush_interval=1.0)
         options = {"dir": str(folder), "project": log.project, "name": name, "config": config, "settings": settings,
                    "id": json.loads(id_file.read_text())["id"], "resume": "allow"}
-        try:
-            self.run = wandb.init(mode="online" if online else "offline", **options)
-        except Exception as error:                  # a service that is down has many exceptions
-            wandb.teardown()
-            if not online:
-                say(f"wandb      could not start ({error}): metrics.jsonl has everything")
+        for way in ["online", "offline"] if online else ["offline"]:
+            try:
+                self.run = wandb.init(mode=way, **options)
+                self.run.define_metric("*", step_metric="step")
                 return
-            say(f"wandb      {str(error).splitlines()[0]}: logging offline")
-            self.run = wandb.init(mode="offline", **options)
-        self.run.define_metric("*", step_metric="step")
+            except Exception as error:              # a service that is down has many exceptions
+                wandb.teardown()                    # or the next try finds the run in use
+                say(f"wandb      {way}: {str(error).splitlines()[0][:150]}; metrics.jsonl has everything")
 
     @property
     def where(self) -> str:

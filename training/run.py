@@ -20,35 +20,47 @@ from errors import UserError
 from files import explain_disk_errors, only_one, whole_file
 from model.budget import flops_per_token
 from model.gpt import GPT
-from training.checkpoint import load_optimizer, load_weights, prune, read_state, save_checkpoint, snapshot, whole_checkpoints
+from training.checkpoint import (
+    load_optimizer,
+    load_weights,
+    point_at_newest,
+    prune,
+    read_state,
+    save_checkpoint,
+    snapshot,
+    whole_checkpoints,
+)
 from training.config import Config, differences, dump_config, load_config
 from training.logger import Console, Metrics, Wandb, short
 from training.optimizer import Optimizer
 
-FIXED = ("run", "seed", "init_from", "model", "data")       # what makes a run the run it is; the rest may change on continuing
+FIXED = ("run:", "seed:", "init_from:", "model.", "data.", "optimizer.kind:")       # what a run cannot be continued without
 PEAK_FLOPS = {                                              # dense 16-bit matrix products, from the makers' data sheets
     "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "A10G": 70e12,
 }
 
 
-def config_of(target: str, overrides: list[str]) -> tuple[Config, Path]:
-    """The config that a command line names, a YAML file or a run directory to continue, and the run's directory."""
+def config_of(target: str, overrides: list[str]) -> tuple[Config, Path, list[str]]:
+    """The config that a command line names, a YAML file or a run directory to continue, the run's directory, and what
+    the overrides change of a run that was begun."""
     if Path(target).is_dir():
         saved_file = Path(target) / "config.yaml"
         if not saved_file.exists():
             raise UserError(f"{target} holds no config.yaml, so it is no run (runs/NAME continues one, configs/NAME.yaml starts one)")
         config = load_config(saved_file, overrides)
-        if changed := differences(load_config(saved_file), config, FIXED):
-            raise UserError(f"{target} cannot be continued with another {'; '.join(changed[:3])}\n"
-                            f"  start a run from its weights instead: python train.py CONFIG run=NEW init_from={target}")
-        return config, Path(target)
+        changed = differences(load_config(saved_file), config)
+        if fixed := [change for change in changed if change.startswith(FIXED)]:
+            raise UserError(f"{target} cannot be continued with another {'; '.join(fixed[:3])}\n"
+                            f"  start a run from its weights instead: python train.py CONFIG run=NEW init_from={target} "
+                            f"data.tokenizer={target}/checkpoints/latest")
+        return config, Path(target), changed
     config = load_config(target, overrides)
     folder = Path("runs") / config.run
     if (folder / "config.yaml").exists() and (
-            changed := differences(load_config(folder / "config.yaml"), config, list(Config.model_fields))):
+            changed := differences(load_config(folder / "config.yaml"), config)):
         raise UserError(f"{folder} holds a run of another config ({'; '.join(changed[:3])}{'; …' if changed[3:] else ''})\n"
                         f"  continue it with: python train.py {folder}   or begin another with: run=NEW")
-    return config, folder
+    return config, folder, []
 
 
 def newest_state(folder: Path) -> dict:
@@ -94,6 +106,8 @@ class Run:
             checkpoint = whole_checkpoints(self.checkpoints)[-1]
             load_weights(self.model, checkpoint)
             self.optimizer.load_state_dict(load_optimizer(checkpoint))
+            point_at_newest(self.checkpoints)
+            prune(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.steps)
 
     def _open(self) -> None:
         self.git = git_revision()
@@ -111,6 +125,7 @@ class Run:
         self.flops_per_token = 3 * flops_per_token(self.model.config).total()
         self.record: dict[str, float] = {}              # this step's measurements
         self.latest: dict[str, float] = {}              # the newest of each
+        self.validated: tuple[int | None, float | None] = (None, None)      # the last step evaluated, and its loss
         self.unchecked: tuple[int, Tensor, Tensor] | None = None
         self.opened = self.timed_from = time.monotonic()
         self.timed_tokens = 0
@@ -171,7 +186,7 @@ class Run:
                 whole, windows = whole_checkpoints(self.checkpoints), self.config.windows_per_step
                 raise UserError(
                     f"the {name} became {value.item()} at step {step} (batch {step - 1}: windows {(step - 1) * windows} to "
-                    f"{step * windows - 1}); {f'{whole[-1]} is the last good checkpoint' if whole else 'no checkpoint was saved yet'}\n"
+                    f"{step * windows - 1}); {f'the newest checkpoint is {whole[-1]}' if whole else 'no checkpoint was saved yet'}\n"
                     f"  try a lower optimizer.lr{', or train.precision=bf16' if self.config.train.precision == 'fp16' else ''}")
 
     def log(self, metrics: dict[str, float]) -> None:
@@ -187,6 +202,8 @@ class Run:
                 self.metrics.write(self.record)
             self.wandb.log(self.record)
             self.latest |= self.record
+            if "val/loss" in self.record:
+                self.validated = (self.step, self.record["val/loss"])
             self.record = {}
 
     @contextmanager
@@ -208,7 +225,7 @@ class Run:
         self.check_finite()
         self.wait_for_checkpoint()
         state = {"step": self.step, "tokens": self.tokens, "seconds": self.elapsed, "data": self.data.identity, "git": self.git,
-                 "val_loss": self.latest.get("val/loss") if self.latest.get("step") == self.step else None}
+                 "val_loss": self.validated[1] if self.validated[0] == self.step else None}
         what = snapshot(self.model, self.optimizer.state_dict(), state, dump_config(self.config), self.data.tokenizer,
                         copy=self.config.checkpoint.background)
         self.writing: Future | None = self.writer.submit(self._write, what)
@@ -231,7 +248,8 @@ class Run:
         latest = self.latest
         lines = [f"step       {self.step} of {self.config.train.steps}, {short(self.tokens)} tokens, {self.elapsed:.0f} s"]
         if "val/loss" in latest:
-            lines.append(f"validation {latest['val/loss']:.4f} nats per token, {latest['val/bpb']:.4f} bits per byte")
+            then = "" if self.validated[0] == self.step else f" (at step {self.validated[0]})"
+            lines.append(f"validation {latest['val/loss']:.4f} nats per token, {latest['val/bpb']:.4f} bits per byte{then}")
         if "train/tokens_per_second" in latest:
             lines.append(f"speed      {short(latest['train/tokens_per_second'])} tokens/s")
         lines.append(f"saved      {saved[-1] if saved else 'no checkpoint (checkpoint.every=0)'}")
