@@ -12,6 +12,11 @@ class UserError(Exception):
     """Something the user can mend. The message names the thing, its value and the fix."""
 
 
+def first_line(error: Exception, longest: int = 150) -> str:
+    """What an exception of someone else's says, in a length that fits a line."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:longest]
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse without the usage dump: the mistake and where to read more, in two lines."""
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from errors import UserError
+from errors import UserError, first_line
 
 
 class Conflict(ValueError):
@@ -47,8 +47,9 @@ class _Yaml12(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key, (key_node, _) in zip(keys, node.value):
+        nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in nodes]
+        for key, key_node in zip(keys, nodes):
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", key_node.start_mark)
         return super().construct_mapping(node, deep)
@@ -78,8 +79,8 @@ def read_yaml(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{source}{line}: {error.problem or error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{source}: not YAML ({str(error).splitlines()[0]})") from None
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError) as error:     # !!int x, !!bool x …
+        raise UserError(f"{source}: not YAML ({first_line(error)})") from None
 
 
 def read_file(path: str | Path) -> dict:

@@ -15,7 +15,7 @@ class TokenizerConfig(Settings):
     """`bpe` trained on the corpus, `bytes`, a tiktoken encoding by its name (gpt2, cl100k_base, o200k_base, …), or the
     path of a tokenizer.json or of a folder with one (a checkpoint, to go on training it on other text)."""
 
-    kind: str = "bpe"
+    kind: str
     vocab_size: PositiveInt | None = None       # bpe only: bytes, merges and the end-of-text token together
 
     @model_validator(mode="before")

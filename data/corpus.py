@@ -4,19 +4,25 @@ A corpus is a stream of pieces of documents. Long documents are cut at line ends
 long file can still be divided into training and validation text.
 """
 
+import bz2
 import glob
+import gzip
 import hashlib
+import lzma
 import os
 import sys
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from data.config import DataConfig, HubConfig
-from errors import UserError
+from errors import UserError, first_line
 
 PIECE_BYTES = 16 * 1024
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+PACKED = {".zst", ".zip", ".7z", ".lz4", ".tar", ".tgz", ".rar"}
 STRUCTURED = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
 
 
@@ -40,7 +46,7 @@ class TextCorpus:
                 yield from _pieces_of_documents(pydoc_topics())
             case "files":
                 for path in self.paths:
-                    if loader := STRUCTURED.get(_suffix(path)):
+                    if loader := STRUCTURED.get(kind_of(path)):
                         yield from _pieces_of_documents(_rows(loader, path, self.config.column))
                     else:
                         yield from _pieces_of_files([path])
@@ -55,7 +61,8 @@ class TextCorpus:
         for path in self.paths:
             stat = path.stat()
             # the library belongs to the interpreter; a user's files may change under the same name and size
-            seen.update(f"{path.name}\0{stat.st_size}\0{'' if self.name == 'stdlib' else stat.st_mtime_ns}\n".encode())
+            name, changed = (path.name, "") if self.name == "stdlib" else (path.resolve(), stat.st_mtime_ns)
+            seen.update(os.fsencode(name) + f"\0{stat.st_size}\0{changed}\n".encode())
         return seen.hexdigest()
 
     def size(self) -> int | None:
@@ -89,8 +96,12 @@ def matching_files(patterns: Iterable[str]) -> list[Path]:
     found = {}
     for pattern in patterns:
         matches = [Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
+        matches = [p for p in matches if not (p.parent / "tokenizer.json").exists()]       # our own shards and checkpoints are no text
         if not matches:
-            raise UserError(f"data.files: no file matches {pattern!r} (looked from {os.getcwd()})")
+            advice = f"it is a folder: try {pattern.rstrip('/')}/**/*.txt" if os.path.isdir(pattern) else f"looked from {os.getcwd()}"
+            raise UserError(f"data.files: no file matches {pattern!r} ({advice})")
+        if packed := [path for path in matches if path.suffix.lower() in PACKED]:
+            raise UserError(f"data.files: {packed[0]} is packed: unpack it first (.gz, .bz2 and .xz are read as they are)")
         found |= {path.resolve(): path for path in matches}
     return [found[path] for path in sorted(found)]
 
@@ -99,11 +110,11 @@ def hub_documents(hub: HubConfig) -> Iterator[bytes]:
     """The texts of a dataset on the Hugging Face hub, streamed by `datasets`."""
     # `datasets` retries for 24 s without a network; one plain question first makes that two.
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     try:
         HfApi().dataset_info(hub.dataset, timeout=10)
-    except HfHubHTTPError as error:
-        raise UserError(f"data.hub.dataset={hub.dataset}: the hub says {str(error).splitlines()[0]}\n"
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise UserError(f"data.hub.dataset={hub.dataset}: the hub says {first_line(error)}\n"
                         "  check the name, or log in with `hf auth login` if it is private or gated") from None
     except Exception as error:          # of whichever HTTP library it uses
         raise UserError(f"data.hub.dataset={hub.dataset}: the Hugging Face hub cannot be reached ({type(error).__name__})\n"
@@ -112,34 +123,44 @@ def hub_documents(hub: HubConfig) -> Iterator[bytes]:
     try:
         rows = datasets.load_dataset(hub.dataset, hub.config, split=hub.split, streaming=True)
         yield from _texts(rows, hub.column, f"data.hub.column={hub.column}")
-    except (ValueError, OSError) as error:
-        raise UserError(f"data.hub.dataset={hub.dataset}: {str(error).splitlines()[0]}") from None
+    except UserError:
+        raise
+    except Exception as error:          # every builder and file format has its own
+        raise UserError(f"data.hub.dataset={hub.dataset}: {first_line(error)}") from None
 
 
-def _suffix(path: Path) -> str:
-    """What kind of file it is: .jsonl of a.jsonl and of a.jsonl.gz."""
-    compressed = path.suffix in (".gz", ".bz2", ".xz", ".zst", ".zip")
-    return Path(path.stem).suffix if compressed else path.suffix
+def kind_of(path: Path) -> str:
+    """.jsonl for a.jsonl, A.JSONL and a.jsonl.gz."""
+    name = Path(path.name.lower())
+    return Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
 
 
 def _rows(loader: str, path: Path, column: str) -> Iterator[bytes]:
     import datasets
-    options = {"sep": "\t"} if _suffix(path) == ".tsv" else {}
+    options: dict = {}
     try:
-        rows = datasets.load_dataset(loader, data_files=str(path), split="train", streaming=True, **options)
+        if loader == "csv":             # as text: 007 is no number, and NA is a word
+            import pandas
+            separator = "\t" if kind_of(path) == ".tsv" else ","
+            columns = pandas.read_csv(path, sep=separator, nrows=0).columns
+            options = {"sep": separator, "keep_default_na": False,
+                       "features": datasets.Features({name: datasets.Value("string") for name in columns})}
+        rows = datasets.load_dataset(loader, data_files=glob.escape(str(path)), split="train", streaming=True, **options)
         yield from _texts(rows, column, f"data.column={column}")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:      # every format has its own exceptions for a broken file
-        raise UserError(f"{path}: cannot be read as {loader} ({str(error).splitlines()[0][:150]})") from None
+        raise UserError(f"{path}: cannot be read as {loader} ({first_line(error)})") from None
 
 
 def _texts(rows: Iterable[dict], column: str, key: str) -> Iterator[bytes]:
     for row in rows:
         if column not in row:
             raise UserError(f"{key}: no such column; there are {', '.join(row)}")
+        if row[column] is not None and not isinstance(row[column], str):
+            raise UserError(f"{key}: holds {type(row[column]).__name__}, not text ({str(row[column])[:40]!r})")
         if row[column]:
-            yield str(row[column]).encode("utf-8", "surrogatepass")
+            yield row[column].encode("utf-8", "surrogatepass")
 
 
 def _pieces_of_documents(documents: Iterable[bytes]) -> Iterator[Piece]:
@@ -148,13 +169,12 @@ def _pieces_of_documents(documents: Iterable[bytes]) -> Iterator[Piece]:
 
 
 def _pieces_of_files(paths: Iterable[Path]) -> Iterator[Piece]:
-    import fsspec
     for path in paths:
         try:
-            with fsspec.open(str(path), "rb", compression="infer") as file:
+            with COMPRESSED.get(path.suffix.lower(), open)(path, "rb") as file:
                 yield from _pieces(iter(lambda: file.read(PIECE_BYTES), b""))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
 
 
 def _pieces(blocks: Iterable[bytes]) -> Iterator[Piece]:

@@ -1,19 +1,19 @@
 """Corpus → token shards: `python -m data.prepare CONFIG [key.path=value …]`.
 
-Documents are read in order and cut into parts of about 128 MB of text. Each part is encoded on every core and appears
+Documents are read in order and cut into parts of about 64 MB of text. Each part is encoded on every core and appears
 whole: an interrupted run continues at the next part, and the result depends on neither cores nor interruptions.
 """
 
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,47 +24,75 @@ from data.tokenizer import Tokenizer, make_tokenizer
 from errors import ArgumentParser, UserError, run_command
 from files import explain_disk_errors, only_one, sha256, whole_file
 
-PART_BYTES = 128 * 2 ** 20
+PART_BYTES = 64 * 2 ** 20
 BATCH_BYTES = 2 ** 18           # what one thread encodes at a time
 BPE_BYTES = 32 * 2 ** 20        # text a tokenizer is trained on
 
 
 def prepare(config: DataConfig, verify: bool = False) -> Path:
-    """Tokenize the text corpus of `config`, all that is missing of it; the folder. A finished one is left as it is."""
+    """Tokenize the text corpus of `config`, all that is missing of it; the folder. A finished one is left as it is.
+
+    Raises UserError where the corpus cannot be read or is empty, or the folder holds something else.
+    """
     corpus = TextCorpus(config)
     relevant = config.model_dump(include={"tokenizer", "val_fraction"}) | {"corpus": corpus.name, "column": config.column}
+    if "/" in config.tokenizer.kind:                # what lies there, not where it lies
+        relevant["tokenizer"] = make_tokenizer(config.tokenizer, iter(())).hash
     key = hashlib.sha256(json.dumps([FORMAT, relevant, corpus.identity()]).encode()).hexdigest()
     folder = Path(config.folder or Path("prepared") / f"{corpus.name}-{key[:8]}")
-    if (folder / "manifest.json").exists():
-        if Shards(folder, verify=verify or None).manifest["key"] != key:
+    with explain_disk_errors(f"preparing {folder}", "make room or choose another data.folder; the next run continues here"):
+        new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        begun = _key_of(folder)
+        if begun not in (None, key):
             raise UserError(f"data.folder={folder} holds another corpus, tokenizer or val_fraction, or its text has changed since\n"
                             "  delete it to prepare again, or name another data.folder")
-        return folder
-    with explain_disk_errors(f"preparing {folder}", "make room or choose another data.folder; the next run continues here"):
-        folder.mkdir(parents=True, exist_ok=True)
-        with only_one(folder / ".lock", f"{folder} is being prepared by another process (wait for it)"):
-            if not (folder / "manifest.json").exists():         # another process may have finished just before
-                try:
-                    _prepare(corpus, config, folder, key)
-                except UserError:
-                    if not (folder / "journal.json").exists():  # nothing to continue from
-                        shutil.rmtree(folder)
-                    raise
+        if begun is None and (others := [p.name for p in folder.iterdir() if p not in _own_files(folder)]):
+            raise UserError(f"data.folder={folder} holds other files ({', '.join(others[:3])}): name a folder of its own")
+        if not (folder / "manifest.json").exists():
+            try:
+                with only_one(folder / ".lock", f"{folder} is being prepared by another process (wait for it)"):
+                    if not (folder / "manifest.json").exists():         # another process may have finished just before
+                        _prepare(corpus, config, folder, key)
+            except UserError:
+                if new and _key_of(folder) is None:                     # nothing to continue from
+                    for path in _own_files(folder):
+                        path.unlink()
+                    folder.rmdir()
+                raise
+    if verify:
+        Shards(folder, verify=True)
     return folder
 
 
+def _own_files(folder: Path) -> list[Path]:
+    """What this module writes into a folder, and all that it ever deletes."""
+    patterns = ("train-[0-9]*.npy", "val-[0-9]*.npy", "tokenizer.json", "journal.json", "manifest.json", ".lock", ".*.partial")
+    return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def _key_of(folder: Path) -> str | None:
+    """What a finished or an interrupted preparation in `folder` was of."""
+    for name in ("manifest.json", "journal.json"):
+        try:
+            return json.loads((folder / name).read_text("utf-8"))["key"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
 def _prepare(corpus: TextCorpus, config: DataConfig, folder: Path, key: str) -> None:
-    journal = _read_journal(folder, key)
+    journal = _read_journal(folder)
     if not journal:
-        for stale in [*folder.glob("*.npy"), *folder.glob("*.json")]:
-            stale.unlink()
-    if (folder / "tokenizer.json").exists() and journal:
-        tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    else:
+        for stale in _own_files(folder):
+            if stale.name != ".lock":
+                stale.unlink()
         print(f"tokenizer  {config.tokenizer.kind}", file=sys.stderr)
         tokenizer = make_tokenizer(config.tokenizer, _training_texts(corpus, config.val_fraction))
         with whole_file(folder / "tokenizer.json", "w") as file:
             file.write(tokenizer.json)
+    else:
+        tokenizer = Tokenizer.load(folder / "tokenizer.json")
     limit = config.hub.max_tokens if corpus.name == "hub" else None
 
     pieces = corpus.pieces()
@@ -72,22 +100,22 @@ def _prepare(corpus: TextCorpus, config: DataConfig, folder: Path, key: str) -> 
     done = sum(part["train"]["tokens"] + part["val"]["tokens"] for part in journal)
     with _progress(corpus, skipped) as bar:
         while not (limit and done >= limit):
-            part = list(_until_bytes(pieces, PART_BYTES))
-            if not part:
+            previous = journal[-1]["ends_in"] if journal else None
+            part = _encode_part(_until_bytes(pieces, PART_BYTES), tokenizer, config.val_fraction, previous, bar, limit and limit - done)
+            if not part.pieces:
                 break
-            streams = _encode_part(part, tokenizer, config.val_fraction, bar, limit and limit - done)
-            journal.append(_write_part(folder, len(journal), streams, len(part)))
-            done += sum(len(stream) for stream in streams.values())
+            journal.append({"pieces": part.pieces, "ends_in": part.ends_in} | _write_shards(folder, len(journal), part.streams))
+            done += sum(len(stream) for stream in part.streams.values())
             _write_json(folder / "journal.json", {"key": key, "parts": journal})
         bar.total = bar.n               # structured files and a hub's limit are longer than their text
         bar.refresh()
 
-    shards = {split: [part[split] for part in journal] for split in ("train", "val")}
-    tokens = {split: sum(shard["tokens"] for shard in shards[split]) for split in shards}
-    if not tokens["train"]:
+    shards = {split: [part[split] for part in journal if part[split]["tokens"]] for split in ("train", "val")}
+    if not shards["train"] and not shards["val"]:
+        (folder / "journal.json").unlink(missing_ok=True)
         raise UserError(f"data.corpus={corpus.name} is empty: no text was found in it")
-    if not tokens["val"]:                   # too few documents for the hash: the end of the text is held out instead
-        shards = _hold_out_the_end(folder, shards["train"], config.val_fraction)
+    if not shards["train"] or not shards["val"]:        # too few documents for the hash to divide
+        shards = _hold_out_the_end(folder, shards["train"] or shards["val"], config.val_fraction, tokenizer.end_of_text)
     hashes = [shard["sha256"] for split in shards for shard in shards[split]]
     _write_json(folder / "manifest.json", {
         "format": FORMAT, "key": key, "corpus": corpus.name, "data": config.model_dump(), "tokenizer": tokenizer.hash,
@@ -102,28 +130,38 @@ def is_validation(text: bytes, fraction: float) -> bool:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") < fraction * 2 ** 64
 
 
-def _encode_part(part: list[Piece], tokenizer: Tokenizer, fraction: float, bar, limit: int | None) -> dict[str, np.ndarray]:
+class Part(NamedTuple):
+    pieces: int
+    streams: dict[str, np.ndarray]      # train and val: (n,) tokens
+    ends_in: str | None                 # the side that the last piece fell on
+
+
+def _encode_part(pieces: Iterator[Piece], tokenizer: Tokenizer, fraction: float, previous: str | None, bar, limit: int | None) -> Part:
     """The token streams of one part. A document's pieces join seamlessly until one falls on the other side."""
-    streams: dict[str, list[np.ndarray]] = {"train": [], "val": []}
-    end_of_text = np.array([tokenizer.end_of_text], np.uint32)
-    previous, count = None, 0
-    for piece, ids in _encode_in_order(part, tokenizer):
-        bar.update(len(piece.text))
-        split = "val" if is_validation(piece.text, fraction) else "train"
-        if piece.starts_document or split != previous:
-            streams[split].append(end_of_text)
-        streams[split].append(ids)
-        previous, count = split, count + len(ids)
+    dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
+    streams: dict[str, list[np.ndarray]] = {split: [np.empty(0, dtype)] for split in ("train", "val")}
+    end_of_text = np.array([tokenizer.end_of_text])
+    read, count = 0, 0
+    for batch, encoded in _encode_in_order(pieces, tokenizer):
+        gathered: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+        for piece, ids in zip(batch, encoded):
+            split = "val" if is_validation(piece.text, fraction) else "train"
+            gathered[split] += [end_of_text, ids] if piece.starts_document or split != previous else [ids]
+            previous, read, count = split, read + 1, count + len(ids)
+            if limit is not None and count >= limit:
+                break
+        bar.update(sum(len(piece.text) for piece in batch))
+        for split, parts in gathered.items():
+            if parts:
+                streams[split].append(np.concatenate(parts).astype(dtype))
         if limit is not None and count >= limit:
             break
-    dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
-    return {split: np.concatenate(parts).astype(dtype) if parts else np.empty(0, dtype) for split, parts in streams.items()}
+    return Part(read, {split: np.concatenate(parts) for split, parts in streams.items()}, previous)
 
 
-def _encode_in_order(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[tuple[Piece, np.ndarray]]:
+def _encode_in_order(pieces: Iterator[Piece], tokenizer: Tokenizer) -> Iterator[tuple[list[Piece], list[np.ndarray]]]:
     """Encode on every core (tiktoken lets go of Python's lock), in order, a bounded way ahead."""
     threads = os.cpu_count() or 1
-    pieces = iter(pieces)
     with ThreadPoolExecutor(threads) as pool:
         ahead: deque = deque()
         while True:
@@ -132,7 +170,7 @@ def _encode_in_order(pieces: Iterable[Piece], tokenizer: Tokenizer) -> Iterator[
             if not ahead:
                 return
             batch, future = ahead.popleft()
-            yield from zip(batch, future.result())
+            yield batch, future.result()
 
 
 def _until_bytes(pieces: Iterator[Piece], limit: int) -> Iterator[Piece]:
@@ -146,18 +184,21 @@ def _until_bytes(pieces: Iterator[Piece], limit: int) -> Iterator[Piece]:
 
 
 def _training_texts(corpus: TextCorpus, fraction: float) -> Iterator[str]:
-    """The first BPE_BYTES of the training side, for a tokenizer that has seen nothing held out."""
+    """The first BPE_BYTES of the training side for a tokenizer to learn from; of all text where that side has none."""
     total = 0
-    for piece in corpus.pieces():
-        if not is_validation(piece.text, fraction):
-            total += len(piece.text)
-            yield piece.text.decode("utf-8", "ignore")
-        if total >= BPE_BYTES:
+    for held_out_too in (False, True):
+        for piece in corpus.pieces():
+            if held_out_too or not is_validation(piece.text, fraction):
+                total += len(piece.text)
+                yield piece.text.decode("utf-8", "ignore")
+            if total >= BPE_BYTES:
+                break
+        if total:
             return
 
 
-def _write_part(folder: Path, n: int, streams: dict[str, np.ndarray], pieces: int) -> dict:
-    written: dict = {"pieces": pieces}
+def _write_shards(folder: Path, n: int, streams: dict[str, np.ndarray]) -> dict:
+    written = {}
     for split, tokens in streams.items():
         path = folder / f"{split}-{n:05d}.npy"
         with whole_file(path) as file:
@@ -166,21 +207,20 @@ def _write_part(folder: Path, n: int, streams: dict[str, np.ndarray], pieces: in
     return written
 
 
-def _hold_out_the_end(folder: Path, train: list[dict], fraction: float) -> dict[str, list[dict]]:
-    """Divide the last training shard in two, the second part for validation."""
-    tokens = np.load(folder / train[-1]["file"], allow_pickle=False)
-    cut = len(tokens) - max(1, int(len(tokens) * fraction))
-    last = _write_part(folder, len(train) - 1, {"train": tokens[:cut], "val": tokens[cut:]}, 0)
-    return {"train": [*train[:-1], last["train"]], "val": [last["val"]]}
+def _hold_out_the_end(folder: Path, only: list[dict], fraction: float, end_of_text: int) -> dict[str, list[dict]]:
+    """Where all shards fell on one side, train on them but for the end of the last."""
+    last = np.load(folder / only[-1]["file"], allow_pickle=False)
+    cut = len(last) - max(1, int(len(last) * fraction))
+    written = _write_shards(folder, len(only), {"train": last[:cut], "val": np.insert(last[cut:], 0, end_of_text)})
+    return {"train": [*only[:-1], written["train"]], "val": [written["val"]]}
 
 
-def _read_journal(folder: Path, key: str) -> list[dict]:
-    """The finished parts of an interrupted preparation of the same thing."""
+def _read_journal(folder: Path) -> list[dict]:
+    """The finished parts of an interrupted preparation, if they are whole."""
     try:
-        journal = json.loads((folder / "journal.json").read_text("utf-8"))
-        whole = journal["key"] == key and all(
-            sha256(folder / part[split]["file"]) == part[split]["sha256"] for part in journal["parts"] for split in ("train", "val"))
-        return journal["parts"] if whole else []
+        parts = json.loads((folder / "journal.json").read_text("utf-8"))["parts"]
+        whole = all(sha256(folder / part[split]["file"]) == part[split]["sha256"] for part in parts for split in ("train", "val"))
+        return parts if whole else []
     except (OSError, ValueError, KeyError):
         return []
 

@@ -109,12 +109,16 @@ class Tokenizer:
             described = json.loads(Path(path).read_text("utf-8"))
             byte_of = {letter: byte for byte, letter in _byte_letters().items()}
             special = {t["content"]: t["id"] for t in described["added_tokens"]}
-            ranks = {bytes(byte_of[c] for c in token): i for token, i in described["model"]["vocab"].items() if token not in special}
+            vocabulary = described["model"]["vocab"]
+            ids = set(vocabulary.values())
+            if len(ids) < len(vocabulary) or min(ids) < 0 or not vocabulary.keys() >= byte_of.keys():
+                raise ValueError("its ids are not those of a vocabulary with every byte in it")
+            ranks = {bytes(byte_of[c] for c in token): i for token, i in vocabulary.items() if token not in special}
             pattern = described["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
             tokenizer = cls(ranks, pattern, special, Path(path).parent.name)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file (a checkpoint and a data folder each hold their tokenizer)") from None
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a byte-level BPE in Hugging Face's format ({type(error).__name__}: {error})") from None
         tokenizer.json = Path(path).read_text("utf-8")      # its identity is the file's, whoever wrote it
         return tokenizer

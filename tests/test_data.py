@@ -26,6 +26,7 @@ from data.corpus import PIECE_BYTES, TextCorpus
 from data.dataset import Dataset
 from data.prepare import is_validation, prepare
 from data.shards import Shards, TokenStream
+from data.tokenizer import bytes_tokenizer, train_bpe
 from errors import UserError
 
 
@@ -80,7 +81,7 @@ def test_interrupted_preparation_continues_to_the_same_shards(workplace, monkeyp
     whole = Shards(prepare(data_config(folder="whole")))
     assert len(whole.manifest["shards"]["train"]) > 3
 
-    written, write = [], data.prepare._write_part
+    written, write = [], data.prepare._write_shards
 
     def break_down(*arguments):
         if len(written) == 2:
@@ -88,13 +89,13 @@ def test_interrupted_preparation_continues_to_the_same_shards(workplace, monkeyp
         written.append(arguments)
         return write(*arguments)
 
-    monkeypatch.setattr(data.prepare, "_write_part", break_down)
+    monkeypatch.setattr(data.prepare, "_write_shards", break_down)
     with pytest.raises(KeyboardInterrupt):
         prepare(data_config(folder="broken"))
     with pytest.raises(UserError, match="no prepared corpus"):
         Shards("broken")
     first = (Path("broken") / "train-00000.npy").stat().st_mtime_ns
-    monkeypatch.setattr(data.prepare, "_write_part", write)
+    monkeypatch.setattr(data.prepare, "_write_shards", write)
     assert Shards(prepare(data_config(folder="broken"))).hash == whole.hash
     assert (Path("broken") / "train-00000.npy").stat().st_mtime_ns == first         # not made again
 
@@ -167,6 +168,70 @@ def test_structured_files_are_read_by_datasets(workplace):
         list(TextCorpus(data_config(files=["b.jsonl"])).pieces())
 
 
+def test_structured_text_is_taken_as_it_stands(workplace):
+    Path("a.csv").write_text("n,text\n1,007\n2,NA\n3,1.10\n4,True\n")
+    assert [p.text for p in TextCorpus(data_config(files=["a.csv"])).pieces()] == [b"007", b"NA", b"1.10", b"True"]
+    Path("d[1].jsonl").write_text('{"text": "in brackets"}\n')
+    Path("d1.jsonl").write_text('{"text": "another"}\n')
+    assert [p.text for p in TextCorpus(data_config(files=["d[[]1].jsonl"])).pieces()] == [b"in brackets"]
+    for name, content, words in (
+            ("n.jsonl", b'{"text": [1]}\n', "not text"), ("e.jsonl", b"", "e.jsonl"), ("z.txt.zst", b"...", "unpack it"),
+            ("b.txt.gz", gzip.compress(b"x" * 99)[:-9], "b.txt.gz"), ("c.txt.xz", b"no", "c.txt.xz")):
+        Path(name).write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            list(TextCorpus(data_config(files=[name])).pieces())
+
+
+def test_nothing_of_the_users_is_ever_deleted(workplace):
+    Path("mine").mkdir()
+    Path("mine/thesis.json").write_text("{}")
+    Path("empty.txt").write_text("")
+    for files in (["texts/*.txt"], ["empty.txt"]):
+        with pytest.raises(UserError, match="holds other files"):
+            prepare(data_config(files=files, folder="mine"))
+    with pytest.raises(UserError, match="holds other files"):
+        prepare(data_config(folder="."))
+    Path("void").mkdir()
+    with pytest.raises(UserError, match="is empty"):
+        prepare(data_config(files=["empty.txt"], folder="void"))
+    assert [p.name for p in Path("mine").iterdir()] == ["thesis.json"] and Path("void").is_dir()
+    with pytest.raises(UserError, match="afile"):
+        Path("afile").write_text("")
+        prepare(data_config(folder="afile"))
+
+
+def test_our_own_shards_are_not_read_as_text(workplace):
+    first = prepare(data_config(files=["**/*"]))
+    assert prepare(data_config(files=["**/*"])) == first
+
+
+def test_a_text_that_falls_on_the_validation_side_alone_is_divided(workplace):
+    text = next(t for n in range(10 ** 6) if is_validation(t := f"text {n} of one short file\n".encode() * 9, 0.05))
+    Path("texts/one.txt").write_bytes(text)
+    shards = Shards(prepare(data_config(files=["texts/one.txt"], val_fraction=0.05, tokenizer={"kind": "bpe", "vocab_size": 260})))
+    joined = shards.tokenizer.decode_bytes(shards.train.read(0, 10 ** 4)) + shards.tokenizer.decode_bytes(shards.val.read(0, 10 ** 4))
+    assert joined == text and len(shards.train) > len(shards.val) > 1
+
+
+def test_a_tokenizer_given_by_its_path_is_known_by_its_content(workplace):
+    Path("tk").mkdir()
+    Path("tk/tokenizer.json").write_text(bytes_tokenizer().json)
+    first = prepare(data_config(tokenizer={"kind": "./tk"}))
+    assert prepare(data_config(tokenizer={"kind": "./tk"})) == first
+    Path("tk/tokenizer.json").write_text(train_bpe(iter(["aa aa aa"]), 258).json)
+    assert prepare(data_config(tokenizer={"kind": "./tk"})) != first
+
+
+def test_parts_do_not_show(workplace, monkeypatch):
+    Path("texts/long.txt").write_text("".join(f"line {n} of a document in many parts\n" for n in range(9000)))
+    whole = Shards(prepare(data_config(folder="whole")))
+    monkeypatch.setattr(data.prepare, "PART_BYTES", 50_000)
+    parts = Shards(prepare(data_config(folder="parts")))
+    assert len(parts.train.shards) > 4
+    for a, b in ((whole.train, parts.train), (whole.val, parts.val)):
+        assert (a.read(0, len(a)) == b.read(0, len(b))).all() and len(a) == len(b)
+
+
 def test_hub_datasets_go_through_the_same_code(workplace, monkeypatch):
     """The hub is not reached here: its `load_dataset` is given the same rows from a local file, all else is real."""
     import datasets
@@ -181,7 +246,7 @@ def test_hub_datasets_go_through_the_same_code(workplace, monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, timeout: None)
     monkeypatch.setattr(datasets, "load_dataset", load)
     hub = {"dataset": "someone/stories", "config": "small", "max_tokens": 20_000}
-    shards = Shards(prepare(data_config(corpus="hub", hub=hub)))
+    shards = Shards(prepare(data_config(corpus="hub", files=[], hub=hub)))
     assert set(asked) == {("someone/stories", "small", "train")}
     assert 20_000 <= len(shards.train) + len(shards.val) < 21_000
 
@@ -196,7 +261,8 @@ def test_the_library_of_python_is_a_corpus():
 def test_a_small_text_still_has_something_held_out(workplace):
     Path("texts/tiny.txt").write_text("to be or not to be, that is the question\n" * 20)
     shards = Shards(prepare(data_config(files=["texts/tiny.txt"], val_fraction=0.1)))
-    assert len(shards.val) == 82 and len(shards.train) == 821 - 82
+    assert len(shards.val) == 82 + 1 and len(shards.train) == 821 - 82
+    assert documents(shards.val, 256)[0][0] == 256
 
 
 def test_nothing_to_read_is_an_error_and_leaves_nothing(workplace):

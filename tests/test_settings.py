@@ -61,13 +61,18 @@ def test_later_overrides_win_and_lists_and_mappings_can_be_given():
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("seed: 1\nseed: 2", "twice"), ("a: [", "line"), ("- 1", "mapping"), ("a: &x [*x]", ""), ("!!python/object/apply:os.system [ls]", ""),
+    ("seed: 1\nseed: 2", "twice"), ("a: [", "line"), ("- 1", "mapping"), ("a: &x [*x]", ""), ("a: !!int x", ""), ("a: !!bool x", ""), ("a: !!timestamp x", ""),
+    ("!!python/object/apply:os.system [ls]", ""),
 ])
 def test_files_that_are_no_config(tmp_path, text, words):
     (tmp_path / "x.yaml").write_text(text)
     with pytest.raises(UserError, match=r"x\.yaml") as caught:
         load_config(tmp_path / "x.yaml")
     assert words in str(caught.value)
+
+
+def test_merge_keys_work():
+    assert read_yaml("a: &x {b: 1, c: 2}\nd: {<<: *x, c: 3}", "test")["d"] == {"b": 1, "c": 3}
 
 
 def test_a_missing_file_names_its_neighbour():

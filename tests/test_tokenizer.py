@@ -123,7 +123,8 @@ def test_a_server_that_is_silent_is_not_waited_for(monkeypatch, tmp_path):
             named_encoding("gpt2")
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": {"vocab": {"漢": 0}}, "added_tokens": []}'])
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": {"vocab": {"漢": 0}}, "added_tokens": []}',
+                                     '{"model": {"vocab": [["a", 0]]}, "added_tokens": []}'])
 def test_another_kind_of_file_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer\.json"):
