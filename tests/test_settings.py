@@ -61,7 +61,8 @@ def test_later_overrides_win_and_lists_and_mappings_can_be_given():
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("seed: 1\nseed: 2", "twice"), ("a: [", "line"), ("- 1", "mapping"), ("a: &x [*x]", ""), ("a: !!int x", ""), ("a: !!bool x", ""), ("a: !!timestamp x", ""),
+    ("seed: 1\nseed: 2", "twice"), ("a: [", "line"), ("- 1", "mapping"), ("a: &x [*x]", ""),
+    ("a: !!int x", ""), ("a: !!bool x", ""), ("a: !!timestamp x", ""),
     ("!!python/object/apply:os.system [ls]", ""),
 ])
 def test_files_that_are_no_config(tmp_path, text, words):
