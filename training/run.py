@@ -88,8 +88,9 @@ class Run:
             self.stack.enter_context(only_one(folder / ".lock", f"{folder} is being trained by another process\n"
                                               "  wait for it, stop it, or begin another run with: run=NEW"))
         try:
-            self._restore()
-            self._open()
+            with self.explained("opening"):
+                self._restore()
+                self._open()
         except BaseException:
             self.stack.close()
             raise
@@ -111,10 +112,9 @@ class Run:
 
     def _open(self) -> None:
         self.git = git_revision()
-        with self.explained("opening"):
-            with whole_file(self.folder / "config.yaml", "w") as file:
-                file.write(f"# git {self.git}, torch {torch.__version__}\n{dump_config(self.config)}")
-            self.metrics = Metrics(self.folder / "metrics.jsonl", self.step)
+        with whole_file(self.folder / "config.yaml", "w") as file:
+            file.write(f"# git {self.git}, torch {torch.__version__}\n{dump_config(self.config)}")
+        self.metrics = Metrics(self.folder / "metrics.jsonl", self.step)
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
         self.console = Console(self.step, self.config.train.steps)
         self.say = self.console.say
