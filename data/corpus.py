@@ -96,7 +96,7 @@ def matching_files(patterns: Iterable[str]) -> list[Path]:
     found = {}
     for pattern in patterns:
         matches = [Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
-        matches = [p for p in matches if not (p.parent / "tokenizer.json").exists()]       # our own shards and checkpoints are no text
+        matches = [path for path in matches if not is_ours(path.parent)]
         if not matches:
             advice = f"it is a folder: try {pattern.rstrip('/')}/**/*.txt" if os.path.isdir(pattern) else f"looked from {os.getcwd()}"
             raise UserError(f"data.files: no file matches {pattern!r} ({advice})")
@@ -104,6 +104,11 @@ def matching_files(patterns: Iterable[str]) -> list[Path]:
             raise UserError(f"data.files: {packed[0]} is packed: unpack it first (.gz, .bz2 and .xz are read as they are)")
         found |= {path.resolve(): path for path in matches}
     return [found[path] for path in sorted(found)]
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds our own shards or a checkpoint, which are no text."""
+    return (folder / "tokenizer.json").exists() and ((folder / "manifest.json").exists() or (folder / "journal.json").exists())
 
 
 def hub_documents(hub: HubConfig) -> Iterator[bytes]:

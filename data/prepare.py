@@ -50,16 +50,16 @@ def prepare(config: DataConfig, verify: bool = False) -> Path:
         if begun is None and (others := [p.name for p in folder.iterdir() if p not in _own_files(folder)]):
             raise UserError(f"data.folder={folder} holds other files ({', '.join(others[:3])}): name a folder of its own")
         if not (folder / "manifest.json").exists():
-            try:
-                with only_one(folder / ".lock", f"{folder} is being prepared by another process (wait for it)"):
+            with only_one(folder / ".lock", f"{folder} is being prepared by another process (wait for it)"):
+                try:
                     if not (folder / "manifest.json").exists():         # another process may have finished just before
                         _prepare(corpus, config, folder, key)
-            except UserError:
-                if new and _key_of(folder) is None:                     # nothing to continue from
-                    for path in _own_files(folder):
-                        path.unlink()
-                    folder.rmdir()
-                raise
+                except UserError:
+                    if new and _key_of(folder) is None:                 # nothing to continue from
+                        for path in _own_files(folder):
+                            path.unlink()
+                        folder.rmdir()
+                    raise
     if verify:
         Shards(folder, verify=True)
     return folder
