@@ -10,7 +10,7 @@ from torch import Tensor
 from model.gpt import GPT
 from model.kv_cache import KVCache
 
-DRAWS = 256
+DRAWS = 256             # random numbers a row that are drawn at a time
 
 
 @dataclass(frozen=True)
