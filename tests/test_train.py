@@ -73,12 +73,12 @@ def test_bits_per_byte_are_nats_over_bytes(trained):
 
 def test_continuing_is_the_run_never_interrupted_bit_for_bit(workplace):
     """Stopped by kill -9 and SIGTERM at random moments, then continued, it ends with the same weights and the same metrics."""
-    assert train("tiny.yaml", "run=whole", "train.steps=60", "checkpoint.every=3").returncode == 0
+    assert train("tiny.yaml", "run=whole", "train.steps=150", "checkpoint.every=5").returncode == 0
     draw = random.Random(os.environ.get("FAULT_SEED", "1"))
     ended, kills = None, 0
     while ended != 0:
         target = "runs/broken" if Path("runs/broken/config.yaml").exists() else "tiny.yaml"
-        process = start(target, "run=broken", "train.steps=60", "checkpoint.every=3", cwd=workplace)
+        process = start(target, "run=broken", "train.steps=150", "checkpoint.every=5", cwd=workplace)
         for line in process.stdout:
             if line.startswith(("training", "continuing")):
                 break
@@ -90,10 +90,10 @@ def test_continuing_is_the_run_never_interrupted_bit_for_bit(workplace):
         ended, output = process.wait(timeout=60), process.stdout.read()
         assert ended in (0, -signal.SIGKILL, -signal.SIGTERM), output       # the last: before or after training
         done = whole_checkpoints(Path("runs/broken/checkpoints"))
-        ended = ended if done and done[-1].name == "000060" else None
+        ended = ended if done and done[-1].name == "000150" else None
     assert kills >= 2
     assert metrics(Path("runs/broken")) == metrics(Path("runs/whole"))
-    assert same_bits(Path("runs/broken/checkpoints/000060"), Path("runs/whole/checkpoints/000060"))
+    assert same_bits(Path("runs/broken/checkpoints/000150"), Path("runs/whole/checkpoints/000150"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
