@@ -16,7 +16,7 @@ from training.logger import Metrics
 def inspect(run: Path, *options: str) -> list[dict]:
     """The records of an offline wandb run."""
     folder = next((run / "wandb").glob("offline-run-*"))
-    done = subprocess.run([str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", *options, str(folder)],
+    done = subprocess.run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, str(folder)],
                           capture_output=True, text=True, timeout=60, env=os.environ | {"WANDB_ERROR_REPORTING": "false"})
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
