@@ -80,11 +80,11 @@ def serve_transformers(pipe, path: Path, threads: int) -> None:
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(path).eval()
+    model.generation_config.eos_token_id = None                 # random weights may say it: both sides go on
     while (request := pipe.recv()) is not None:
         (context, n), started = request, time.perf_counter()
         prompt = prompt_of(context)
-        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, min_new_tokens=n,
-                             do_sample=False, pad_token_id=0)
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, do_sample=False, pad_token_id=0)
         pipe.send((time.perf_counter() - started, out[0, context:].tolist()))
 
 
@@ -112,6 +112,7 @@ def main() -> None:
     print(f"{platform.machine()}, torch {torch.__version__}, {args.threads} thread(s), batch 1, fp32")
     for name in args.shape or SHAPES:
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            torch.manual_seed(0)
             model = GPT(SHAPES[name])
             for p in model.parameters():
                 p.add_(torch.randn_like(p) * 0.02)
