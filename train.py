@@ -109,7 +109,7 @@ def evaluate(model, validation, tokenizer) -> dict[str, float]:
         for batch in validation:
             total += model.loss(*batch.to(device)).double().cpu()
             tokens += batch.targets.numel()
-            text_bytes += int(tokenizer.byte_lengths[batch.targets.clamp(max=tokenizer.n_vocab - 1)].sum())
+            text_bytes += int(tokenizer.byte_lengths[batch.targets].sum())
     nats = total.item()
     return {"val/loss": nats / tokens, "val/bpb": nats / log(2) / max(1, text_bytes)}
 

@@ -112,7 +112,6 @@ def _prepare(corpus: TextCorpus, config: DataConfig, folder: Path, key: str) -> 
 
     shards = {split: [part[split] for part in journal if part[split]["tokens"]] for split in ("train", "val")}
     if not shards["train"] and not shards["val"]:
-        (folder / "journal.json").unlink(missing_ok=True)
         raise UserError(f"data.corpus={corpus.name} is empty: no text was found in it")
     if not shards["train"] or not shards["val"]:        # too few documents for the hash to divide
         shards = _hold_out_the_end(folder, shards["train"] or shards["val"], config.val_fraction, tokenizer.end_of_text)

@@ -87,8 +87,7 @@ class Optimizer:
         for full_name, value in state.items():
             kind, key, name = full_name.split(".", 2)
             p = parameters[name]
-            on_cpu = key == "step" and p.device.type == "cpu"
-            self.parts[kind].state[p][key] = value.clone() if on_cpu else value.to(p.device, copy=True)
+            self.parts[kind].state[p][key] = value.to(p.device, copy=True)
 
 
 class Muon(torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""From text to batches: shards that continue and verify, a split that stays, batches that are functions of the step."""
+"""From text to shards: preparing continues and verifies, the split stays, files are taken as they stand."""
 
 import csv
 import gzip
@@ -8,22 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from math import floor
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, command, fails
-from hypothesis import given
-from hypothesis import strategies as st
 
 import data.prepare
-from data.batches import Batches, Quotas, RepeatRows, TextWindows, permute, repeat_vocabulary
-from data.config import DataConfig, MixtureEntry, RepeatsConfig
+from data.config import DataConfig
 from data.corpus import PIECE_BYTES, TextCorpus
-from data.dataset import Dataset
 from data.prepare import is_validation, prepare
 from data.shards import Shards, TokenStream
 from data.tokenizer import bytes_tokenizer, train_bpe
@@ -38,8 +31,6 @@ def documents(stream: TokenStream, end_of_text: int) -> list[list[int]]:
     tokens = stream.read(0, len(stream))
     return [part.tolist() for part in np.split(tokens, np.flatnonzero(tokens == end_of_text))[1:]]
 
-
-# --- preparing --------------------------------------------------------------------------------------------------------
 
 def test_every_document_is_there_once_and_begins_with_end_of_text(workplace):
     shards = Shards(prepare(data_config()))
@@ -311,110 +302,3 @@ def test_offline_a_hub_name_fails_quickly(workplace):
     assert time.monotonic() - started < 15
     fails(done, "someone/something", "cannot be reached")
     assert not list(Path("prepared").glob("*/manifest.json"))
-
-
-# --- batches ----------------------------------------------------------------------------------------------------------
-
-@given(st.integers(1, 3000), st.integers(0, 2 ** 128))
-def test_a_permutation_hits_everything_once(size, key):
-    assert sorted(permute(np.arange(size), size, key)) == list(range(size))
-
-
-def test_a_permutation_is_uniform_and_differs_by_key():
-    hits = Counter(int(permute(np.array([3]), 10, key)[0]) for key in range(5000))
-    assert all(400 < hits[n] < 600 for n in range(10))      # 500 ± 4.7 standard deviations
-    far = permute(np.arange(10 ** 9, 10 ** 9 + 1000), 3 * 10 ** 9, 1)
-    assert len(set(far)) == 1000 and abs(far.mean() / 3e9 - 0.5) < 0.05
-
-
-def test_an_epoch_reads_each_window_once_and_the_next_in_another_order():
-    stream = TokenStream([np.arange(n, n + 100, dtype=np.uint16) for n in range(0, 1000, 100)])
-    windows = TextWindows(stream, 7, seed=3)
-    rows = windows.rows(np.arange(2 * windows.per_epoch))
-    assert (np.diff(rows, axis=1) == 1).all()               # tokens in a row, across shard borders
-    for epoch in np.split(rows, 2):
-        starts = np.sort(epoch[:, 0])
-        assert (np.diff(starts) == 7).all() and len(starts) == (1000 - 7) // 7
-    assert list(rows[:windows.per_epoch, 0]) != list(rows[windows.per_epoch:, 0])
-
-
-def test_the_smallest_text_is_one_window():
-    windows = TextWindows(TokenStream([np.arange(8, dtype=np.uint16)]), 7, seed=0)
-    assert windows.rows(np.arange(3)).tolist() == [list(range(8))] * 3
-    with pytest.raises(UserError, match="less than one window"):
-        TextWindows(TokenStream([np.arange(7, dtype=np.uint16)]), 7, seed=0)
-
-
-def test_shares_of_any_number_of_processes_make_the_same_batch():
-    stream = TokenStream([np.arange(5000, dtype=np.uint16)])
-    entries = [MixtureEntry(corpus="stdlib", weight=0.7), MixtureEntry(corpus="repeats", weight=0.3)]
-    batches = Batches({"stdlib": TextWindows(stream, 16, 1), "repeats": RepeatRows(RepeatsConfig(period=[2, 5]), 16, 256, 1)},
-                      entries, 12 * 16, 16)
-    for step in (0, 5, 10 ** 9):
-        whole = batches[step]
-        assert whole.tokens.shape == whole.targets.shape == (12, 16) and torch.equal(whole.tokens[:, 1:], whole.targets[:, :-1])
-        for world_size in (1, 2, 3, 4):
-            parts = [batches.share(step, rank, world_size).tokens for rank in range(world_size)]
-            assert torch.equal(torch.cat(parts), whole.tokens)
-    ahead = list(batches.ahead(3, 7, torch.device("cpu")))
-    assert len(ahead) == 4 and all(torch.equal(got.tokens, batches[3 + n].tokens) for n, got in enumerate(ahead))
-
-
-def test_quotas_are_exact_at_every_step():
-    entries = [MixtureEntry(corpus="repeats", weight=0.3), MixtureEntry(corpus="stdlib", weight=0.7)]
-    owners = [Quotas(entries, 4).locate(n) for n in range(1000)]
-    for n in range(1000):
-        had = [index for owner, index in owners[:n + 1] if owner == "repeats"]
-        assert len(had) == floor((n + 1) * 3 / 10) and had == list(range(len(had)))
-
-
-@given(st.lists(st.tuples(st.sampled_from(["stdlib", "files", "repeats"]), st.floats(0.01, 5), st.none() | st.integers(1, 9)),
-                min_size=1, max_size=5), st.integers(1, 5))
-def test_every_window_has_one_owner_whatever_the_weights(entries, windows):
-    entries = [MixtureEntry(corpus=c, weight=w, until=u) for c, w, u in entries] + [MixtureEntry(corpus="stdlib", weight=1.0)]
-    quotas, counted = Quotas(entries, windows), Counter()
-    for n in range(windows * 15):
-        name, index = quotas.locate(n)
-        assert index == counted[name]
-        counted[name] += 1
-
-
-def test_weights_change_at_the_step_that_is_named():
-    entries = [MixtureEntry(corpus="repeats", weight=1.0, until=3), MixtureEntry(corpus="stdlib", weight=1.0)]
-    entries[1] = MixtureEntry(corpus="stdlib", weight=1.0)
-    owners = [Quotas(entries, 4).locate(n)[0] for n in range(24)]
-    assert owners[:12].count("repeats") == 6 and owners[12:].count("repeats") == 0
-
-
-def test_repeat_rows_repeat_distinct_tokens_of_periods_in_training():
-    config = RepeatsConfig(period=[3, 9], held_out_periods=[4, 8], held_out_tokens=0.25)
-    trained, held_out = repeat_vocabulary(config, 256, seed=5)
-    assert len(held_out) == 64 and not set(trained) & set(held_out)
-    rows = RepeatRows(config, 30, 256, seed=5).rows(np.arange(300))
-    periods = set()
-    for row in rows:
-        assert row[0] == 256 and len(row) == 31 and set(row[1:]) <= set(trained)
-        period = next(p for p in range(1, 31) if (row[1 + p:] == row[1:-p]).all())
-        assert len(set(row[1:1 + period])) == period
-        periods.add(period)
-    assert periods == {3, 5, 6, 7, 9}
-    again = RepeatRows(config, 30, 256, seed=5).rows(np.array([7]))
-    assert (again == rows[7]).all() and not (RepeatRows(config, 30, 256, 5, "validation").rows(np.array([7])) == rows[7]).all()
-
-
-def test_documents_are_numbered_for_the_mask(workplace):
-    config = data_config(mask_documents=True)
-    batch = Dataset(config, seed=0).training(256, 64)[0]
-    assert torch.equal(batch.segments, (batch.tokens == 256).cumsum(1))
-    assert Dataset(data_config(), seed=0).training(256, 64)[0].segments is None
-
-
-def test_validation_windows_are_held_out_and_always_the_same(workplace):
-    data = Dataset(data_config(), seed=0)
-    batches = data.validation(2048, 64, windows_per_batch=10)
-    assert sum(len(b.tokens) for b in batches) == 32 and all(len(b.tokens) <= 10 for b in batches)
-    again = Dataset(data_config(), seed=9).validation(2048, 64, 10)
-    assert all(torch.equal(a.targets, b.targets) for a, b in zip(batches, again))
-    held_out = data.shards.val.read(0, len(data.shards.val)).astype(np.uint16).tobytes()
-    for row in torch.cat([b.tokens for b in batches]):
-        assert row.numpy().astype(np.uint16).tobytes() in held_out
