@@ -1,5 +1,7 @@
 """Attention as one function of tensors: training, prefill, chunked prefill and decoding are the same call."""
 
+import os
+from importlib.util import find_spec
 from math import inf
 
 import torch
@@ -8,44 +10,91 @@ from torch import Tensor
 
 from kernels.reference import reference_attention, visible
 
-BACKENDS = ("auto", "reference", "sdpa")
+BACKENDS = ("auto", "reference", "sdpa", "triton")
+PRECISIONS = ("tf32x3", "ieee")
+HAS_TRITON = find_spec("triton") is not None                        # there is none for macOS and Windows
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"             # triton's kernels run on the CPU, for tests
+FEW_QUERIES = 64                # up to so many queries a key head, the keys are split over programs: kernels/decode.py
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None,
               segments: Tensor | None = None, scale: float | None = None, backend: str = "auto",
-              return_lse: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+              return_lse: bool = False, precision: str = "tf32x3") -> Tensor | tuple[Tensor, Tensor]:
     """Causal, grouped-query, windowed, document-masked attention.
 
     q (B, H, T, D); k, v (B, K, S, D) where K divides H, any strides → (B, H, T, D) in q's dtype, and with
-    `return_lse` also (B, H, T) float32, the natural log of each row's softmax denominator.
+    `return_lse` also (B, H, T) float32, the natural log of each row's softmax denominator (no gradient flows through it).
 
     causal     query i sees keys j ≤ i + S − T: the queries are the last T of the S positions
     window     query i sees only the last `window` keys up to its own, itself included
     segments   (B, S) integers: a query sees only keys of its own segment (packed documents)
     scale      what scores are multiplied by; 1/√D unless given
-    backend    reference (the definition, holds T × S) · sdpa (PyTorch's fused kernels) · auto (the fastest here)
+    backend    reference (the definition, holds T × S) · sdpa (PyTorch's fused kernels) · triton (ours: on a GPU, D ≤ 256,
+               bf16, fp16 or fp32) · auto (triton where a GPU can run it, else sdpa)
+    precision  of float32 products under triton: tf32x3 (three on the matrix units, near float32's error) or ieee (true
+               float32, several times slower)
 
     Raises ValueError for shapes or arguments that cannot be served; no backend falls back on another in silence.
     """
-    _check(q, k, v, causal, window, segments, backend)
+    _check(q, k, v, causal, window, segments, backend, precision)
     if backend == "reference":
         out, lse = reference_attention(q, k, v, causal=causal, window=window, segments=segments, scale=scale)
         return (out, lse.float()) if return_lse else out
+    if use_triton("attention", backend, q, k, v):
+        out, lse = _triton(q, k, v, causal, window, segments, scale, precision)
+        return (out, lse) if return_lse else out
     return _sdpa(q, k, v, causal, window, segments, scale, return_lse)
 
 
-def decode(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor, key_positions: Tensor, *,
-           window: int | None = None, scale: float | None = None) -> Tensor:
+def decode(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor, key_positions: Tensor, *, window: int | None = None,
+           scale: float | None = None, backend: str = "auto", precision: str = "tf32x3") -> Tensor:
     """Attention against a cache whose slots are in any order: rows of different lengths, wrapped ring buffers.
 
     q (B, H, T, D); k, v (B, K, S, D); query_positions (B, T); key_positions (B, S), negative where a slot is empty
-    → (B, H, T, D). A query sees the keys at positions up to its own, at most `window` of them.
+    → (B, H, T, D). A query sees the keys at positions up to its own, at most `window` of them. No gradients: for generation.
+    backend sdpa, triton or auto, and precision: as in `attention`, and it raises likewise.
     """
+    if use_triton("decode", backend, q, k, v):
+        from kernels import decode as ours
+        q, scale = positive_scale(q, scale)
+        return ours.decode(q, k, v, query_positions, key_positions, window, scale, precision)[0]
     query, key = query_positions[:, None, :, None], key_positions[:, None, None, :]     # → (B, 1, T, S)
     sees = (key >= 0) & (key <= query)
     if window is not None:
         sees = sees & (key > query - window)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale, enable_gqa=True)
+
+
+def use_triton(caller: str, backend: str, *tensors: Tensor) -> bool:
+    """Whether a call with this backend runs our kernels; ValueError where it asks for them and they cannot serve it."""
+    q, reason = tensors[0], ""
+    if not HAS_TRITON:
+        reason = "anything here: triton is not installed"
+    elif not (q.is_cuda or INTERPRETED):
+        reason = f"tensors on {q.device}: it needs a GPU"
+    elif q.shape[-1] > 256:
+        reason = f"D={q.shape[-1]}: at most 256"
+    elif q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or any(t.dtype != q.dtype for t in tensors):
+        reason = f"{', '.join(str(t.dtype).removeprefix('torch.') for t in tensors)}: all bf16, all fp16 or all fp32"
+    if backend == "triton" and reason:
+        raise ValueError(f"{caller}: backend='triton' cannot serve {reason}; backend='auto' finds one that can")
+    return not reason and (backend == "triton" or (backend == "auto" and q.is_cuda))
+
+
+def positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
+    """1/√D unless given; and a positive one, since our kernels take maxima before they scale."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return (q, scale) if scale > 0 else (q * scale, 1.0)
+
+
+def _triton(q, k, v, causal, window, segments, scale, precision) -> tuple[Tensor, Tensor]:
+    from kernels import decode as decoding
+    from kernels import flash
+    q, scale = positive_scale(q, scale)
+    few = q.shape[2] * (q.shape[1] // k.shape[1]) <= FEW_QUERIES
+    if few and causal and segments is None and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        return decoding.decode(q, k, v, None, None, window, scale, precision)
+    return flash.flash_attention(q, k, v, causal, window, segments, scale, precision)
 
 
 def _sdpa(q, k, v, causal, window, segments, scale, return_lse):
@@ -81,9 +130,11 @@ def _chunked_lse(q, k, causal, window, segments, scale, chunk: int = 128) -> Ten
     return torch.cat(lse, dim=-1).flatten(1, 2)
 
 
-def _check(q, k, v, causal, window, segments, backend) -> None:
+def _check(q, k, v, causal, window, segments, backend, precision) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"attention: backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"attention: precision={precision!r} is not one of {', '.join(PRECISIONS)}")
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(f"attention: q (B, H, T, D), k and v (B, K, S, D) expected, got q {tuple(q.shape)}, "
                          f"k {tuple(k.shape)}, v {tuple(v.shape)}")

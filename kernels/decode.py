@@ -1,0 +1,151 @@
+"""Attention of a few new tokens to a cache of many keys, in Triton: as fast as the cache can be read.
+
+One query against S keys is a matrix–vector product: the work is reading K and V once. So the queries of a group, which
+share their keys, are packed into the rows of one tile (Ainslie et al. 2023), and the keys are split over enough programs
+to keep every multiprocessor reading ("Flash-Decoding", Dao et al. 2023). Each part leaves its output and its lse, from which
+a second kernel makes the whole: Σ_s exp(lse_s − lse) out_s, with lse = ln Σ_s exp(lse_s).
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.launch import VARYING, launch, start
+from kernels.tiles import FLOOR, LN_2, LOG2_E, UNSEEN, load_tile, sees
+
+PARTS = tl.constexpr(16)            # that the second kernel adds up at a time
+CHUNK = 128                         # keys are split at multiples of it, whatever the tile
+
+
+@triton.jit(do_not_specialize=[*VARYING, "chunk"])
+def decode_part(q, q_strides, k, k_strides, v, v_strides, out, lse, query_positions, key_positions, H, K, T, S, window, chunk, scale,
+                D: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr,
+                ORDERED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
+    """ROWS of the H/K · T queries of one key head against `chunk` keys → out (parts, B, H, T, D), lse (parts, B, H, T)."""
+    part, batch, key_head = tl.program_id(1), tl.program_id(0) // K, tl.program_id(0) % K
+    packed = tl.program_id(2) * ROWS + tl.arange(0, ROWS)           # the group's queries: head by head, T of each
+    inside = packed < H // K * T
+    head, t = key_head * (H // K) + packed // T, packed % T
+    start, stop = part * chunk, tl.minimum(S, part * chunk + chunk)
+    if ORDERED:                                                     # slot j holds position j, the queries are the last T
+        position = S - T + t
+        first, last = S - T, S - 1
+        stop = tl.minimum(stop, last + 1)
+        if WINDOW:
+            start = tl.maximum(start, (first - window + 1) // COLUMNS * COLUMNS)
+    else:
+        position = tl.load(query_positions + batch * T + t).to(tl.int32)
+        first, last = tl.min(position), tl.max(position)
+        key_positions += batch.to(tl.int64) * S
+        begin, end = stop, start                                    # read nothing of the slots that no query sees
+        for n in tl.range(start, stop, COLUMNS):
+            slot = n + tl.arange(0, COLUMNS)
+            key = tl.load(key_positions + slot, mask=slot < stop, other=-1).to(tl.int32)
+            seen = (key >= 0) & (key <= last)
+            if WINDOW:
+                seen = seen & (key > first - window)
+            begin = tl.minimum(begin, tl.min(tl.where(seen, slot, stop)))
+            end = tl.maximum(end, tl.max(tl.where(seen, slot + 1, start)))
+        start, stop = begin, end
+
+    column = tl.arange(0, DIMS)
+    q_at = q + batch.to(tl.int64) * q_strides[0] + head * q_strides[1] + t * q_strides[2]
+    q_tile = tl.load(q_at[:, None] + column[None, :] * q_strides[3], mask=inside[:, None] & (column < D)[None, :], other=0.0)
+    acc = tl.zeros([ROWS, DIMS], tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    top = tl.full([ROWS], FLOOR, tl.float32)
+    for n in tl.range(start, stop, COLUMNS):
+        slot = n + tl.arange(0, COLUMNS)
+        k_tile = load_tile(k, k_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA)
+        scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
+        key = slot
+        if not ORDERED:
+            key = tl.load(key_positions + slot, mask=slot < stop, other=-1).to(tl.int32)
+        seen = sees(position[:, None], key[None, :], 2147483647, window, 0, 0, True, WINDOW, False)
+        scores = tl.where(seen & ((slot < stop) & (key >= 0))[None, :], scores, UNSEEN)
+        higher = tl.maximum(top, tl.max(scores, 1) * (scale * LOG2_E))
+        weights = tl.exp2(scores * (scale * LOG2_E) - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        v_tile = load_tile(v, v_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA)
+        acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
+        top = higher
+
+    nothing = total == 0
+    total = tl.where(nothing, 1.0, total)
+    row = (part * (tl.num_programs(0) // K) + batch).to(tl.int64) * H * T + head * T + t
+    tl.store(lse + row, tl.where(nothing, UNSEEN, top * LN_2 + tl.log(total)), mask=inside)
+    tl.store(out + row[:, None] * D + column[None, :], (acc / total[:, None]).to(out.dtype.element_ty),
+             mask=inside[:, None] & (column < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["parts", "rows"])
+def decode_whole(part_out, part_lse, out, lse, parts, rows, D: tl.constexpr, DIMS: tl.constexpr):
+    """part_out (parts, rows, D), part_lse (parts, rows) → out (rows, D), lse (rows)."""
+    row = tl.program_id(0).to(tl.int64)
+    column, lane = tl.arange(0, DIMS), tl.arange(0, PARTS)
+    top = tl.full([], FLOOR, tl.float32)
+    for p in tl.range(0, parts, PARTS):
+        top = tl.maximum(top, tl.max(tl.load(part_lse + (p + lane) * rows + row, mask=p + lane < parts, other=UNSEEN)))
+    total = tl.zeros([], tl.float32)
+    acc = tl.zeros([DIMS], tl.float32)
+    for p in tl.range(0, parts, PARTS):
+        inside = p + lane < parts
+        weights = tl.exp(tl.load(part_lse + (p + lane) * rows + row, mask=inside, other=UNSEEN) - top)
+        values = tl.load(part_out + ((p + lane) * rows + row)[:, None] * D + column[None, :],
+                         mask=inside[:, None] & (column < D)[None, :], other=0.0)
+        total += tl.sum(weights)
+        acc += tl.sum(weights[:, None] * values, 0)
+    nothing = total == 0
+    total = tl.where(nothing, 1.0, total)
+    tl.store(out + row * D + column, (acc / total).to(out.dtype.element_ty), mask=column < D)
+    tl.store(lse + row, tl.where(nothing, UNSEEN, top + tl.log(total)))
+
+
+@torch.library.custom_op("kernels::decode", mutates_args=())
+def decode(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, key_positions: Tensor | None, window: int | None,
+           scale: float, precision: str) -> tuple[Tensor, Tensor]:
+    """(out (B, H, T, D), lse (B, H, T)) of T queries against a cache of S slots: q (B, H, T, D), k and v (B, K, S, D); scale > 0.
+
+    query_positions (B, T), key_positions (B, S), negative where a slot is empty: any order, as a wrapped ring has it.
+    Without them slot j holds position j and the queries are at the last T. No gradients: for generation.
+    """
+    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+    out, lse = q.new_empty(B, H, T, D), q.new_empty(B, H, T, dtype=torch.float32)
+    if 0 in (*q.shape, S):
+        return out.zero_(), lse.fill_(float("-inf"))
+    packed = H // K * T
+    ROWS = min(64, max(16, triton.next_power_of_2(packed)))
+    parts = max(1, 2 * multiprocessors(q.device) // (B * K * triton.cdiv(packed, ROWS)))
+    chunk = triton.cdiv(triton.cdiv(S, parts), CHUNK) * CHUNK
+    parts = triton.cdiv(S, chunk)
+    part_out, part_lse = (out, lse) if parts == 1 else (q.new_empty(parts, *q.shape, dtype=torch.float32), lse.new_empty(parts, *lse.shape))
+    ordered = key_positions is None
+    launch(decode_part, lambda tile: (B * K, parts, triton.cdiv(packed, tile.rows)), q, columns={"k": k, "v": v}, copy_engine=False,
+           max_rows=ROWS, q=q, q_strides=q.stride(), out=part_out, lse=part_lse,
+           query_positions=None if ordered else query_positions.contiguous(), key_positions=None if ordered else key_positions.contiguous(),
+           H=H, K=K, T=T, S=S, window=window or 0, chunk=chunk, scale=scale, WINDOW=window is not None, ORDERED=ordered, PRECISION=precision)
+    if parts > 1:
+        start(decode_whole, (B * H * T,), part_out=part_out, part_lse=part_lse, out=out, lse=lse, parts=parts, rows=B * H * T,
+              D=D, DIMS=triton.next_power_of_2(D), num_warps=4)
+    return out, lse
+
+
+@decode.register_fake
+def _(q, k, v, query_positions, key_positions, window, scale, precision):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@register_flop_formula(torch.ops.kernels.decode)
+def _flops(q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
+    B, H, T, D = q_shape
+    return 4 * B * H * T * k_shape[2] * D

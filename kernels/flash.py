@@ -1,0 +1,237 @@
+"""Flash attention in Triton, forward and backward: exact attention without ever holding the T × S pattern.
+
+Dao et al. 2022, "FlashAttention" (algorithm 1, and section 3.1 for the backward pass), with the loop order of Dao 2023,
+"FlashAttention-2" (section 3.2). docs/kernels.md derives it in the letters used here.
+
+Each program owns a tile of queries (forward, backward_q) or of keys (backward_kv) and walks over the tiles of the other
+side that it may see. No two programs write the same number, so there are no atomics and the same inputs give the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.launch import VARYING, launch
+from kernels.tiles import FLOOR, LN_2, LOG2_E, UNSEEN, keys_to_visit, load_tile, masks_of, narrow, sees, store_tile
+
+
+@triton.jit(do_not_specialize=VARYING)
+def forward(q, q_strides, k, k_strides, v, v_strides, out, out_strides, lse, segments, least, most, H, K, T, S, blocks, window, scale,
+            D: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
+            WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
+    """One tile of ROWS queries of one head against all keys they see → out (B, H, T, D) and lse (B, H, T)."""
+    batch, head = tl.program_id(0) // H, tl.program_id(0) % H
+    key_head = head // (H // K)                                     # a group of H/K query heads reads one key head
+    start_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS  # the last queries see most keys: longest first
+    row = start_row + tl.arange(0, ROWS)
+    position = row + S - T
+    segment = position
+    if SEGMENTS:
+        segments, least, most = segments + batch.to(tl.int64) * S, least + batch * blocks, most + batch * blocks
+        segment = tl.load(segments + tl.minimum(position, S - 1))
+    start, whole_start, whole_stop, stop = keys_to_visit(
+        start_row + S - T, tl.minimum(start_row + ROWS, T) - 1 + S - T, S, window, segment, least, most, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
+
+    q_tile = load_tile(q, q_strides, batch, head, start_row, T, D, ROWS, DIMS, TMA)
+    acc = tl.zeros([ROWS, DIMS], tl.float32)                        # Σ weight · value, so far, in units of exp2(top)
+    total = tl.zeros([ROWS], tl.float32)                            # Σ weight, likewise
+    top = tl.full([ROWS], FLOOR, tl.float32)                        # the largest score so far, times log2 e
+    for part in tl.static_range(2 if SEGMENTS else 0 if WINDOW else 1, 3):      # the window's edge, whole tiles, the diagonal
+        part_start = start if part == 0 else whole_start if part == 1 else whole_stop
+        part_stop = whole_start if part == 0 else whole_stop if part == 1 else stop
+        for n in tl.range(part_start, part_stop, COLUMNS):
+            k_tile = load_tile(k, k_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA, part == 1)
+            scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)        # (ROWS, COLUMNS)
+            if part != 1:
+                key = n + tl.arange(0, COLUMNS)
+                key_segment = tl.load(segments + key, mask=key < S, other=0) if SEGMENTS else key
+                scores = tl.where(sees(position[:, None], key[None, :], S, window, segment[:, None], key_segment[None, :],
+                                       CAUSAL, WINDOW, SEGMENTS), scores, UNSEEN)
+            higher = tl.maximum(top, tl.max(scores, 1) * (scale * LOG2_E))
+            weights = tl.exp2(scores * (scale * LOG2_E) - higher[:, None])
+            shrink = tl.exp2(top - higher)                          # what was summed so far is in units of the old maximum
+            total = total * shrink + tl.sum(weights, 1)
+            acc = acc * shrink[:, None]
+            v_tile = load_tile(v, v_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA, part == 1)
+            acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+            top = higher
+
+    nothing = total == 0                                            # a row that sees nothing: out 0, lse −inf
+    total = tl.where(nothing, 1.0, total)
+    store_tile(out, out_strides, batch, head, start_row, T, acc / total[:, None], D, ROWS, DIMS)
+    row_lse = tl.where(nothing, UNSEEN, top * LN_2 + tl.log(total))
+    tl.store(lse + tl.program_id(0).to(tl.int64) * T + row, row_lse, mask=row < T)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def backward_q(q, q_strides, k, k_strides, v, v_strides, out, out_strides, grad, grad_strides, dq, dq_strides, lse, delta,
+               segments, least, most, H, K, T, S, blocks, window, scale,
+               D: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
+               WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
+    """dq of one tile of queries, and their delta = Σ_d out · grad, which backward_kv needs too.
+
+    With A the pattern and ∂ = grad vᵀ: d scores = A ∘ (∂ − delta), dq = scale · d scores · k (Dao et al. 2022, appendix B.2).
+    """
+    batch, head = tl.program_id(0) // H, tl.program_id(0) % H
+    key_head = head // (H // K)
+    start_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
+    row = start_row + tl.arange(0, ROWS)
+    position = row + S - T
+    segment = position
+    if SEGMENTS:
+        segments, least, most = segments + batch.to(tl.int64) * S, least + batch * blocks, most + batch * blocks
+        segment = tl.load(segments + tl.minimum(position, S - 1))
+    start, whole_start, whole_stop, stop = keys_to_visit(
+        start_row + S - T, tl.minimum(start_row + ROWS, T) - 1 + S - T, S, window, segment, least, most, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
+
+    at = tl.program_id(0).to(tl.int64) * T + row
+    grad_tile = load_tile(grad, grad_strides, batch, head, start_row, T, D, ROWS, DIMS, TMA)
+    out_tile = load_tile(out, out_strides, batch, head, start_row, T, D, ROWS, DIMS, TMA)
+    row_delta = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)
+    tl.store(delta + at, row_delta, mask=row < T)
+    row_lse = tl.load(lse + at, mask=row < T, other=float("inf")) * LOG2_E     # rows past the end: weight exp2(−inf) = 0
+    q_tile = load_tile(q, q_strides, batch, head, start_row, T, D, ROWS, DIMS, TMA)
+    acc = tl.zeros([ROWS, DIMS], tl.float32)
+    for part in tl.static_range(2 if SEGMENTS else 0 if WINDOW else 1, 3):
+        part_start = start if part == 0 else whole_start if part == 1 else whole_stop
+        part_stop = whole_start if part == 0 else whole_stop if part == 1 else stop
+        for n in tl.range(part_start, part_stop, COLUMNS):
+            k_tile = load_tile(k, k_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA, part == 1)
+            v_tile = load_tile(v, v_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA, part == 1)
+            scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)        # (ROWS, COLUMNS)
+            if part != 1:
+                key = n + tl.arange(0, COLUMNS)
+                key_segment = tl.load(segments + key, mask=key < S, other=0) if SEGMENTS else key
+                scores = tl.where(sees(position[:, None], key[None, :], S, window, segment[:, None], key_segment[None, :],
+                                       CAUSAL, WINDOW, SEGMENTS), scores, UNSEEN)
+            weights = tl.exp2(scores * (scale * LOG2_E) - row_lse[:, None])
+            d_weights = tl.dot(grad_tile, v_tile.T, input_precision=PRECISION)
+            d_scores = weights * (d_weights - row_delta[:, None])
+            acc = tl.dot(d_scores.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
+    store_tile(dq, dq_strides, batch, head, start_row, T, acc * scale, D, ROWS, DIMS)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def backward_kv(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, dk, dk_strides, dv, dv_strides, lse, delta,
+                segments, least, most, H, K, T, S, blocks, window, scale,
+                D: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
+                WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
+    """dk and dv of one tile of COLUMNS keys of one key head, summed over the queries of all its heads: written once.
+
+    dv = Aᵀ grad, dk = scale · (d scores)ᵀ q. Everything is held transposed, keys by queries. One flat loop over heads and
+    query tiles, always masked: two loops, or one inside the other, make the compiler serialise wgmma or spill.
+    """
+    batch, key_head = tl.program_id(0) // K, tl.program_id(0) % K
+    n = tl.program_id(1) * COLUMNS                                  # the first keys are seen by most queries: longest first
+    key = n + tl.arange(0, COLUMNS)
+    start, stop = S - T, S                                          # positions of the queries that see some of these keys
+    if CAUSAL:
+        start = tl.maximum(n, S - T)
+    if WINDOW:
+        stop = tl.minimum(S, n + COLUMNS + window - 1)
+    key_segment = key
+    if SEGMENTS:
+        segments, least, most = segments + batch.to(tl.int64) * S, least + batch * blocks, most + batch * blocks
+        key_segment = tl.load(segments + tl.minimum(key, S - 1))
+        start, stop = narrow(start, stop, least, most, tl.min(key_segment), tl.max(key_segment))
+    start_row = start - (S - T)
+    tiles = tl.cdiv(tl.maximum(0, stop - start), ROWS)
+
+    k_tile = load_tile(k, k_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA)
+    v_tile = load_tile(v, v_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA)
+    dk_acc, dv_acc = tl.zeros([COLUMNS, DIMS], tl.float32), tl.zeros([COLUMNS, DIMS], tl.float32)
+    for visit in tl.range(0, tiles * (H // K)):
+        head = key_head * (H // K) + visit // tiles
+        m = start_row + visit % tiles * ROWS
+        row = m + tl.arange(0, ROWS)
+        position = row + S - T
+        at = (batch * H + head).to(tl.int64) * T + row
+        q_tile = load_tile(q, q_strides, batch, head, m, T, D, ROWS, DIMS, TMA)
+        scores = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)            # (COLUMNS, ROWS)
+        if CAUSAL or WINDOW or SEGMENTS:
+            segment = tl.load(segments + tl.minimum(position, S - 1)) if SEGMENTS else position
+            scores = tl.where(sees(position[None, :], key[:, None], S, window, segment[None, :], key_segment[:, None],
+                                   CAUSAL, WINDOW, SEGMENTS), scores, UNSEEN)
+        row_lse = tl.load(lse + at, mask=row < T, other=float("inf")) * LOG2_E
+        weights = tl.exp2(scores * (scale * LOG2_E) - row_lse[None, :])
+        grad_tile = load_tile(grad, grad_strides, batch, head, m, T, D, ROWS, DIMS, TMA)
+        dv_acc = tl.dot(weights.to(grad_tile.dtype), grad_tile, dv_acc, input_precision=PRECISION)
+        d_weights = tl.dot(v_tile, grad_tile.T, input_precision=PRECISION)
+        row_delta = tl.load(delta + at, mask=row < T, other=0.0)
+        d_scores = weights * (d_weights - row_delta[None, :])
+        dk_acc = tl.dot(d_scores.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
+    store_tile(dk, dk_strides, batch, key_head, n, S, dk_acc * scale, D, COLUMNS, DIMS)
+    store_tile(dv, dv_strides, batch, key_head, n, S, dv_acc, D, COLUMNS, DIMS)
+
+
+@torch.library.custom_op("kernels::flash_attention", mutates_args=())
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, segments: Tensor | None,
+                    scale: float, precision: str) -> tuple[Tensor, Tensor]:
+    """(out, lse) of `kernels.attention.attention`, whose arguments these are; scale > 0. lse has no gradient."""
+    out, lse = _empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    if 0 in (*out.shape, k.shape[2]):
+        return out.zero_(), lse.fill_(float("-inf"))
+    launch(forward, lambda tile: (q.shape[0] * q.shape[1], triton.cdiv(q.shape[2], tile.rows)), q, rows={"q": q}, columns={"k": k, "v": v},
+           out=out, out_strides=out.stride(), lse=lse, **masks_of(q, k, causal, window, segments, scale, precision))
+    return out, lse
+
+
+@torch.library.custom_op("kernels::flash_attention_backward", mutates_args=())
+def flash_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, window: int | None,
+                             segments: Tensor | None, scale: float, precision: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) from the gradient of out."""
+    dq, dk, dv, delta = _empty_like(q), _empty_like(k), _empty_like(v), torch.empty_like(lse)
+    if 0 in (*q.shape, k.shape[2]):
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    masks = masks_of(q, k, causal, window, segments, scale, precision)
+    launch(backward_q, lambda tile: (q.shape[0] * q.shape[1], triton.cdiv(q.shape[2], tile.rows)), q,
+           rows={"q": q, "out": out, "grad": grad}, columns={"k": k, "v": v}, dq=dq, dq_strides=dq.stride(), lse=lse, delta=delta, **masks)
+    launch(backward_kv, lambda tile: (k.shape[0] * k.shape[1], triton.cdiv(k.shape[2], tile.columns)), q,
+           rows={"q": q, "grad": grad}, columns={"k": k, "v": v}, dk=dk, dk_strides=dk.stride(), dv=dv, dv_strides=dv.stride(),
+           lse=lse, delta=delta, **masks)
+    return dq, dk, dv
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """(B, heads, T, D) over (B, T, heads, D) memory: as the projections around attention read and write it."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+@flash_attention.register_fake
+def _(q, k, v, causal, window, segments, scale, precision):
+    return _empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@flash_attention_backward.register_fake
+def _(grad, q, k, v, out, lse, causal, window, segments, scale, precision):
+    return _empty_like(q), _empty_like(k), _empty_like(v)
+
+
+def _save(ctx, inputs, output):
+    q, k, v, ctx.causal, ctx.window, segments, ctx.scale, ctx.precision = inputs
+    ctx.save_for_backward(q, k, v, segments, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _):
+    q, k, v, segments, out, lse = ctx.saved_tensors
+    grads = flash_attention_backward(grad, q, k, v, out, lse, ctx.causal, ctx.window, segments, ctx.scale, ctx.precision)
+    return *grads, None, None, None, None, None
+
+
+flash_attention.register_autograd(_backward, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.kernels.flash_attention)
+def _flops(q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
+    """Two products of T × S × D a head, masked or not: PyTorch's own convention for its attention."""
+    B, H, T, D = q_shape
+    return 4 * B * H * T * k_shape[2] * D
+
+
+@register_flop_formula(torch.ops.kernels.flash_attention_backward)
+def _backward_flops(grad_shape, q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
+    """Five products, likewise."""
+    return _flops(q_shape, k_shape) * 5 // 2

@@ -1,0 +1,117 @@
+"""The kernel behind `kernels.head_statistics`: flash attention's walk over the keys, with questions in place of values."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.head_statistics import REACH, SUMS
+from kernels.launch import VARYING, launch
+from kernels.tiles import LN_2, LOG2_E, address, keys_to_visit, load_tile, masks_of, sees
+
+PROFILE_REACH = tl.constexpr(REACH)
+PROFILE_START = tl.constexpr(SUMS)
+NEVER = tl.constexpr(-1e30)         # log2 of a weight that is zero; finite, so that weight · log2 weight is zero too
+
+
+@triton.jit(do_not_specialize=VARYING)
+def statistics_rows(q, q_strides, k, k_strides, keys, keys_strides, lse, tokens, targets, out, segments, least, most,
+                    H, K, T, S, blocks, window, scale,
+                    D: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
+                    WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
+    """All statistics of one tile of ROWS queries of one head → out (SUMS + 2 REACH + 1, B, H, T).
+
+    k is read tile by tile, `keys` is the same tensor read a row at a time.
+    """
+    batch, head = tl.program_id(0) // H, tl.program_id(0) % H
+    key_head = head // (H // K)
+    start_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
+    row = start_row + tl.arange(0, ROWS)
+    position = row + S - T
+    first = start_row + S - T
+    segment = position
+    if SEGMENTS:
+        segments, least, most = segments + batch.to(tl.int64) * S, least + batch * blocks, most + batch * blocks
+        segment = tl.load(segments + tl.minimum(position, S - 1))
+    start, whole_start, whole_stop, stop = keys_to_visit(
+        first, tl.minimum(start_row + ROWS, T) - 1 + S - T, S, window, segment, least, most, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
+    # A duplicate is *before* its query: tiles that hold the first query's own position are masked too.
+    whole_stop = tl.where((whole_stop > first) & (whole_stop > whole_start), whole_stop - COLUMNS, whole_stop)
+
+    tokens += batch.to(tl.int64) * S
+    token = tl.load(tokens + tl.minimum(position, S - 1))
+    row_lse = tl.load(lse + tl.program_id(0).to(tl.int64) * T + row, mask=row < T, other=0.0) * LOG2_E
+    q_tile = load_tile(q, q_strides, batch, head, start_row, T, D, ROWS, DIMS, TMA)
+    follows, repeats, information, distance = (tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32),
+                                               tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32))
+    column = tl.arange(0, COLUMNS)
+    for part in tl.static_range(2 if SEGMENTS else 0 if WINDOW else 1, 3):
+        part_start = start if part == 0 else whole_start if part == 1 else whole_stop
+        part_stop = whole_start if part == 0 else whole_stop if part == 1 else stop
+        for n in tl.range(part_start, part_stop, COLUMNS):
+            key = n + column
+            k_tile = load_tile(k, k_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA, part == 1)
+            bits = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) * (scale * LOG2_E) - row_lse[:, None]       # log2 A
+            key_token = tl.load(tokens + key, mask=key < S, other=-1)
+            token_before = tl.load(tokens + key - 1, mask=(key > 0) & (key < S), other=-1)
+            repeat = token[:, None] == key_token[None, :]
+            if part != 1:
+                key_segment = tl.load(segments + key, mask=key < S, other=0) if SEGMENTS else key
+                bits = tl.where(sees(position[:, None], key[None, :], S, window, segment[:, None], key_segment[None, :],
+                                     CAUSAL, WINDOW, SEGMENTS), bits, NEVER)
+                repeat = repeat & (key[None, :] < position[:, None])
+            weights = tl.exp2(bits)
+            follows += tl.sum(tl.where(token[:, None] == token_before[None, :], weights, 0.0), 1)
+            repeats += tl.sum(tl.where(repeat, weights, 0.0), 1)
+            information += tl.sum(weights * bits, 1)
+            # Σ (i − j) A about the tile's own first key, so that large positions cost no digits.
+            distance += tl.sum(weights, 1) * (position - n).to(tl.float32) - tl.sum(weights * column.to(tl.float32)[None, :], 1)
+
+    plane = tl.num_programs(0).to(tl.int64) * T
+    at = out + tl.program_id(0).to(tl.int64) * T + row
+    tl.store(at, follows, mask=row < T)
+    tl.store(at + plane, repeats, mask=row < T)
+    tl.store(at + 4 * plane, information * -LN_2, mask=row < T)
+    tl.store(at + 5 * plane, distance, mask=row < T)
+    # Entries at known places: (previous, first, target − REACH …) one product q_i·k_j each.
+    target = tl.load(targets + batch.to(tl.int64) * S + tl.minimum(position, S - 1))
+    q_rows = q_tile.to(tl.float32)
+    dim = tl.arange(0, DIMS)
+    keys_at = address(keys, keys_strides, batch, key_head, 0)
+    for place in tl.range(0, 2 * PROFILE_REACH + 3):
+        wanted = tl.where(target >= 0, target + place - 2 - PROFILE_REACH, -1)
+        wanted = tl.where(place == 0, position - 1, tl.where(place == 1, 0, wanted)).to(tl.int32)
+        there = (wanted >= 0) & (row < T)
+        wanted = tl.where(there, wanted, 0)
+        wanted_segment = tl.load(segments + wanted) if SEGMENTS else wanted
+        there = there & sees(position, wanted, S, window, segment, wanted_segment, CAUSAL, WINDOW, SEGMENTS)
+        k_rows = tl.load(keys_at + wanted[:, None].to(tl.int64) * keys_strides[2] + dim[None, :] * keys_strides[3],
+                         mask=there[:, None] & (dim < D)[None, :], other=0.0)
+        bits = tl.sum(q_rows * k_rows.to(tl.float32), 1) * (scale * LOG2_E) - row_lse
+        plane_of = tl.where(place < 2, place + 2, place - 2 + PROFILE_START)
+        tl.store(at + plane_of * plane, tl.where(there, tl.exp2(bits), 0.0), mask=row < T)
+
+
+@torch.library.custom_op("kernels::head_statistics", mutates_args=())
+def statistics(q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, targets: Tensor, window: int | None, segments: Tensor | None,
+               scale: float, precision: str) -> Tensor:
+    """(SUMS + 2 REACH + 1, B, H, T) float32; targets (B, S) from `induction_targets`, scale > 0."""
+    B, H, T, D = q.shape
+    out = q.new_empty(SUMS + 2 * REACH + 1, B, H, T, dtype=torch.float32)
+    if out.numel():
+        launch(statistics_rows, lambda tile: (B * H, triton.cdiv(T, tile.rows)), q, rows={"q": q}, columns={"k": k},
+               keys=k, keys_strides=k.stride(), lse=lse.contiguous(), tokens=tokens.contiguous(), targets=targets.contiguous(), out=out,
+               **masks_of(q, k, True, window, segments, scale, precision))
+    return out
+
+
+@statistics.register_fake
+def _(q, k, lse, tokens, targets, window, segments, scale, precision):
+    return q.new_empty(SUMS + 2 * REACH + 1, *q.shape[:3], dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.kernels.head_statistics)
+def _flops(q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
+    B, H, T, D = q_shape
+    return 2 * B * H * T * (k_shape[2] + 2 * REACH + 3) * D
