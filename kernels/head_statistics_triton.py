@@ -7,23 +7,21 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.head_statistics import REACH, SUMS
-from kernels.launch import VARYING, launch
+from kernels.launch import VARYING, launch, start
 from kernels.tiles import LN_2, LOG2_E, address, keys_to_visit, load_tile, masks_of, sees
 
 PROFILE_REACH = tl.constexpr(REACH)
 PROFILE_START = tl.constexpr(SUMS)
+PLACES_ROWS = 32
 NEVER = tl.constexpr(-1e30)         # log2 of a weight that is zero; finite, so that weight · log2 weight is zero too
 
 
 @triton.jit(do_not_specialize=VARYING)
-def statistics_rows(q, q_strides, k, k_strides, keys, keys_strides, lse, tokens, targets, out, segments, least, most,
+def statistics_rows(q, q_strides, k, k_strides, lse, tokens, out, segments, least, most,
                     H, K, T, S, blocks, window, scale,
                     D: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
                     WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
-    """All statistics of one tile of ROWS queries of one head → out (SUMS + 2 REACH + 1, B, H, T).
-
-    k is read tile by tile, `keys` is the same tensor read a row at a time.
-    """
+    """The sums over all keys for one tile of ROWS queries of one head → planes 0, 1, 4 and 5 of out (…, B, H, T)."""
     batch, head = tl.program_id(0) // H, tl.program_id(0) % H
     key_head = head // (H // K)
     start_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
@@ -74,23 +72,45 @@ def statistics_rows(q, q_strides, k, k_strides, keys, keys_strides, lse, tokens,
     tl.store(at + plane, repeats, mask=row < T)
     tl.store(at + 4 * plane, information * -LN_2, mask=row < T)
     tl.store(at + 5 * plane, distance, mask=row < T)
-    # Entries at known places: (previous, first, target − REACH …) one product q_i·k_j each.
-    target = tl.load(targets + batch.to(tl.int64) * S + tl.minimum(position, S - 1))
-    q_rows = q_tile.to(tl.float32)
-    dim = tl.arange(0, DIMS)
-    keys_at = address(keys, keys_strides, batch, key_head, 0)
-    for place in tl.range(0, 2 * PROFILE_REACH + 3):
-        wanted = tl.where(target >= 0, target + place - 2 - PROFILE_REACH, -1)
-        wanted = tl.where(place == 0, position - 1, tl.where(place == 1, 0, wanted)).to(tl.int32)
-        there = (wanted >= 0) & (row < T)
-        wanted = tl.where(there, wanted, 0)
-        wanted_segment = tl.load(segments + wanted) if SEGMENTS else wanted
-        there = there & sees(position, wanted, S, window, segment, wanted_segment, CAUSAL, WINDOW, SEGMENTS)
-        k_rows = tl.load(keys_at + wanted[:, None].to(tl.int64) * keys_strides[2] + dim[None, :] * keys_strides[3],
+
+
+@triton.jit(do_not_specialize=VARYING)
+def statistics_places(q, q_strides, k, k_strides, lse, targets, out, segments, H, K, T, S, window, scale, D: tl.constexpr,
+                      DIMS: tl.constexpr, ROWS: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Entries of the pattern at known places, one product q_i·k_j each → the other planes: previous, first, profile.
+
+    A kernel of its own: it waits for scattered rows of k, and many small programs wait better than few large ones.
+    """
+    batch, head = tl.program_id(0) // H, tl.program_id(0) % H
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    last, dim = tl.minimum(row, T - 1), tl.arange(0, DIMS)
+    position = last + S - T
+    q_rows = tl.load(address(q, q_strides, batch, head, 0) + last[:, None].to(tl.int64) * q_strides[2] + dim[None, :] * q_strides[3],
+                     mask=(dim < D)[None, :], other=0.0).to(tl.float32)
+    k_head = address(k, k_strides, batch, head // (H // K), 0)
+    row_lse = tl.load(lse + tl.program_id(0).to(tl.int64) * T + last)
+    target = tl.load(targets + batch.to(tl.int64) * S + position).to(tl.int32)
+    segment = position
+    if SEGMENTS:
+        segments += batch.to(tl.int64) * S
+        segment = tl.load(segments + position)
+    at = out + tl.program_id(0).to(tl.int64) * T + row
+    plane = tl.num_programs(0).to(tl.int64) * T
+    for place in tl.static_range(2 * PROFILE_REACH + 3):
+        if place == 0:
+            key, there = position - 1, position > 0
+        elif place == 1:
+            key, there = position * 0, position >= 0
+        else:
+            key = target + (place - 2 - PROFILE_REACH)
+            there = (target >= 0) & (key >= 0)
+        key = tl.where(there, key, 0)
+        key_segment = tl.load(segments + key) if SEGMENTS else key
+        there = there & sees(position, key, S, window, segment, key_segment, True, WINDOW, SEGMENTS)
+        k_rows = tl.load(k_head + key[:, None].to(tl.int64) * k_strides[2] + dim[None, :] * k_strides[3],
                          mask=there[:, None] & (dim < D)[None, :], other=0.0)
-        bits = tl.sum(q_rows * k_rows.to(tl.float32), 1) * (scale * LOG2_E) - row_lse
-        plane_of = tl.where(place < 2, place + 2, place - 2 + PROFILE_START)
-        tl.store(at + plane_of * plane, tl.where(there, tl.exp2(bits), 0.0), mask=row < T)
+        weights = tl.exp(tl.sum(q_rows * k_rows.to(tl.float32), 1) * scale - row_lse)
+        tl.store(at + (place + 2 if place < 2 else place - 2 + PROFILE_START) * plane, tl.where(there, weights, 0.0), mask=row < T)
 
 
 @torch.library.custom_op("kernels::head_statistics", mutates_args=())
@@ -99,10 +119,15 @@ def statistics(q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, targets: Tenso
     """(SUMS + 2 REACH + 1, B, H, T) float32; targets (B, S) from `induction_targets`, scale > 0."""
     B, H, T, D = q.shape
     out = q.new_empty(SUMS + 2 * REACH + 1, B, H, T, dtype=torch.float32)
-    if out.numel():
-        launch(statistics_rows, lambda tile: (B * H, triton.cdiv(T, tile.rows)), q, rows={"q": q}, columns={"k": k},
-               keys=k, keys_strides=k.stride(), lse=lse.contiguous(), tokens=tokens.contiguous(), targets=targets.contiguous(), out=out,
-               **masks_of(q, k, True, window, segments, scale, precision))
+    if out.numel() == 0:
+        return out
+    masks = masks_of(q, k, True, window, segments, scale, precision)
+    lse = lse.contiguous()
+    launch(statistics_rows, lambda tile: (B * H, triton.cdiv(T, tile.rows)), q, rows={"q": q}, columns={"k": k}, lse=lse,
+           tokens=tokens.contiguous(), out=out, **masks)
+    start(statistics_places, (B * H, triton.cdiv(T, PLACES_ROWS)), q=q, q_strides=q.stride(), k=k, k_strides=k.stride(), lse=lse,
+          targets=targets.contiguous(), out=out, segments=masks["segments"], H=H, K=masks["K"], T=T, S=masks["S"], window=masks["window"],
+          scale=scale, D=D, DIMS=triton.next_power_of_2(D), ROWS=PLACES_ROWS, WINDOW=masks["WINDOW"], SEGMENTS=masks["SEGMENTS"])
     return out
 
 

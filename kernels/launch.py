@@ -21,15 +21,37 @@ class Tile(NamedTuple):
     stages: int         # tiles on their way while one is worked on
 
 
+# family → kernel → (bytes of an element, D up to) → tile. Each is the largest found that the compiler keeps in registers
+# (of several, the one with fewer programs for the same work): beside it the registers a thread and the shared memory that
+# `python -m kernels.ahead_of_time` measured, causal, triton 3.7.1. float32 is computed as three tf32 products, which takes
+# registers; only at D = 256 does it spill, by the bytes given. None has been timed yet: `python -m bench.attention --tune`.
+FP32 = {
+    "forward": {(4, 64): Tile(32, 32, 4, 2), (4, 128): Tile(32, 32, 8, 2), (4, 256): Tile(16, 16, 8, 2)},
+    "backward_q": {(4, 64): Tile(32, 32, 8, 2), (4, 128): Tile(32, 32, 8, 1), (4, 256): Tile(16, 16, 8, 2)},
+    "backward_kv": {(4, 64): Tile(32, 32, 8, 2), (4, 128): Tile(32, 16, 8, 2), (4, 256): Tile(16, 16, 8, 2)},
+    "decode_part": {(4, 64): Tile(16, 64, 4, 2), (4, 128): Tile(16, 32, 4, 3), (4, 256): Tile(16, 32, 8, 2)},
+    "statistics_rows": {(4, 64): Tile(32, 32, 8, 1), (4, 128): Tile(32, 16, 8, 2), (4, 256): Tile(16, 16, 4, 1)},
+}
 TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
     "hopper": {
         "forward": {(2, 64): Tile(128, 128, 8, 2), (2, 128): Tile(128, 128, 8, 2), (2, 256): Tile(128, 64, 8, 2)},
-        "backward_q": {},
-        "backward_kv": {},
+        "backward_q": {(2, 64): Tile(128, 64, 8, 2), (2, 128): Tile(128, 64, 8, 2), (2, 256): Tile(128, 32, 8, 2)},
+        "backward_kv": {(2, 64): Tile(64, 128, 8, 2), (2, 128): Tile(64, 64, 8, 2), (2, 256): Tile(32, 64, 8, 2)},
+        "decode_part": {(2, 64): Tile(16, 128, 4, 3), (2, 128): Tile(16, 64, 4, 3), (2, 256): Tile(16, 64, 4, 3)},
+        "statistics_rows": {(2, 64): Tile(128, 64, 8, 2), (2, 128): Tile(128, 64, 8, 2), (2, 256): Tile(128, 64, 8, 2)},
     },
-    "ampere": {},
-    "interpreter": {name: {(8, 256): Tile(32, 16, 4, 1)} for name in ("forward", "backward_q", "backward_kv", "decode_part", "statistics_rows")},
+    "ampere": {
+        "forward": {(2, 64): Tile(128, 64, 4, 3), (2, 128): Tile(128, 64, 8, 3), (2, 256): Tile(64, 64, 8, 2)},
+        "backward_q": {(2, 64): Tile(128, 64, 8, 2), (2, 128): Tile(128, 32, 8, 2), (2, 256): Tile(64, 32, 8, 2)},
+        "backward_kv": {(2, 64): Tile(32, 128, 8, 2), (2, 128): Tile(64, 64, 8, 2), (2, 256): Tile(32, 64, 8, 2)},
+        "decode_part": {(2, 64): Tile(16, 128, 4, 3), (2, 128): Tile(16, 64, 4, 3), (2, 256): Tile(16, 64, 4, 3)},
+        "statistics_rows": {(2, 64): Tile(128, 64, 8, 2), (2, 128): Tile(128, 64, 8, 2), (2, 256): Tile(64, 64, 4, 2)},
+    },
+    # Small and of unequal sides, so that tests of a hundred positions cross many borders.
+    "interpreter": {name: {(4, 256): Tile(32, 16, 4, 1)} for name in FP32},
 }
+for device_family in ("hopper", "ampere"):
+    TILES[device_family] = {name: table | FP32[name] for name, table in TILES[device_family].items()}
 SMALLER = (Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))      # for devices with little shared memory
 _too_large: set[tuple] = set()
 
@@ -57,7 +79,7 @@ def launch(kernel, grid: Callable[[Tile], tuple[int, ...]], like: Tensor, /, *, 
     engine where the device has one and `copy_engine` allows it.
     """
     device_family, D = family(like.device), like.shape[-1]
-    dims, tma = max(16, triton.next_power_of_2(D)), copy_engine and device_family != "ampere"
+    dims, tma = max(16, triton.next_power_of_2(D)), copy_engine and device_family != "ampere" and like.itemsize == 2
     if tma:
         rows, columns = ({name: for_copy_engine(t) for name, t in group.items()} for group in (rows, columns))
     arguments |= {f"{name}_strides": t.stride() for name, t in (rows | columns).items()}

@@ -1,0 +1,40 @@
+"""Triton's interpreter, with its bfloat16 mended. Importing this before any kernel makes them run on the CPU.
+
+As it comes, the interpreter keeps bfloat16 numbers as 16-bit integers, multiplies those in `tl.dot`, and cuts float32 off
+where hardware rounds to nearest even. Shared-memory limits and dot's smallest sizes it does not know: tests/test_ahead_of_time.py.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np  # noqa: E402
+import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
+
+Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+dot, cast = Builder.create_dot, Builder.cast_impl
+
+
+def widened(handle: Handle) -> Handle:
+    """A bfloat16 tensor as float32, the same numbers; any other as it is."""
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    return Handle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+def rounded(handle: Handle) -> Handle:
+    """float32 to the nearest bfloat16, ties to even, NaN kept."""
+    bits = np.ascontiguousarray(handle.data).view(np.uint32)
+    nearest = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
+    return Handle(np.where(np.isnan(handle.data), np.uint16(0x7FC0), nearest), tl.bfloat16)
+
+
+def cast_impl(self, source, dtype):
+    if source.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
+        return rounded(source)
+    return cast(self, source, dtype)
+
+
+Builder.create_dot = lambda self, a, b, acc, *rest: dot(self, widened(a), widened(b), acc, *rest)
+Builder.cast_impl = cast_impl

@@ -1,0 +1,205 @@
+"""kernels/flash.py against the definition in float64: under triton's interpreter here, on the GPU where there is one."""
+
+from itertools import cycle, product
+
+import pytest
+import torch
+from attention_cases import DEVICE, LAYOUTS, Case, assert_as_good, exact_and_plain
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import launch
+from kernels.attention import attention
+from kernels.flash import flash_attention, flash_attention_backward
+
+NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that no kernel wrote holds NaN: what PyTorch fills new tensors with in this mode."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def pointers(monkeypatch):
+    """As on a device without a copy engine; with its own, larger tiles."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(launch, "family", lambda device: "ampere")
+
+
+def run(case: Case, q, k, v, grad) -> list[torch.Tensor]:
+    """out, lse, dq, dk, dv by the kernels."""
+    masks = case.masks()
+    rest = (masks["causal"], masks["window"], masks["segments"], case.scale or case.D ** -0.5, "tf32x3")
+    out, lse = flash_attention(q, k, v, *rest)
+    return [out, lse, *flash_attention_backward(grad, q, k, v, out, lse, *rest)]
+
+
+def check(case: Case) -> None:
+    tensors = case.tensors()
+    exact, plain = exact_and_plain(case, *tensors)
+    got, again = run(case, *tensors), run(case, *tensors)
+    for name, g, e, p in zip(NAMES, got, exact, plain):
+        assert_as_good(g, e, p, f"{name} of {case}")
+    assert_as_good(got[1], exact[1], exact[1].float(), f"lse of {case}")          # float32 whatever the inputs are
+    assert all(torch.equal(a, b) for a, b in zip(got, again)), f"other bits the second time: {case}"
+
+
+# Around tiles of 16, 32, 64 and 128 positions, head sizes that are no powers of two
+LENGTHS = (1, 15, 16, 17, 63, 65, 77, 127, 129, 130)
+SIZES = (16, 32, 48, 64, 80, 96, 128, 256)
+GROUPS = (1, 2, 3, 8)
+
+
+def grid():
+    """Every length × head size × group × window, with dtypes and layouts in turn."""
+    dtypes, layouts = cycle(("bf16", "fp32", "fp16")), cycle(LAYOUTS)
+    for T, D, groups in product(LENGTHS, SIZES, GROUPS):
+        for window in dict.fromkeys((None, 1, 7, max(1, T - 1), T + 5)):
+            yield Case(T, T, D, groups=groups, window=window, dtype=next(dtypes), layout=next(layouts))
+
+
+@pytest.mark.grid
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", list(grid()), ids=lambda c: f"T{c.T}-D{c.D}-G{c.groups}-W{c.window}-{c.dtype}-{c.layout}")
+def test_grid(case):
+    check(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("case", [
+    Case(1, 1, 16), Case(65, 65, 32, groups=3), Case(77, 77, 48, B=2, K=2, groups=2), Case(33, 100, 16), Case(1, 40, 32, groups=2),
+    Case(50, 50, 80, window=7), Case(50, 50, 16, window=1), Case(40, 90, 16, window=40), Case(30, 70, 16, causal=False),
+    Case(70, 30, 16, causal=False, window=9), Case(90, 90, 16, documents=5), Case(60, 130, 16, B=2, documents=3, window=20),
+    Case(70, 70, 16, documents=3, shuffled=True, causal=False), Case(40, 40, 20, layout="columns"), Case(40, 40, 24, layout="sparse"),
+], ids=str)
+def test_cases(case, dtype):
+    check(Case(**{**case.__dict__, "dtype": dtype}))
+
+
+@pytest.mark.parametrize("case", [
+    Case(140, 140, 32, groups=2, dtype="bf16"), Case(100, 200, 64, window=30, dtype="fp16"), Case(130, 130, 20, documents=3, dtype="bf16"),
+    Case(60, 60, 16, layout="columns"), Case(200, 70, 16, causal=False, dtype="bf16"),
+], ids=str)
+def test_without_a_copy_engine(case, pointers):
+    check(case)
+
+
+@st.composite
+def any_case(draw):
+    causal, documents = draw(st.booleans()), draw(st.integers(0, 4))
+    S = draw(st.integers(1, 80))
+    return Case(T=draw(st.integers(1, S if causal or documents else 80)), S=S, D=draw(st.integers(1, 40)), B=draw(st.integers(1, 2)),
+                K=draw(st.integers(1, 2)), groups=draw(st.integers(1, 3)), causal=causal, window=draw(st.none() | st.integers(1, S + 3)),
+                documents=documents, shuffled=draw(st.booleans()), dtype=draw(st.sampled_from(("bf16", "fp16", "fp32"))),
+                layout=draw(st.sampled_from(LAYOUTS)), scale=draw(st.none() | st.floats(0.01, 2)), seed=draw(st.integers(0, 99)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(any_case())
+def test_whatever_is_drawn(case):
+    check(case)
+
+
+@pytest.mark.grid
+@settings(max_examples=400, deadline=None)
+@given(any_case())
+def test_whatever_is_drawn_at_length(case):
+    check(case)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_token_changes_nothing_before_it(window):
+    """Bit for bit: in out and lse, and in gradients of what comes before."""
+    case = Case(70, 70, 16, groups=2, window=window)
+    q, k, v, grad = case.tensors()
+    before = run(case, q, k, v, grad)
+    for changed in (q, k, v):
+        changed[:, :, 40] += 1
+    grad[:, :, :40] = 0                                 # only queries from 40 on speak
+    after = run(case, q, k, v, grad)
+    assert torch.equal(before[0][:, :, :40], after[0][:, :, :40]) and torch.equal(before[1][:, :, :40], after[1][:, :, :40])
+    assert not torch.equal(before[0][:, :, 40:], after[0][:, :, 40:])
+    assert (after[2][:, :, :40] == 0).all()
+    if window:
+        assert (after[3][:, :, :40 - window + 1] == 0).all() and (after[4][:, :, :40 - window + 1] == 0).all()
+
+
+def test_a_window_longer_than_the_keys_is_none():
+    whole, windowed = Case(50, 50, 16), Case(50, 50, 16, window=50)
+    tensors = whole.tensors()
+    assert all(torch.equal(a, b) for a, b in zip(run(whole, *tensors), run(windowed, *tensors)))
+
+
+@pytest.mark.parametrize("size", [1e4, 0.0])
+def test_extreme_and_equal_scores(size):
+    """Scores of ±size: with 1e4 each row picks one key, with 0 it averages."""
+    case = Case(40, 40, 16, scale=1.0)
+    q, k, v, grad = case.tensors()
+    q.copy_(torch.zeros_like(q)), k.copy_(torch.zeros_like(k))
+    q[..., 0] = size
+    k[..., 0] = torch.where(torch.arange(40, device=DEVICE) == 7, 1.0, -1.0)
+    out, lse = run(case, q, k, v, grad)[:2]
+    if size:
+        assert torch.equal(out[:, :, 7:], v[:, :, 7:8].expand_as(out[:, :, 7:])) and torch.allclose(lse[:, :, 7:], torch.tensor(1e4, device=DEVICE))
+    else:
+        means = v.cumsum(2) / torch.arange(1, 41, device=DEVICE)[:, None]
+        assert torch.allclose(out, means, atol=1e-6) and torch.allclose(lse, torch.arange(1, 41, device=DEVICE).log().expand_as(lse), atol=1e-6)
+    assert all(t.isfinite().all() for t in run(case, q, k, v, grad))
+
+
+def test_no_keys_and_no_queries():
+    q, none = torch.randn(1, 2, 3, 16, device=DEVICE), torch.randn(1, 1, 0, 16, device=DEVICE)
+    out, lse = flash_attention(q, none, none, False, None, None, 0.25, "tf32x3")
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    grads = flash_attention_backward(out, q, none, none, out, lse, False, None, None, 0.25, "tf32x3")
+    assert (grads[0] == 0).all() and grads[1].shape == none.shape
+    assert attention(q[:, :, :0], q[:, :1], q[:, :1], backend="triton").shape == (1, 2, 0, 16)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(scale):
+    case = Case(30, 30, 16, groups=2)
+    inputs = [t.clone().requires_grad_() for t in case.tensors()[:3]]
+    results = []
+    for backend in ("reference", "triton"):
+        out = attention(*inputs, scale=scale, backend=backend)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*results))
+
+
+def test_gradients_by_finite_differences():
+    """torch's own gradcheck, as tight as float32 accumulators allow."""
+    q, k, v = (torch.randn(1, heads, 9, 16, device=DEVICE, requires_grad=True) for heads in (2, 1, 1))
+    call = lambda q, k, v: attention(q, k, v, window=5, backend="triton")                                   # noqa: E731
+    assert torch.autograd.gradcheck(call, (q, k, v), fast_mode=True, eps=1e-2, atol=2e-3, rtol=1e-2, nondet_tol=0)
+
+
+def test_a_tile_that_does_not_fit_gives_way_to_a_smaller_one(monkeypatch):
+    """What triton raises when a program wants more shared memory than there is."""
+    from triton.runtime.errors import OutOfResources
+    tried, start = [], launch.start
+
+    def small_device(kernel, grid, **arguments):
+        tried.append(arguments["ROWS"] * arguments["COLUMNS"])
+        if tried[-1] > 32 * 32:
+            raise OutOfResources(tried[-1], 32 * 32, "shared memory")
+        start(kernel, grid, **arguments)
+
+    monkeypatch.setattr(launch, "start", small_device)
+    monkeypatch.setattr(launch, "_too_large", set())
+    monkeypatch.setattr(launch, "family", lambda device: "ampere")
+    case = Case(30, 30, 16, dtype="fp16")
+    q, k, v, _ = case.tensors()
+    out = attention(q, k, v, backend="triton", return_lse=True)[0].clone()
+    flash_attention(q, k, v, True, None, None, 0.25, "tf32x3")
+    assert_as_good(out, *[r[0] for r in exact_and_plain(case, *case.tensors())])
+    assert tried[0] > tried[-1] and tried.count(max(tried)) == 1                    # a size that failed is not tried again
+    monkeypatch.setattr(launch, "SMALLER", ())
+    monkeypatch.setattr(launch, "_too_large", set())
+    with pytest.raises(ValueError, match="backend='sdpa'"):
+        flash_attention(q, k, v, True, None, None, 0.25, "tf32x3")
