@@ -20,7 +20,7 @@ def train(config, folder: Path, changed: list[str]) -> None:
     from data.dataset import Dataset
     from model.huggingface import obstacles
     from training.checkpoint import point_at_newest
-    from training.device import choose_device, choose_micro_batch, choose_precision, training_loss
+    from training.device import choose_attention, choose_device, choose_micro_batch, choose_precision, training_loss
     from training.optimizer import Optimizer
     from training.run import Run, newest_state
 
@@ -41,6 +41,7 @@ def train(config, folder: Path, changed: list[str]) -> None:
     validation = data.validation(config.eval.tokens, config.model.n_ctx, micro_batch)
     model = build_model(config, data.tokenizer, new=begun["step"] == 0).to(device)
     model.compute_dtype = precision
+    model.attention_backend = choose_attention(config.train.attention, device, config.model.head_size)
     optimizer = Optimizer(model, config.optimizer, config.train.steps)
     loss_of = training_loss(model, config.train.compile, device)
 

@@ -77,7 +77,7 @@ def use_triton(caller: str, backend: str, *tensors: Tensor) -> bool:
     elif q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or any(t.dtype != q.dtype for t in tensors):
         reason = f"{', '.join(str(t.dtype).removeprefix('torch.') for t in tensors)}: all bf16, all fp16 or all fp32"
     if backend == "triton" and reason:
-        raise ValueError(f"{caller}: backend='triton' cannot serve {reason}; backend='auto' finds one that can")
+        raise ValueError(f"{caller}: triton cannot serve {reason} (auto finds a backend that can)")
     return not reason and (backend == "triton" or (backend == "auto" and q.is_cuda))
 
 
@@ -91,8 +91,8 @@ def _triton(q, k, v, causal, window, segments, scale, precision) -> tuple[Tensor
     from kernels import decode as decoding
     from kernels import flash
     q, scale = positive_scale(q, scale)
-    few = q.shape[2] * (q.shape[1] // k.shape[1]) <= FEW_QUERIES
-    if few and causal and segments is None and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if not training and causal and segments is None and q.shape[2] * (q.shape[1] // k.shape[1]) <= FEW_QUERIES:
         return decoding.decode(q, k, v, None, None, window, scale, precision)
     return flash.flash_attention(q, k, v, causal, window, segments, scale, precision)
 

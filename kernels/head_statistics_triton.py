@@ -39,7 +39,7 @@ def statistics_rows(q, q_strides, k, k_strides, lse, tokens, out, segments, leas
 
     tokens += batch.to(tl.int64) * S
     token = tl.load(tokens + tl.minimum(position, S - 1))
-    row_lse = tl.load(lse + tl.program_id(0).to(tl.int64) * T + row, mask=row < T, other=0.0) * LOG2_E
+    row_lse = tl.load(lse + tl.program_id(0).to(tl.int64) * T + row, mask=row < T, other=1e30) * LOG2_E
     q_tile = load_tile(q, q_strides, batch, head, start_row, T, D, ROWS, DIMS, TMA)
     follows, repeats, information, distance = (tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32),
                                                tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32))

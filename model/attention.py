@@ -52,6 +52,7 @@ class Context:
     rotation: Tensor | None = None      # rope_table at the tokens' positions: (2, T, D) or, ragged, (2, B, 1, T, D)
     segments: Tensor | None = None      # (B, T): documents that must not see each other
     cache: KVCache | None = None
+    backend: str = "auto"              # kernels.attention's, while training
 
 
 class CausalSelfAttention(nn.Module):
@@ -85,7 +86,7 @@ class CausalSelfAttention(nn.Module):
         if context.cache is not None:
             z = context.cache.attend(self.layer, q, k, v)                                   # (B, H, T, D)
         else:
-            z = attention(q, k, v, window=self.window, segments=context.segments)           # (B, H, T, D)
+            z = attention(q, k, v, window=self.window, segments=context.segments, backend=context.backend)    # (B, H, T, D)
         return self.w_o(z.transpose(1, 2).flatten(2))                                       # (B, T, E)
 
     def pack(self) -> None:

@@ -14,7 +14,8 @@ EMBEDDING_STD = 0.02
 
 
 class GPT(nn.Module):
-    """tokens (B, T) → logits (B, T, V). Parameters are float32; `compute_dtype` is what activations are kept in."""
+    """tokens (B, T) → logits (B, T, V). Parameters are float32; `compute_dtype` is what activations are kept in,
+    `attention_backend` one of `kernels.attention`'s."""
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         super().__init__()
@@ -22,6 +23,7 @@ class GPT(nn.Module):
             raise ValueError("model.vocab_size is not set: it comes from the tokenizer")
         self.config = config
         self.compute_dtype = torch.float32
+        self.attention_backend = "auto"
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.embed_position = nn.Embedding(config.n_ctx, config.d_model) if config.position == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -80,7 +82,7 @@ class GPT(nn.Module):
         if isinstance(positions, slice) and positions.stop > self.config.n_ctx:
             raise ValueError(f"{positions.stop} tokens are more than model.n_ctx={self.config.n_ctx}")
         x = self.embed(tokens)                                                      # (B, T, E)
-        context = Context(segments=segments, cache=cache)
+        context = Context(segments=segments, cache=cache, backend=self.attention_backend)
         match self.config.position:
             case "rope":
                 context.rotation = self._at(self.rope, positions)

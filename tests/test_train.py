@@ -290,3 +290,20 @@ def test_a_full_disk_keeps_the_last_checkpoint(workplace):
 def test_a_folder_that_cannot_be_written(workplace):
     Path("runs").write_text("a file where the folder should be")
     fails(train("tiny.yaml"), "runs/tiny")
+
+
+def test_our_kernels_train_the_same_model(workplace):
+    """train.attention=triton under the interpreter: the losses of PyTorch's attention, by the real trainer."""
+    losses = []
+    for backend, environment in (("sdpa", {}), ("triton", {"TRITON_INTERPRET": "1"})):
+        done = command("train.py", "tiny.yaml", f"run={backend}", f"train.attention={backend}", "train.steps=4", "train.batch_tokens=64",
+                       "data.mask_documents=true", "model.window=9", cwd=workplace, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
+        losses.append([record["train/loss"] for record in metrics(workplace / "runs" / backend).values() if "train/loss" in record])
+    assert len(losses[0]) == 4 and max(abs(a - b) for a, b in zip(*losses)) < 2e-5
+
+
+def test_our_kernels_without_a_gpu_are_refused(workplace):
+    done = command("train.py", "tiny.yaml", "train.attention=triton", "train.device=cpu", cwd=workplace)
+    fails(done, "train.attention", "GPU", "train.attention=auto")
+    assert not (workplace / "runs").exists() or not list((workplace / "runs").iterdir())

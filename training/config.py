@@ -22,6 +22,7 @@ class TrainConfig(Settings):
     micro_batch: PositiveInt | None = None      # windows per forward pass; null: what fits
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"         # of activations; weights are float32. auto: bf16 on CUDA
     compile: bool | Literal["auto"] = "auto"    # auto: on CUDA
+    attention: Literal["auto", "reference", "sdpa", "triton"] = "auto"  # auto: our Triton kernels on CUDA, PyTorch's elsewhere
     device: str = "auto"                        # cuda, cpu, mps; auto: the first there is
 
 

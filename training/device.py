@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from errors import UserError
+from kernels.attention import use_triton
 from model.budget import activation_bytes_per_token
 from model.gpt import GPT
 from training.config import Config
@@ -33,6 +34,16 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def choose_attention(name: str, device: torch.device, d_head: int) -> str:
+    """The attention backend of that name, refused where a first step would fail."""
+    if name == "triton":
+        try:
+            use_triton("train.attention", name, torch.empty(1, 1, 0, d_head, device=device))
+        except ValueError as error:
+            raise UserError(f"{error}\n  train.attention=auto") from None
+    return name
 
 
 def choose_micro_batch(config: Config, device: torch.device, precision: torch.dtype) -> int:

@@ -1,0 +1,84 @@
+"""kernels/decode.py: a few queries against a cache, its keys split over programs and put together again."""
+
+import pytest
+import torch
+from attention_cases import DEVICE, Case, assert_as_good, placed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import decode as decoding
+from kernels.attention import FEW_QUERIES, attention, decode
+from kernels.reference import reference_attention
+
+
+def exact(q, k, v, query_positions, key_positions, window):
+    """The definition in float64: a query sees keys at positions up to its own, the last `window` of them."""
+    query, key = query_positions[:, None, :, None], key_positions[:, None, None, :]
+    sees = (key >= 0) & (key <= query)
+    if window:
+        sees = sees & (key > query - window)
+    groups = q.shape[1] // k.shape[1]
+    k, v = (t.double().repeat_interleave(groups, 1) for t in (k, v))
+    scores = (q.double() @ k.mT * q.shape[-1] ** -0.5).masked_fill(~sees, -torch.inf)
+    lse = scores.logsumexp(-1)
+    return torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]) @ v, lse
+
+
+def tensors(case: Case):
+    return case.tensors()[:3]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("case", [Case(1, 300, 16), Case(1, 17, 20, B=2, K=2, groups=3), Case(3, 500, 32, K=2, groups=2, window=40),
+                                  Case(9, 400, 16, groups=8), Case(1, 1, 64), Case(5, 700, 48, B=2, layout="sparse")], ids=str)
+def test_decoding_is_the_end_of_prefill(case, dtype):
+    case = Case(**{**case.__dict__, "dtype": dtype})
+    q, k, v = tensors(case)
+    (want, want_lse), (plain, _) = (reference_attention(*(t.to(d) for t in (q, k, v)), window=case.window) for d in (torch.float64, q.dtype))
+    out, lse = decoding.decode(q, k, v, None, None, case.window, case.D ** -0.5, "tf32x3")
+    assert_as_good(out, want, plain)
+    assert_as_good(lse, want_lse, want_lse.float())
+    if case.T * case.groups <= FEW_QUERIES:             # what attention() takes for so few
+        assert torch.equal(attention(q, k, v, window=case.window, backend="triton"), out)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_slots_in_any_order(data):
+    """Ragged rows, rings that have wrapped, empty slots, queries that see nothing."""
+    S, T = data.draw(st.integers(1, 300)), data.draw(st.integers(1, 5))
+    case = Case(T, S, data.draw(st.integers(1, 40)), B=data.draw(st.integers(1, 3)), K=data.draw(st.integers(1, 2)),
+                groups=data.draw(st.integers(1, 4)), window=data.draw(st.none() | st.integers(1, S)), seed=data.draw(st.integers(0, 99)))
+    q, k, v = tensors(case)
+    draw = torch.Generator().manual_seed(case.seed)
+    key_positions = torch.stack([torch.randperm(S, generator=draw) for _ in range(case.B)]).to(DEVICE)
+    key_positions[torch.rand(case.B, S, generator=draw).to(DEVICE) < data.draw(st.sampled_from((0, 0.3, 1)))] = -1
+    query_positions = torch.randint(0, S + 5, (case.B, 1), generator=draw).to(DEVICE) + torch.arange(T, device=DEVICE)
+    out, lse = decoding.decode(q, k, v, query_positions, key_positions, case.window, case.D ** -0.5, "tf32x3")
+    want, want_lse = exact(q, k, v, query_positions, key_positions, case.window)
+    assert_as_good(out, want, want.float(), str(case))
+    assert_as_good(lse, want_lse, want_lse.float(), str(case))
+    assert torch.equal(decode(q, k, v, query_positions, key_positions, window=case.window, backend="triton"), out)
+
+
+@pytest.mark.parametrize("programs", [0, 2, 32])
+def test_the_split_changes_only_rounding(monkeypatch, programs):
+    case = Case(2, 600, 16, groups=2)
+    q, k, v = tensors(case)
+    monkeypatch.setattr(decoding, "multiprocessors", lambda device: programs)
+    out, lse = decoding.decode(q, k, v, None, None, None, 0.25, "tf32x3")
+    want, want_lse = reference_attention(q.double(), k.double(), v.double())
+    assert torch.allclose(out.double(), want, atol=1e-6) and torch.allclose(lse.double(), want_lse, atol=1e-6)
+
+
+def test_slots_that_nobody_sees_are_not_read():
+    """NaN in empty slots, beyond the row's length and before the window reaches nobody: those tiles are skipped."""
+    q, k, v = torch.randn(1, 2, 1, 16), torch.randn(1, 1, 256, 16), torch.randn(1, 1, 256, 16)
+    at, positions = torch.tensor([[127]]), torch.arange(256)[None]
+    want = decoding.decode(q, k, v, at, positions, 32, 0.25, "tf32x3")[0]
+    v[:, :, 160:] = torch.nan
+    v[:, :, :64] = torch.nan
+    q, k, v = (placed(t, "heads") for t in (q, k, v))
+    got = decoding.decode(q, k, v, at.to(DEVICE), positions.to(DEVICE), 32, 0.25, "tf32x3")[0]
+    assert torch.equal(got.cpu(), want)

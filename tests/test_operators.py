@@ -1,0 +1,168 @@
+"""The kernels as PyTorch sees them: operators that compile, checkpoint, count and shard like its own."""
+
+import pytest
+import torch
+from attention_cases import DEVICE
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from kernels import flash
+from kernels.attention import attention, decode
+from kernels.decode import decode as decode_operator
+from kernels.head_statistics import head_statistics, induction_targets
+from kernels.head_statistics_triton import statistics
+
+
+def qkv(T=20, H=2, K=1, D=16, grad=True):
+    torch.manual_seed(0)
+    return [torch.randn(2, T, heads, D, device=DEVICE).transpose(1, 2).requires_grad_(grad) for heads in (H, K, K)]
+
+
+def operators():
+    q, k, v = qkv()
+    plain, ids = [t.detach() for t in (q, k, v)], torch.randint(0, 5, (2, 20), device=DEVICE)
+    out, lse = flash.flash_attention(*plain, True, None, None, 0.25, "tf32x3")
+    masks = (True, 7, ids.sort(1)[0], 0.25, "tf32x3")
+    positions = torch.arange(20, device=DEVICE).expand(2, 20)
+    return {
+        "forward": (flash.flash_attention, (q, k, v, *masks)),
+        "backward": (flash.flash_attention_backward, (out, *plain, out, lse, *masks)),
+        "decode": (decode_operator, (plain[0][:, :, :1], *plain[1:], positions[:, -1:], positions, 7, 0.25, "tf32x3")),
+        "head_statistics": (statistics, (*plain[:2], lse, ids, induction_targets(ids), 7, None, 0.25, "tf32x3")),
+    }
+
+
+@pytest.mark.parametrize("name", ["forward", "backward", "decode", "head_statistics"])
+def test_opcheck(name):
+    """Schema, autograd registration, fake tensors and tracing with dynamic shapes: PyTorch's own check."""
+    operator, arguments = operators()[name]
+    torch.library.opcheck(operator, arguments)
+
+
+def test_compiles_whole_and_for_any_length():
+    """No graph breaks, the same results, and one graph for all lengths when they are dynamic."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def block(q, k, v):
+        return attention(torch.sin(q), k, v, window=9, backend="triton").square().sum()
+
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=count)
+    for T in (20, 33, 47):
+        inputs = qkv(T)
+        expected = torch.autograd.grad(block(*inputs), inputs)
+        assert all(torch.allclose(a, b) for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), expected))
+    assert len(graphs) == 1
+    whole = torch.compile(lambda q, k, lse, ids: head_statistics(q, k, lse, ids, backend="triton").entropy, fullgraph=True, backend="eager")
+    q, k, v = qkv(grad=False)
+    _, lse = attention(q, k, v, backend="triton", return_lse=True)
+    ids = torch.randint(0, 5, (2, 20), device=DEVICE)
+    assert torch.equal(whole(q, k, lse, ids), head_statistics(q, k, lse, ids, backend="triton").entropy)
+
+
+def test_activation_checkpointing():
+    """Recomputed, or with our operator's output kept by name as one keeps PyTorch's."""
+    calls = []
+    launched = flash.launch
+
+    def counted(kernel, *arguments, **named):
+        calls.append(kernel.__name__)
+        launched(kernel, *arguments, **named)
+
+    def keep_ours(context, operator, *arguments, **named):
+        return CheckpointPolicy.MUST_SAVE if operator is torch.ops.kernels.flash_attention.default else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def block(q, k, v):
+        return attention(torch.sin(q), k, v, backend="triton").square().sum()
+
+    inputs, flash.launch = qkv(), counted
+    try:
+        expected = torch.autograd.grad(block(*inputs), inputs)
+        for context, forwards in ((None, 2), (lambda: create_selective_checkpoint_contexts(keep_ours), 1)):
+            calls.clear()
+            options = {} if context is None else {"context_fn": context}
+            got = torch.autograd.grad(checkpoint(block, *inputs, use_reentrant=False, **options), inputs)
+            assert all(torch.equal(a, b) for a, b in zip(got, expected))
+            assert calls.count("forward") == forwards and calls.count("backward_kv") == 1
+    finally:
+        flash.launch = launched
+
+
+def test_floating_point_operations_are_counted_as_pytorch_counts_its_own():
+    q, k, v = qkv(T=64, H=2, K=2)
+    with FlopCounterMode(display=False) as forward:
+        out = attention(q, k, v, backend="triton")
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    assert forward.get_total_flops() == sdpa_flop_count(q.shape, k.shape, v.shape)
+    assert backward.get_total_flops() == sdpa_backward_flop_count(out.shape, q.shape, k.shape, v.shape)
+
+
+def test_lse_has_no_gradient():
+    q, k, v = qkv()
+    out, lse = attention(q, k, v, backend="triton", return_lse=True)
+    assert out.requires_grad and not lse.requires_grad
+
+
+def test_decoding_has_no_gradient():
+    q, k, v = qkv()
+    positions = torch.arange(20, device=DEVICE).expand(2, 20)
+    out = decode(q[:, :, :1], k, v, positions[:, -1:], positions, backend="triton")
+    with pytest.raises(RuntimeError, match="autograd"):
+        out.sum().backward()
+
+
+def shard(rank: int, port: int, results) -> None:
+    """One of two processes: a layer around our attention under DDP, then under FSDP2."""
+    import os
+
+    import interpreter  # noqa: F401
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo")
+    for kind in ("ddp", "fsdp"):
+        model, x = layer(), torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(1))
+        if kind == "ddp":
+            model = DistributedDataParallel(model)
+        else:
+            fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+        model(x[rank:rank + 1]).square().mean().backward()
+        grad = next(model.parameters()).grad
+        results[f"{kind}{rank}"] = (grad.full_tensor() if kind == "fsdp" else grad).tolist()
+    dist.destroy_process_group()
+
+
+def layer() -> torch.nn.Module:
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.qkv = torch.nn.Linear(32, 4 * 16, bias=False)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (4, 16)).transpose(1, 2).split((2, 1, 1), dim=1)
+            return attention(q, k, v, backend="triton")
+    return Layer()
+
+
+def test_ddp_and_fsdp2(tmp_path):
+    """Two real processes: their averaged gradient is that of one process with both halves of the batch."""
+    import socket
+
+    import torch.multiprocessing as mp
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(shard, (port, results), nprocs=2)
+        results = dict(results)
+    model, x = layer(), torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(1))
+    model(x).square().mean().backward()
+    for name in ("ddp0", "ddp1", "fsdp0", "fsdp1"):
+        assert torch.allclose(torch.tensor(results[name]), model.qkv.weight.grad, atol=1e-6), name
