@@ -1,8 +1,8 @@
-# make quickstart · make test · make venv
+# make quickstart · make test · make test-kernels · make venv
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test venv
+.PHONY: quickstart test test-kernels venv
 
 quickstart: .venv/installed
 	$(BIN)/python train.py configs/quickstart.yaml
@@ -14,6 +14,10 @@ quickstart: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2
+
+# Every shape and mask of the kernels' protocol, and every tile for every target: half an hour on two cores.
+test-kernels: .venv/installed
+	$(BIN)/python -m pytest -n 2 -m grid
 
 venv: .venv/installed
 

@@ -31,7 +31,7 @@ TARGETS = {
     "sm_86": ("ampere", GPUTarget("cuda", 86, 32), 101_376),
     "sm_90": ("hopper", GPUTarget("cuda", 90, 32), 232_448),
     "sm_100": ("hopper", GPUTarget("cuda", 100, 32), 232_448),
-    "gfx942": ("ampere", GPUTarget("hip", "gfx942", 64), 65_536),
+    "gfx942": ("cdna", GPUTarget("hip", "gfx942", 64), 65_536),
 }
 KERNELS = ("forward", "backward_q", "backward_kv", "decode_part", "statistics_rows")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -166,7 +166,7 @@ def main() -> None:
     rows = compile_all(cases(args.targets, args.dtypes, args.masks, args.smaller))
     print(f"triton {triton.__version__}\n\n{table(rows)}")
     if args.json:
-        Path(args.json).write_text(json.dumps([asdict(r) for r in rows], indent=1))
+        Path(args.json).write_text(json.dumps([asdict(r) | {"fits": r.fits} for r in rows], indent=1))
 
 
 if __name__ == "__main__":

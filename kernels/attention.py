@@ -72,6 +72,8 @@ def use_triton(caller: str, backend: str, *tensors: Tensor) -> bool:
         reason = "anything here: triton is not installed"
     elif not (q.is_cuda or INTERPRETED):
         reason = f"tensors on {q.device}: it needs a GPU"
+    elif q.is_cuda and not torch.version.hip and torch.cuda.get_device_properties(q.device).major < 8:
+        reason = f"tensors on {q.device}: it needs compute capability 8.0 (Ampere) or newer"
     elif q.shape[-1] > 256:
         reason = f"D={q.shape[-1]}: at most 256"
     elif q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or any(t.dtype != q.dtype for t in tensors):

@@ -52,6 +52,7 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
 }
 for device_family in ("hopper", "ampere"):
     TILES[device_family] = {name: table | FP32[name] for name, table in TILES[device_family].items()}
+TILES["cdna"] = TILES["ampere"]
 SMALLER = (Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))      # for devices with little shared memory
 _too_large: set[tuple] = set()
 
@@ -61,7 +62,9 @@ def family(device: torch.device) -> str:
     """Which rows of TILES a device reads. On a CPU the interpreter runs the kernels."""
     if device.type != "cuda":
         return "interpreter"
-    return "hopper" if not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9 else "ampere"
+    if torch.version.hip:
+        return "cdna"
+    return "hopper" if torch.cuda.get_device_capability(device)[0] >= 9 else "ampere"
 
 
 def tiles(kernel: str, device_family: str, element: int, dims: int) -> list[Tile]:
@@ -79,7 +82,10 @@ def launch(kernel, grid: Callable[[Tile], tuple[int, ...]], like: Tensor, /, *, 
     engine where the device has one and `copy_engine` allows it.
     """
     device_family, D = family(like.device), like.shape[-1]
-    dims, tma = max(16, triton.next_power_of_2(D)), copy_engine and device_family != "ampere" and like.itemsize == 2
+    dims = max(16, triton.next_power_of_2(D))
+    tma = copy_engine and device_family in ("hopper", "interpreter") and like.itemsize == 2     # fp32 through it spills a kilobyte
+    if device_family == "cdna":
+        arguments["PRECISION"] = "ieee"                 # its matrix units multiply float32 as it is
     if tma:
         rows, columns = ({name: for_copy_engine(t) for name, t in group.items()} for group in (rows, columns))
     arguments |= {f"{name}_strides": t.stride() for name, t in (rows | columns).items()}

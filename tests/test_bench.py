@@ -19,3 +19,16 @@ def test_sampling(workplace):
                    env={"BENCH_RESULTS": str(workplace / "results")})
     assert done.returncode == 0, done.stderr
     assert json.loads((workplace / "results" / "sampling.json").read_text())["rows"][0]["prefill_ms"] > 0
+
+
+def test_attention(workplace):
+    done = command("-m bench.attention", "--rounds", "1", "--contexts", "32", cwd=workplace, env={"BENCH_RESULTS": str(workplace / "results")})
+    assert done.returncode == 0, done.stderr
+    result = json.loads((workplace / "results" / "attention.json").read_text())
+    assert {row["pass"] for row in result["rows"]} == {"forward", "backward", "both"} and result["dry_run"] and "dry run" in done.stdout
+
+
+def test_attention_tiles(workplace):
+    done = command("-m bench.attention", "--tune", cwd=workplace, env={"BENCH_RESULTS": str(workplace / "results")})
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((workplace / "results" / "attention_tiles.json").read_text())["tiles"]) == 16

@@ -1,0 +1,280 @@
+"""Our attention kernels beside PyTorch's, in one process, taking turns: `python -m bench.attention`.
+
+bf16, causal, 16k tokens a batch, width 2048. Peers: SDPA's FlashAttention-2, SDPA's cuDNN, FlexAttention compiled. Every
+figure is the median of rounds in which all sides have their turn, caches flushed between calls; a ratio above 1 says that
+ours is faster. The ceilings beside them, a copy and a matrix product, are measured in the same run. Without a GPU it runs
+every line of itself on tiny shapes under triton's interpreter, times that mean nothing, and says so.
+
+--tune times candidates for the table in kernels/launch.py instead; --check first holds results against the definition.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+
+from bench import results
+from errors import ArgumentParser, UserError, run_command
+
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"        # before kernels.attention is imported
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+TOKENS, WIDTH = (16384, 2048) if GPU else (64, 64)
+CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384) if GPU else (32, 64)
+HEAD_SIZES = (64, 128) if GPU else (16, 32)
+GROUPS = (1, 4) if GPU else (1, 2)
+PASSES = {"forward": 1.0, "backward": 2.5, "both": 3.5}        # floating-point operations in units of the forward's
+GOALS = {("forward", "flash", 64): 1.2, ("forward", "flash", 128): 1.2, ("backward", "flash", 64): 1.1, ("backward", "flash", 128): 1.1,
+         ("forward", "cudnn", 64): 1.0, ("forward", "cudnn", 128): 0.85}
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Median time of a call."""
+    if GPU:
+        from triton.testing import do_bench
+        return do_bench(call, warmup=10, rep=50, return_mode="median")
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Milliseconds of each call, the median of `rounds` in which each has its turn."""
+    times = {name: [] for name in calls}
+    for call in calls.values():
+        call()                                                  # compiles
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(milliseconds(call))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def tensors(T: int, D: int, groups: int) -> list[torch.Tensor]:
+    """q, k, v as the projections leave them, (B, heads, T, D) over (B, T, heads, D) memory, and a gradient."""
+    B, H = TOKENS // T, WIDTH // D
+    shapes = [(B, T, H, D), (B, T, H // groups, D), (B, T, H // groups, D), (B, T, H, D)]
+    q, k, v, grad = (torch.randn(shape, device=DEVICE, dtype=DTYPE).transpose(1, 2) for shape in shapes)
+    return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad]
+
+
+def attentions(T: int, flex: bool) -> dict[str, Callable]:
+    """name → function of q, k, v: ours and its peers."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from kernels.attention import attention
+
+    def sdpa(backend):
+        def call(q, k, v):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return call
+
+    sides = {"ours": lambda q, k, v: attention(q, k, v, backend="triton")}
+    if not GPU:
+        return sides | {"flash": sdpa(SDPBackend.FLASH_ATTENTION)}
+    sides |= {"flash": sdpa(SDPBackend.FLASH_ATTENTION), "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION)}
+    if flex:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        torch._dynamo.reset()
+        mask, compiled = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=DEVICE), torch.compile(flex_attention, dynamic=False)
+        sides["flex"] = lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return sides
+
+
+def beside_peers(contexts, rounds: int, flex_contexts) -> list[dict]:
+    """Forward, backward and both, for every context, head size and group."""
+    rows = []
+    for T, D, groups in product(contexts, HEAD_SIZES, GROUPS):
+        q, k, v, grad = tensors(T, D, groups)
+        passes = {name: {} for name in PASSES}
+        memory = {}
+        for name, attend in attentions(T, T in flex_contexts).items():
+            try:
+                if GPU:
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                out = attend(q, k, v)
+                torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+                memory[name] = (torch.cuda.max_memory_allocated() - before) / 2 ** 20 if GPU else 0.0
+            except RuntimeError as error:
+                print(f"{name} does not serve T={T} D={D} groups={groups}: {str(error).splitlines()[0][:90]}", flush=True)
+                continue
+            passes["forward"][name] = lambda attend=attend: no_grad(attend, q, k, v)
+            passes["backward"][name] = lambda out=out: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+            passes["both"][name] = lambda attend=attend: torch.autograd.grad(attend(q, k, v), (q, k, v), grad)
+        for name, calls in passes.items():
+            times = in_turn(calls, rounds)
+            flops = PASSES[name] * 2 * TOKENS * T * WIDTH                       # 4 B H T² D / 2
+            rows.append({"T": T, "D": D, "groups": groups, "pass": name, "tflops": flops / times["ours"] / 1e9, "ms": times, "memory_mb": memory})
+            print(line(rows[-1]), flush=True)
+    return rows
+
+
+def no_grad(attend, q, k, v):
+    with torch.no_grad():
+        return attend(q, k, v)
+
+
+def line(row: dict) -> str:
+    ratios = "  ".join(f"{name} {row['ms'][name] / row['ms']['ours']:5.2f} ×" for name in row["ms"] if name != "ours")
+    memory = "  ".join(f"{name} {mb:.0f}" for name, mb in row["memory_mb"].items())
+    return (f"T {row['T']:6}  D {row['D']:3}  groups {row['groups']}  {row['pass']:8}  ours {row['ms']['ours']:9.3f} ms "
+            f"{row['tflops']:6.1f} TFLOP/s  against {ratios}  MB: {memory}")
+
+
+def ceilings() -> dict[str, float]:
+    """What the device gives: a copy (bytes read and written) in GB/s, a bf16 matrix product in TFLOP/s, on random data."""
+    n, m = (2 ** 30, 8192) if GPU else (2 ** 20, 256)
+    x, a = torch.randn(n // 2, device=DEVICE), torch.randn(m, m, device=DEVICE, dtype=DTYPE)
+    y = torch.empty_like(x)
+    copied = milliseconds(lambda: y.copy_(x))
+    return {"copy_gb_s": 2 * x.nbytes / copied / 1e6, "matmul_tflops": 2 * m ** 3 / milliseconds(lambda: a @ a) / 1e9}
+
+
+def windows(rounds: int) -> dict:
+    """A window of 1024 at the longest context against full causal attention."""
+    from kernels.attention import attention
+    T, window = CONTEXTS[-1], 1024 if GPU else 16
+    q, k, v, _ = (t.detach() for t in tensors(T, HEAD_SIZES[-1], 1))
+    times = in_turn({"full": lambda: attention(q, k, v, backend="triton"),
+                     "window": lambda: attention(q, k, v, window=window, backend="triton")}, rounds)
+    return {"T": T, "window": window, "ms": times, "faster": times["full"] / times["window"]}
+
+
+def decoding(rounds: int, copy_gb_s: float) -> list[dict]:
+    """One new token a row against S keys, as a share of the copy bandwidth: each key and value is read once."""
+    from kernels.attention import attention
+    rows = []
+    for B, S, K, groups, D in (((64, 8192, 8, 4, 128), (64, 8192, 32, 1, 64), (1, 8192, 8, 4, 128)) if GPU else ((2, 256, 1, 2, 16),)):
+        q = torch.randn(B, K * groups, 1, D, device=DEVICE, dtype=DTYPE)
+        k, v = (torch.randn(B, K, S, D, device=DEVICE, dtype=DTYPE) for _ in range(2))
+        ms = in_turn({"ours": lambda q=q, k=k, v=v: attention(q, k, v, backend="triton"),
+                      "flash": lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)}, rounds)
+        rate = 2 * k.nbytes / ms["ours"] / 1e6
+        rows.append({"B": B, "S": S, "K": K, "groups": groups, "D": D, "ms": ms, "gb_s": rate, "share_of_copy": rate / copy_gb_s})
+    return rows
+
+
+def head_statistics_cost(rounds: int) -> list[dict]:
+    """All statistics of all heads against the forward pass whose lse they take."""
+    from kernels.attention import attention
+    from kernels.head_statistics import head_statistics
+    rows = []
+    for T, D in product((CONTEXTS[0], CONTEXTS[-2], CONTEXTS[-1]), HEAD_SIZES):
+        q, k, v, _ = (t.detach() for t in tensors(T, D, 1))
+        ids = torch.randint(0, 500, (TOKENS // T, T), device=DEVICE)
+        _, lse = attention(q, k, v, backend="triton", return_lse=True)
+        ms = in_turn({"forward": lambda q=q, k=k, v=v: attention(q, k, v, backend="triton"),
+                      "statistics": lambda q=q, k=k, lse=lse, ids=ids: head_statistics(q, k, lse, ids, backend="triton")}, rounds)
+        rows.append({"T": T, "D": D, "ms": ms, "of_forward": ms["statistics"] / ms["forward"]})
+    return rows
+
+
+def check() -> None:
+    """Every kernel against the definition on this device, on fresh random numbers; SystemExit where one is off."""
+    from kernels.attention import attention
+    for T, D, groups in product((CONTEXTS[0], CONTEXTS[0] - 3), HEAD_SIZES, GROUPS):
+        q, k, v, grad = (t[:1, :4 * groups if i in (0, 3) else 4, :T].detach() for i, t in enumerate(tensors(CONTEXTS[0], D, groups)))
+        k, v = (t[:, :q.shape[1] // groups] for t in (k, v))
+        found = []
+        for backend, dtype in (("triton", DTYPE), ("reference", torch.float64)):
+            inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+            out = attention(*inputs, backend=backend)
+            found.append([out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))])
+        for name, a, b in zip(("out", "dq", "dk", "dv"), *found):
+            error = ((a.double() - b).norm() / b.norm()).item()
+            if not error < (1e-2 if GPU else 1e-4):
+                raise UserError(f"{name} is off by {error:.1e} of its size at T={T} D={D} groups={groups}: no timing is worth taking")
+    print("checked: out, dq, dk, dv agree with float64", flush=True)
+
+
+def tune(rounds: int) -> list[dict]:
+    """Milliseconds of forward and backward with each candidate tile in place of the table's."""
+    from kernels import launch
+    from kernels.launch import Tile
+    rows = []
+    original = launch.tiles
+    candidates = [Tile(*shape, warps, stages) for shape, warps, stages in
+                  product(((128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (32, 128), (32, 64)), (4, 8), (2, 3, 4))]
+    candidates = candidates if GPU else [Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)]
+    for D, kernel in product(HEAD_SIZES, ("forward", "backward_q", "backward_kv", "statistics_rows")):
+        T = CONTEXTS[3 if GPU else 0]
+        q, k, v, grad = (t.detach() for t in tensors(T, D, 1))
+        ids = torch.randint(0, 500, (TOKENS // T, T), device=DEVICE)
+        for tile in candidates:
+            launch.tiles = lambda name, *rest, kernel=kernel, tile=tile: [tile] if name == kernel else original(name, *rest)
+            try:
+                rows.append({"kernel": kernel, "D": D, "T": T, "tile": tile, "ms": milliseconds(timed_call(kernel, q, k, v, grad, ids))})
+            except Exception as error:                                          # too large for the device, or for the compiler
+                print(f"{kernel} D {D} {tuple(tile)}: {type(error).__name__}", flush=True)
+        launch.tiles = original
+        ranked = sorted((r for r in rows if (r["kernel"], r["D"]) == (kernel, D)), key=lambda r: r["ms"])
+        for r in ranked[:5]:
+            print(f"{kernel:16} D {D:3}  {r['tile'].rows:3} × {r['tile'].columns:3}  warps {r['tile'].warps}  stages {r['tile'].stages}  "
+                  f"{r['ms']:.3f} ms", flush=True)
+    return rows
+
+
+def timed_call(kernel: str, q, k, v, grad, ids) -> Callable[[], object]:
+    """A call whose time moves with one kernel's tile (the backward ones run together)."""
+    from kernels.flash import flash_attention, flash_attention_backward
+    from kernels.head_statistics import head_statistics
+    rest = (True, None, None, q.shape[-1] ** -0.5, "tf32x3")
+    out, lse = flash_attention(q, k, v, *rest)
+    return {"forward": lambda: flash_attention(q, k, v, *rest),
+            "statistics_rows": lambda: head_statistics(q, k, lse, ids, backend="triton"),
+            }.get(kernel, lambda: flash_attention_backward(grad, q, k, v, out, lse, *rest))
+
+
+def verdict(rows: list[dict]) -> list[str]:
+    """The goals, each with the worst and the median ratio over all contexts and groups."""
+    lines = []
+    for (name, peer, D), goal in GOALS.items():
+        ratios = [r["ms"][peer] / r["ms"]["ours"] for r in rows if r["pass"] == name and r["D"] == D and peer in r["ms"]]
+        if ratios:
+            lines.append(f"{name} D {D} against {peer}: median {statistics.median(ratios):.2f} ×, worst {min(ratios):.2f} ×, goal {goal} ×")
+    return lines
+
+
+def main() -> None:
+    parser = ArgumentParser("python -m bench.attention", description="Our attention kernels beside PyTorch's.")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns that each side has (default 3)")
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, metavar="T", help="contexts to measure (default: all)")
+    parser.add_argument("--flex", type=int, nargs="*", default=(1024, 4096, 16384), metavar="T",
+                        help="contexts at which FlexAttention joins: it compiles at each, for half a minute (default 1024 4096 16384)")
+    parser.add_argument("--check", action="store_true", help="hold results against the definition first")
+    parser.add_argument("--tune", action="store_true", help="time candidate tiles instead")
+    args = parser.parse_args()
+    if bad := [T for T in args.contexts if T < 1 or TOKENS % T]:
+        raise UserError(f"--contexts {bad[0]} does not divide the {TOKENS} tokens of a batch (try 1024)")
+    device = torch.cuda.get_device_name() if GPU else "none: a dry run on the CPU under the interpreter, whose times mean nothing"
+    print(f"GPU: {device}", flush=True)
+    figures: dict = {"gpu": device, "triton": __import__("triton").__version__, "dry_run": not GPU}
+    if args.check or not GPU:
+        check()
+    if args.tune:
+        figures["tiles"] = tune(args.rounds)
+        results.write("attention_tiles", figures)
+        return
+    figures["ceilings"] = ceilings()
+    figures["rows"] = beside_peers(args.contexts, args.rounds, args.flex)
+    figures["windows"], figures["decode"] = windows(args.rounds), decoding(args.rounds, figures["ceilings"]["copy_gb_s"])
+    figures["statistics"] = head_statistics_cost(args.rounds)
+    results.write("attention", figures)
+    print(f"\nceilings: copy {figures['ceilings']['copy_gb_s']:.0f} GB/s, matrix product {figures['ceilings']['matmul_tflops']:.0f} TFLOP/s")
+    print(f"window {figures['windows']['window']} at T {figures['windows']['T']}: {figures['windows']['faster']:.1f} × faster than full (goal 6 ×)")
+    for r in figures["decode"]:
+        print(f"decode B {r['B']} S {r['S']} K {r['K']} groups {r['groups']} D {r['D']}: {r['gb_s']:.0f} GB/s, {r['share_of_copy']:.0%} of a copy "
+              "(goal 80% at B 64)")
+    for r in figures["statistics"]:
+        print(f"head statistics T {r['T']} D {r['D']}: {r['of_forward']:.2f} × the forward pass (goal 1.2 ×)")
+    print("\n".join(verdict(figures["rows"])))
+
+
+if __name__ == "__main__":
+    run_command(main)
