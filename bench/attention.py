@@ -16,6 +16,7 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
+import triton
 
 from bench import results
 from errors import ArgumentParser, UserError, run_command
@@ -36,8 +37,7 @@ GOALS = {("forward", "flash", 64): 1.2, ("forward", "flash", 128): 1.2, ("backwa
 def milliseconds(call: Callable[[], object]) -> float:
     """Median time of a call."""
     if GPU:
-        from triton.testing import do_bench
-        return do_bench(call, warmup=10, rep=50, return_mode="median")
+        return triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median")
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)
@@ -81,7 +81,8 @@ def attentions(T: int, flex: bool) -> dict[str, Callable]:
     if flex:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
         torch._dynamo.reset()
-        mask, compiled = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=DEVICE), torch.compile(flex_attention, dynamic=False)
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=DEVICE)
+        compiled = torch.compile(flex_attention, dynamic=False)
         sides["flex"] = lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     return sides
 
@@ -90,29 +91,43 @@ def beside_peers(contexts, rounds: int, flex_contexts) -> list[dict]:
     """Forward, backward and both, for every context, head size and group."""
     rows = []
     for T, D, groups in product(contexts, HEAD_SIZES, GROUPS):
-        q, k, v, grad = tensors(T, D, groups)
-        passes = {name: {} for name in PASSES}
-        memory = {}
-        for name, attend in attentions(T, T in flex_contexts).items():
-            try:
-                if GPU:
-                    torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated()
-                out = attend(q, k, v)
-                torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
-                memory[name] = (torch.cuda.max_memory_allocated() - before) / 2 ** 20 if GPU else 0.0
-            except RuntimeError as error:
-                print(f"{name} does not serve T={T} D={D} groups={groups}: {str(error).splitlines()[0][:90]}", flush=True)
-                continue
-            passes["forward"][name] = lambda attend=attend: no_grad(attend, q, k, v)
-            passes["backward"][name] = lambda out=out: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
-            passes["both"][name] = lambda attend=attend: torch.autograd.grad(attend(q, k, v), (q, k, v), grad)
-        for name, calls in passes.items():
-            times = in_turn(calls, rounds)
-            flops = PASSES[name] * 2 * TOKENS * T * WIDTH                       # 4 B H T² D / 2
-            rows.append({"T": T, "D": D, "groups": groups, "pass": name, "tflops": flops / times["ours"] / 1e9, "ms": times, "memory_mb": memory})
-            print(line(rows[-1]), flush=True)
+        for row in one_shape(T, D, groups, rounds, T in flex_contexts):
+            print(line(row), flush=True)
+            rows.append(row)
     return rows
+
+
+def one_shape(T: int, D: int, groups: int, rounds: int, flex: bool) -> list[dict]:
+    """A row for each pass: milliseconds and, over forward and backward together, megabytes of every side."""
+    q, k, v, grad = tensors(T, D, groups)
+    passes: dict[str, dict] = {name: {} for name in PASSES}
+    memory = {}
+    for name, attend in attentions(T, flex).items():
+        try:
+            memory[name], out = megabytes(attend, q, k, v, grad)
+        except RuntimeError as error:
+            print(f"{name} does not serve T={T} D={D} groups={groups}: {str(error).splitlines()[0][:90]}", flush=True)
+            continue
+        passes["forward"][name] = lambda attend=attend: no_grad(attend, q, k, v)
+        passes["backward"][name] = lambda out=out: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+        passes["both"][name] = lambda attend=attend: torch.autograd.grad(attend(q, k, v), (q, k, v), grad)
+    rows = []
+    for name, calls in passes.items():
+        times = in_turn(calls, rounds)
+        flops = PASSES[name] * 2 * TOKENS * T * WIDTH                           # 4 B H T² D / 2
+        rows.append({"T": T, "D": D, "groups": groups, "pass": name, "tflops": flops / times["ours"] / 1e9, "ms": times,
+                     "memory_mb": memory})
+    return rows
+
+
+def megabytes(attend, q, k, v, grad) -> tuple[float, torch.Tensor]:
+    """What forward and backward take at their highest, beside the inputs (0 without a GPU); and the output."""
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    out = attend(q, k, v)
+    torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+    return ((torch.cuda.max_memory_allocated() - before) / 2 ** 20 if GPU else 0.0), out
 
 
 def no_grad(attend, q, k, v):
@@ -231,13 +246,20 @@ def timed_call(kernel: str, q, k, v, grad, ids) -> Callable[[], object]:
             }.get(kernel, lambda: flash_attention_backward(grad, q, k, v, out, lse, *rest))
 
 
-def verdict(rows: list[dict]) -> list[str]:
-    """The goals, each with the worst and the median ratio over all contexts and groups."""
-    lines = []
+def verdict(figures: dict) -> list[str]:
+    """The goals, each beside what was measured: of ratios the median and the worst over all contexts and groups."""
+    ceilings, windowed = figures["ceilings"], figures["windows"]
+    lines = [f"ceilings: copy {ceilings['copy_gb_s']:.0f} GB/s, matrix product {ceilings['matmul_tflops']:.0f} TFLOP/s"]
     for (name, peer, D), goal in GOALS.items():
-        ratios = [r["ms"][peer] / r["ms"]["ours"] for r in rows if r["pass"] == name and r["D"] == D and peer in r["ms"]]
+        ratios = [r["ms"][peer] / r["ms"]["ours"] for r in figures["rows"] if (r["pass"], r["D"]) == (name, D) and peer in r["ms"]]
         if ratios:
             lines.append(f"{name} D {D} against {peer}: median {statistics.median(ratios):.2f} ×, worst {min(ratios):.2f} ×, goal {goal} ×")
+    lines.append(f"window {windowed['window']} at T {windowed['T']}: {windowed['faster']:.1f} × faster than full, goal 6 ×")
+    for r in figures["decode"]:
+        lines.append(f"decode B {r['B']} S {r['S']} K {r['K']} groups {r['groups']} D {r['D']}: {r['gb_s']:.0f} GB/s, "
+                     f"{r['share_of_copy']:.0%} of a copy, goal 80% at B 64")
+    for r in figures["statistics"]:
+        lines.append(f"head statistics T {r['T']} D {r['D']}: {r['of_forward']:.2f} × the forward pass, goal 1.2 ×")
     return lines
 
 
@@ -254,7 +276,7 @@ def main() -> None:
         raise UserError(f"--contexts {bad[0]} does not divide the {TOKENS} tokens of a batch (try 1024)")
     device = torch.cuda.get_device_name() if GPU else "none: a dry run on the CPU under the interpreter, whose times mean nothing"
     print(f"GPU: {device}", flush=True)
-    figures: dict = {"gpu": device, "triton": __import__("triton").__version__, "dry_run": not GPU}
+    figures: dict = {"gpu": device, "triton": triton.__version__, "dry_run": not GPU}
     if args.check or not GPU:
         check()
     if args.tune:
@@ -266,14 +288,7 @@ def main() -> None:
     figures["windows"], figures["decode"] = windows(args.rounds), decoding(args.rounds, figures["ceilings"]["copy_gb_s"])
     figures["statistics"] = head_statistics_cost(args.rounds)
     results.write("attention", figures)
-    print(f"\nceilings: copy {figures['ceilings']['copy_gb_s']:.0f} GB/s, matrix product {figures['ceilings']['matmul_tflops']:.0f} TFLOP/s")
-    print(f"window {figures['windows']['window']} at T {figures['windows']['T']}: {figures['windows']['faster']:.1f} × faster than full (goal 6 ×)")
-    for r in figures["decode"]:
-        print(f"decode B {r['B']} S {r['S']} K {r['K']} groups {r['groups']} D {r['D']}: {r['gb_s']:.0f} GB/s, {r['share_of_copy']:.0%} of a copy "
-              "(goal 80% at B 64)")
-    for r in figures["statistics"]:
-        print(f"head statistics T {r['T']} D {r['D']}: {r['of_forward']:.2f} × the forward pass (goal 1.2 ×)")
-    print("\n".join(verdict(figures["rows"])))
+    print("\n".join(verdict(figures) if GPU else ["every line has run; run it on a GPU for figures"]))
 
 
 if __name__ == "__main__":

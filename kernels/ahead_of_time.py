@@ -35,7 +35,8 @@ TARGETS = {
 }
 KERNELS = ("forward", "backward_q", "backward_kv", "decode_part", "statistics_rows")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-MASKS = {"causal": (True, None, False), "window": (True, 100, False), "segments": (True, None, True), "full": (False, None, False)}
+MASKS = {"causal": (True, None, False), "window": (True, 100, False), "segments": (True, None, True), "full": (False, None, False),
+         "positions": (True, 100, False)}          # decode_part alone: slots in any order
 
 
 @dataclass
@@ -81,12 +82,13 @@ def compile_kernel(target: str, kernel: str, dtype: str, D: int, masks: str = "c
     causal, window, segmented = MASKS[masks]
     q, k = torch.zeros(1, 128, 4, D, dtype=DTYPES[dtype]).transpose(1, 2), torch.zeros(1, 128, 2, D, dtype=DTYPES[dtype]).transpose(1, 2)
     lse, ids = torch.zeros(1, 4, 128), torch.zeros(1, 128, dtype=torch.long)
+    positions = (ids[:, :1], ids) if masks == "positions" else (None, None)
     rest = (causal, window, ids.int() if segmented else None, D ** -0.5, "tf32x3")
     calls = {
         "forward": lambda: flash.flash_attention(q, k, k, *rest),
         "backward_q": lambda: flash.flash_attention_backward(q, q, k, k, q, lse, *rest),
         "backward_kv": lambda: flash.flash_attention_backward(q, q, k, k, q, lse, *rest),
-        "decode_part": lambda: decode.decode(q[:, :, :1], k, k, None, None, window, *rest[3:]),
+        "decode_part": lambda: decode.decode(q[:, :, :1], k, k, *positions, window, *rest[3:]),
         "statistics_rows": lambda: head_statistics_triton.statistics(q, k, lse, ids, ids, *rest[1:]),
     }
     family, _, _ = TARGETS[target]
@@ -114,18 +116,17 @@ def resources(binary) -> dict:
     """What the assembler says of a compiled kernel."""
     if "amdgcn" in binary.asm:
         text = binary.asm["amdgcn"]
-        number = {name: int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")}
-        return {"registers": number["vgpr_count"], "spilled": number["private_segment_fixed_size"], "shared": binary.metadata.shared,
-                "wgmma": 0, "serialised": False}
+        registers, spilled = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "private_segment_fixed_size"))
+        return {"registers": registers, "spilled": spilled, "shared": binary.metadata.shared, "wgmma": 0, "serialised": False}
     from triton.backends.nvidia.compiler import get_ptxas
     ptx = binary.asm["ptx"]
     arch = re.search(r"\.target (sm_\w+)", ptx)[1]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
-        done = subprocess.run([get_ptxas(int(re.search(r"\d+", arch)[0])).path, "-v", f"--gpu-name={arch}", path, "-o", Path(folder, "kernel")],
-                              capture_output=True, text=True, check=True)
-    log = done.stderr
+        assembler = get_ptxas(int(re.search(r"\d+", arch)[0])).path
+        log = subprocess.run([assembler, "-v", f"--gpu-name={arch}", path, "-o", Path(folder, "kernel")],
+                             capture_output=True, text=True, check=True).stderr
     return {"registers": int(re.search(r"Used (\d+) registers", log)[1]), "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
             "shared": binary.metadata.shared, "wgmma": ptx.count("wgmma.mma_async"), "serialised": "serialized" in log}
 
@@ -138,20 +139,25 @@ def compile_all(cases: list[tuple]) -> list[Compiled]:
 
 def cases(targets: list[str], dtypes: list[str], masks: list[str], smaller: bool = False) -> list[tuple]:
     """Every row of the table; with `smaller` also the tiles that take over where a row does not fit."""
-    rows = [case for case in product(targets, KERNELS, dtypes, (64, 128, 256), masks)
-            if not (case[1] in ("decode_part", "statistics_rows") and case[4] == "full")
-            and not (case[1] == "decode_part" and case[4] == "segments")]
-    return [(*row, tile) for row in rows for tile in ((None, *SMALLER) if smaller else (None,))]
+    unknown = {"decode_part": ("full", "segments"), "statistics_rows": ("full", "positions")}       # masks that a kernel does not have
+    found = []
+    for target, kernel, dtype, mask in product(targets, KERNELS, dtypes, masks):
+        if mask not in unknown.get(kernel, ("positions",)):
+            sizes = [D for element, D in launch.TILES[TARGETS[target][0]][kernel] if element == DTYPES[dtype].itemsize]
+            found += [(target, kernel, dtype, D, mask, tile) for D in sizes for tile in (None, *(SMALLER if smaller else ()))]
+    return found
 
 
 def table(rows: list[Compiled]) -> str:
     """As Markdown."""
-    lines = ["| target | kernel | D up to | dtype | masks | rows × columns | warps | stages | registers | spilled bytes | shared KB | wgmma |",
-             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    columns = ("target", "kernel", "D up to", "dtype", "masks", "rows × columns", "warps", "stages", "registers", "spilled bytes",
+               "shared KB", "wgmma")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for r in rows:
         wgmma = "–" if not r.target.startswith("sm_90") else "serialised" if r.serialised else str(r.wgmma or "none")
-        lines.append(f"| {r.target} | {r.kernel} | {r.D} | {r.dtype} | {r.masks} | {r.tile.rows} × {r.tile.columns} | {r.tile.warps} "
-                     f"| {r.tile.stages} | {r.registers} | {r.spilled} | {r.shared / 1024:.0f}{'' if r.fits else ' (too large)'} | {wgmma} |")
+        cells = (r.target, r.kernel, r.D, r.dtype, r.masks, f"{r.tile.rows} × {r.tile.columns}", r.tile.warps, r.tile.stages, r.registers,
+                 r.spilled, f"{r.shared / 1024:.0f}{'' if r.fits else ' (too large)'}", wgmma)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 

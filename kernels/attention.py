@@ -14,7 +14,7 @@ BACKENDS = ("auto", "reference", "sdpa", "triton")
 PRECISIONS = ("tf32x3", "ieee")
 HAS_TRITON = find_spec("triton") is not None                        # there is none for macOS and Windows
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"             # triton's kernels run on the CPU, for tests
-FEW_QUERIES = 64                # up to so many queries a key head, the keys are split over programs: kernels/decode.py
+FEW_QUERIES = 32                # up to so many queries a key head, the keys are split over programs: kernels/decode.py
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None,
@@ -40,7 +40,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: i
     if backend == "reference":
         out, lse = reference_attention(q, k, v, causal=causal, window=window, segments=segments, scale=scale)
         return (out, lse.float()) if return_lse else out
-    if use_triton("attention", backend, q, k, v):
+    if use_triton("attention", backend, q, k, v, segments):
         out, lse = _triton(q, k, v, causal, window, segments, scale, precision)
         return (out, lse) if return_lse else out
     return _sdpa(q, k, v, causal, window, segments, scale, return_lse)
@@ -54,7 +54,14 @@ def decode(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor, key_positio
     → (B, H, T, D). A query sees the keys at positions up to its own, at most `window` of them. No gradients: for generation.
     backend sdpa, triton or auto, and precision: as in `attention`, and it raises likewise.
     """
-    if use_triton("decode", backend, q, k, v):
+    if backend not in BACKENDS or backend == "reference":
+        raise ValueError(f"decode: backend={backend!r} is not one of auto, sdpa, triton")
+    check_shapes("decode", q, k, v, window, precision)
+    B, T, S = q.shape[0], q.shape[2], k.shape[2]
+    if query_positions.shape != (B, T) or key_positions.shape != (B, S):
+        raise ValueError(f"decode: query_positions must be {(B, T)} and key_positions {(B, S)}, "
+                         f"got {tuple(query_positions.shape)} and {tuple(key_positions.shape)}")
+    if use_triton("decode", backend, q, k, v, query_positions, key_positions):
         from kernels import decode as ours
         q, scale = positive_scale(q, scale)
         return ours.decode(q, k, v, query_positions, key_positions, window, scale, precision)[0]
@@ -65,9 +72,11 @@ def decode(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor, key_positio
     return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale, enable_gqa=True)
 
 
-def use_triton(caller: str, backend: str, *tensors: Tensor) -> bool:
+def use_triton(caller: str, backend: str, *tensors: Tensor | None) -> bool:
     """Whether a call with this backend runs our kernels; ValueError where it asks for them and they cannot serve it."""
     q, reason = tensors[0], ""
+    tensors = [t for t in tensors if t is not None]
+    dtypes = [t.dtype for t in tensors if t.dim() == 4]                 # of q, k and v
     if not HAS_TRITON:
         reason = "anything here: triton is not installed"
     elif not (q.is_cuda or INTERPRETED):
@@ -76,8 +85,10 @@ def use_triton(caller: str, backend: str, *tensors: Tensor) -> bool:
         reason = f"tensors on {q.device}: it needs compute capability 8.0 (Ampere) or newer"
     elif q.shape[-1] > 256:
         reason = f"D={q.shape[-1]}: at most 256"
-    elif q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or any(t.dtype != q.dtype for t in tensors):
-        reason = f"{', '.join(str(t.dtype).removeprefix('torch.') for t in tensors)}: all bf16, all fp16 or all fp32"
+    elif q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or any(dtype != q.dtype for dtype in dtypes):
+        reason = f"{', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}: all bf16, all fp16 or all fp32"
+    elif any(t.device != q.device for t in tensors):
+        reason = f"tensors on {', '.join(str(t.device) for t in tensors)}: one device"
     if backend == "triton" and reason:
         raise ValueError(f"{caller}: triton cannot serve {reason} (auto finds a backend that can)")
     return not reason and (backend == "triton" or (backend == "auto" and q.is_cuda))
@@ -86,7 +97,9 @@ def use_triton(caller: str, backend: str, *tensors: Tensor) -> bool:
 def positive_scale(q: Tensor, scale: float | None) -> tuple[Tensor, float]:
     """1/√D unless given; and a positive one, since our kernels take maxima before they scale."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return (q, scale) if scale > 0 else (q * scale, 1.0)
+    if scale > 0:
+        return q, scale
+    return (-q, -scale) if scale < 0 else (q * 0, 1.0)
 
 
 def _triton(q, k, v, causal, window, segments, scale, precision) -> tuple[Tensor, Tensor]:
@@ -135,18 +148,22 @@ def _chunked_lse(q, k, causal, window, segments, scale, chunk: int = 128) -> Ten
 def _check(q, k, v, causal, window, segments, backend, precision) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"attention: backend={backend!r} is not one of {', '.join(BACKENDS)}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"attention: precision={precision!r} is not one of {', '.join(PRECISIONS)}")
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
-        raise ValueError(f"attention: q (B, H, T, D), k and v (B, K, S, D) expected, got q {tuple(q.shape)}, "
-                         f"k {tuple(k.shape)}, v {tuple(v.shape)}")
-    B, H, T, D = q.shape
-    if k.shape[0] != B or k.shape[3] != D or H % k.shape[1]:
-        raise ValueError(f"attention: q {tuple(q.shape)} and k {tuple(k.shape)} must agree in B and D, and K must divide H")
-    S = k.shape[2]
+    check_shapes("attention", q, k, v, window, precision)
+    B, T, S = q.shape[0], q.shape[2], k.shape[2]
     if T > S and (causal or segments is not None):
         raise ValueError(f"attention: {T} queries cannot be the last of {S} keys; causal and segments need T ≤ S")
-    if window is not None and window < 1:
-        raise ValueError(f"attention: window={window} must be at least 1 (a query sees itself)")
     if segments is not None and segments.shape != (B, S):
         raise ValueError(f"attention: segments {tuple(segments.shape)} must be (B, S) = ({B}, {S})")
+
+
+def check_shapes(caller: str, q, k, v, window, precision) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(f"{caller}: precision={precision!r} is not one of {', '.join(PRECISIONS)}")
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
+        raise ValueError(f"{caller}: q (B, H, T, D), k and v (B, K, S, D) expected, got q {tuple(q.shape)}, "
+                         f"k {tuple(k.shape)}, v {tuple(v.shape)}")
+    B, H, _, D = q.shape
+    if k.shape[0] != B or k.shape[3] != D or H % k.shape[1]:
+        raise ValueError(f"{caller}: q {tuple(q.shape)} and k {tuple(k.shape)} must agree in B and D, and K must divide H")
+    if window is not None and window < 1:
+        raise ValueError(f"{caller}: window={window} must be at least 1 (a query sees itself)")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.launch import VARYING, launch, start
-from kernels.tiles import FLOOR, LN_2, LOG2_E, UNSEEN, load_tile, sees
+from kernels.tiles import FLOOR, LN_2, LOG2_E, UNSEEN, for_pointers, load_tile
 
 PARTS = tl.constexpr(16)            # that the second kernel adds up at a time
 CHUNK = 128                         # keys are split at multiples of it, whatever the tile
@@ -36,12 +36,12 @@ def decode_part(q, q_strides, k, k_strides, v, v_strides, out, lse, query_positi
         first, last = S - T, S - 1
         stop = tl.minimum(stop, last + 1)
         if WINDOW:
-            start = tl.maximum(start, (first - window + 1) // COLUMNS * COLUMNS)
+            start = tl.maximum(start, first - window + 1)
     else:
         position = tl.load(query_positions + batch * T + t).to(tl.int32)
         first, last = tl.min(position), tl.max(position)
         key_positions += batch.to(tl.int64) * S
-        begin, end = stop, start                                    # read nothing of the slots that no query sees
+        begin, end = stop, start                                    # the span from the first to the last slot that a query sees
         for n in tl.range(start, stop, COLUMNS):
             slot = n + tl.arange(0, COLUMNS)
             key = tl.load(key_positions + slot, mask=slot < stop, other=-1).to(tl.int32)
@@ -53,25 +53,30 @@ def decode_part(q, q_strides, k, k_strides, v, v_strides, out, lse, query_positi
         start, stop = begin, end
 
     column = tl.arange(0, DIMS)
-    q_at = q + batch.to(tl.int64) * q_strides[0] + head * q_strides[1] + t * q_strides[2]
+    q_at = q + batch.to(tl.int64) * q_strides[0] + head.to(tl.int64) * q_strides[1] + t.to(tl.int64) * q_strides[2]
     q_tile = tl.load(q_at[:, None] + column[None, :] * q_strides[3], mask=inside[:, None] & (column < D)[None, :], other=0.0)
     acc = tl.zeros([ROWS, DIMS], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     top = tl.full([ROWS], FLOOR, tl.float32)
     for n in tl.range(start, stop, COLUMNS):
         slot = n + tl.arange(0, COLUMNS)
-        k_tile = load_tile(k, k_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA)
+        k_tile = load_tile(k, k_strides, batch, key_head, n, stop, D, COLUMNS, DIMS, TMA)
         scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
         key = slot
         if not ORDERED:
             key = tl.load(key_positions + slot, mask=slot < stop, other=-1).to(tl.int32)
-        seen = sees(position[:, None], key[None, :], 2147483647, window, 0, 0, True, WINDOW, False)
-        scores = tl.where(seen & ((slot < stop) & (key >= 0))[None, :], scores, UNSEEN)
+        held = (slot < stop) & (key >= 0)
+        seen = held[None, :] & (key[None, :] <= position[:, None])
+        if WINDOW:
+            seen = seen & (key[None, :] > position[:, None] - window)
+        scores = tl.where(seen, scores, UNSEEN)
         higher = tl.maximum(top, tl.max(scores, 1) * (scale * LOG2_E))
         weights = tl.exp2(scores * (scale * LOG2_E) - higher[:, None])
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(weights, 1)
-        v_tile = load_tile(v, v_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA)
+        v_tile = load_tile(v, v_strides, batch, key_head, n, stop, D, COLUMNS, DIMS, TMA)
+        if not ORDERED:
+            v_tile = tl.where(held[:, None], v_tile, 0.0)           # an empty slot may hold anything, and 0 · NaN is NaN
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
         top = higher
 
@@ -115,22 +120,27 @@ def decode(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, key_
     Without them slot j holds position j and the queries are at the last T. No gradients: for generation.
     """
     (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+    k, v = for_pointers(k), for_pointers(v)
     out, lse = q.new_empty(B, H, T, D), q.new_empty(B, H, T, dtype=torch.float32)
     if 0 in (*q.shape, S):
         return out.zero_(), lse.fill_(float("-inf"))
     packed = H // K * T
-    ROWS = min(64, max(16, triton.next_power_of_2(packed)))
-    parts = max(1, 2 * multiprocessors(q.device) // (B * K * triton.cdiv(packed, ROWS)))
+    rows = 32 if packed > 16 and D * q.itemsize <= 512 else 16     # more, or 32 of float32 at D = 256, would spill
+    parts = max(1, 2 * multiprocessors(q.device) // (B * K * triton.cdiv(packed, rows)))
     chunk = triton.cdiv(triton.cdiv(S, parts), CHUNK) * CHUNK
     parts = triton.cdiv(S, chunk)
-    part_out, part_lse = (out, lse) if parts == 1 else (q.new_empty(parts, *q.shape, dtype=torch.float32), lse.new_empty(parts, *lse.shape))
-    ordered = key_positions is None
-    launch(decode_part, lambda tile: (B * K, parts, triton.cdiv(packed, tile.rows)), q, columns={"k": k, "v": v}, copy_engine=False,
-           max_rows=ROWS, q=q, q_strides=q.stride(), out=part_out, lse=part_lse,
-           query_positions=None if ordered else query_positions.contiguous(), key_positions=None if ordered else key_positions.contiguous(),
-           H=H, K=K, T=T, S=S, window=window or 0, chunk=chunk, scale=scale, WINDOW=window is not None, ORDERED=ordered, PRECISION=precision)
+    part_out, part_lse = out, lse
     if parts > 1:
-        start(decode_whole, (B * H * T,), part_out=part_out, part_lse=part_lse, out=out, lse=lse, parts=parts, rows=B * H * T,
+        part_out, part_lse = q.new_empty(parts, *q.shape, dtype=torch.float32), lse.new_empty(parts, *lse.shape)
+    ordered = key_positions is None
+    # By pointers: the rows of q belong to several heads, and a cache may lie anyhow.
+    launch(decode_part, lambda tile: (B * K, parts, triton.cdiv(packed, tile.rows)), q, columns={"k": k, "v": v}, copy_engine=False,
+           n_rows=rows, q=q, q_strides=q.stride(), out=part_out, lse=part_lse,
+           query_positions=None if ordered else query_positions.contiguous(),
+           key_positions=None if ordered else key_positions.contiguous(), H=H, K=K, T=T, S=S, window=window or 0,
+           chunk=chunk, scale=scale, WINDOW=window is not None, ORDERED=ordered, PRECISION=precision)
+    if parts > 1:
+        start(decode_whole, q, (B * H * T,), part_out=part_out, part_lse=part_lse, out=out, lse=lse, parts=parts, rows=B * H * T,
               D=D, DIMS=triton.next_power_of_2(D), num_warps=4)
     return out, lse
 
@@ -147,5 +157,6 @@ def multiprocessors(device: torch.device) -> int:
 
 @register_flop_formula(torch.ops.kernels.decode)
 def _flops(q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
+    """Two products of T × S × D a head, seen or not."""
     B, H, T, D = q_shape
     return 4 * B * H * T * k_shape[2] * D

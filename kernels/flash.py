@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.launch import VARYING, launch
-from kernels.tiles import FLOOR, LN_2, LOG2_E, UNSEEN, keys_to_visit, load_tile, masks_of, narrow, sees, store_tile
+from kernels.launch import VARYING, launch, readable
+from kernels.tiles import FLOOR, LN_2, LOG2_E, UNSEEN, hide_unseen, load_tile, masks_of, narrow, query_tile, sees, store_tile
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -22,17 +22,10 @@ def forward(q, q_strides, k, k_strides, v, v_strides, out, out_strides, lse, seg
             D: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
             WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     """One tile of ROWS queries of one head against all keys they see → out (B, H, T, D) and lse (B, H, T)."""
-    batch, head = tl.program_id(0) // H, tl.program_id(0) % H
+    batch, head, start_row, position, segment, start, whole_start, whole_stop, stop = query_tile(
+        H, T, S, blocks, window, segments, least, most, ROWS, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
     key_head = head // (H // K)                                     # a group of H/K query heads reads one key head
-    start_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS  # the last queries see most keys: longest first
     row = start_row + tl.arange(0, ROWS)
-    position = row + S - T
-    segment = position
-    if SEGMENTS:
-        segments, least, most = segments + batch.to(tl.int64) * S, least + batch * blocks, most + batch * blocks
-        segment = tl.load(segments + tl.minimum(position, S - 1))
-    start, whole_start, whole_stop, stop = keys_to_visit(
-        start_row + S - T, tl.minimum(start_row + ROWS, T) - 1 + S - T, S, window, segment, least, most, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
 
     q_tile = load_tile(q, q_strides, batch, head, start_row, T, D, ROWS, DIMS, TMA)
     acc = tl.zeros([ROWS, DIMS], tl.float32)                        # Σ weight · value, so far, in units of exp2(top)
@@ -45,10 +38,7 @@ def forward(q, q_strides, k, k_strides, v, v_strides, out, out_strides, lse, seg
             k_tile = load_tile(k, k_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA, part == 1)
             scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)        # (ROWS, COLUMNS)
             if part != 1:
-                key = n + tl.arange(0, COLUMNS)
-                key_segment = tl.load(segments + key, mask=key < S, other=0) if SEGMENTS else key
-                scores = tl.where(sees(position[:, None], key[None, :], S, window, segment[:, None], key_segment[None, :],
-                                       CAUSAL, WINDOW, SEGMENTS), scores, UNSEEN)
+                scores = hide_unseen(scores, n, position, segment, segments, batch, S, window, UNSEEN, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
             higher = tl.maximum(top, tl.max(scores, 1) * (scale * LOG2_E))
             weights = tl.exp2(scores * (scale * LOG2_E) - higher[:, None])
             shrink = tl.exp2(top - higher)                          # what was summed so far is in units of the old maximum
@@ -74,17 +64,10 @@ def backward_q(q, q_strides, k, k_strides, v, v_strides, out, out_strides, grad,
 
     With A the pattern and ∂ = grad vᵀ: d scores = A ∘ (∂ − delta), dq = scale · d scores · k (Dao et al. 2022, appendix B.2).
     """
-    batch, head = tl.program_id(0) // H, tl.program_id(0) % H
+    batch, head, start_row, position, segment, start, whole_start, whole_stop, stop = query_tile(
+        H, T, S, blocks, window, segments, least, most, ROWS, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
     key_head = head // (H // K)
-    start_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
     row = start_row + tl.arange(0, ROWS)
-    position = row + S - T
-    segment = position
-    if SEGMENTS:
-        segments, least, most = segments + batch.to(tl.int64) * S, least + batch * blocks, most + batch * blocks
-        segment = tl.load(segments + tl.minimum(position, S - 1))
-    start, whole_start, whole_stop, stop = keys_to_visit(
-        start_row + S - T, tl.minimum(start_row + ROWS, T) - 1 + S - T, S, window, segment, least, most, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
 
     at = tl.program_id(0).to(tl.int64) * T + row
     grad_tile = load_tile(grad, grad_strides, batch, head, start_row, T, D, ROWS, DIMS, TMA)
@@ -102,10 +85,7 @@ def backward_q(q, q_strides, k, k_strides, v, v_strides, out, out_strides, grad,
             v_tile = load_tile(v, v_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA, part == 1)
             scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)        # (ROWS, COLUMNS)
             if part != 1:
-                key = n + tl.arange(0, COLUMNS)
-                key_segment = tl.load(segments + key, mask=key < S, other=0) if SEGMENTS else key
-                scores = tl.where(sees(position[:, None], key[None, :], S, window, segment[:, None], key_segment[None, :],
-                                       CAUSAL, WINDOW, SEGMENTS), scores, UNSEEN)
+                scores = hide_unseen(scores, n, position, segment, segments, batch, S, window, UNSEEN, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
             weights = tl.exp2(scores * (scale * LOG2_E) - row_lse[:, None])
             d_weights = tl.dot(grad_tile, v_tile.T, input_precision=PRECISION)
             d_scores = weights * (d_weights - row_delta[:, None])
@@ -143,8 +123,8 @@ def backward_kv(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, dk
     v_tile = load_tile(v, v_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA)
     dk_acc, dv_acc = tl.zeros([COLUMNS, DIMS], tl.float32), tl.zeros([COLUMNS, DIMS], tl.float32)
     for visit in tl.range(0, tiles * (H // K)):
-        head = key_head * (H // K) + visit // tiles
-        m = start_row + visit % tiles * ROWS
+        head = key_head * (H // K) + visit // tl.maximum(tiles, 1)              # with no tiles the first may be read ahead
+        m = start_row + visit % tl.maximum(tiles, 1) * ROWS
         row = m + tl.arange(0, ROWS)
         position = row + S - T
         at = (batch * H + head).to(tl.int64) * T + row
@@ -169,7 +149,8 @@ def backward_kv(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, dk
 @torch.library.custom_op("kernels::flash_attention", mutates_args=())
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, segments: Tensor | None,
                     scale: float, precision: str) -> tuple[Tensor, Tensor]:
-    """(out, lse) of `kernels.attention.attention`, whose arguments these are; scale > 0. lse has no gradient."""
+    """(out, lse) of `kernels.attention.attention`, which checks the arguments; scale > 0. lse has no gradient."""
+    q, k, v = readable(q, k, v)
     out, lse = _empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     if 0 in (*out.shape, k.shape[2]):
         return out.zero_(), lse.fill_(float("-inf"))
@@ -181,7 +162,9 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int |
 @torch.library.custom_op("kernels::flash_attention_backward", mutates_args=())
 def flash_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, window: int | None,
                              segments: Tensor | None, scale: float, precision: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) from the gradient of out."""
+    """(dq, dk, dv) from the gradient of out. In fp16 a gradient past 65504 is inf, as in any fp16 backward: scale the loss."""
+    grad, q, k, v, out = readable(grad, q, k, v, out)
+    lse = lse.contiguous()
     dq, dk, dv, delta = _empty_like(q), _empty_like(k), _empty_like(v), torch.empty_like(lse)
     if 0 in (*q.shape, k.shape[2]):
         return dq.zero_(), dk.zero_(), dv.zero_()

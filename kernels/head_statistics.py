@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.attention import positive_scale, use_triton
+from kernels.attention import check_shapes, positive_scale, use_triton
 from kernels.reference import visible
 
 REACH = 8               # the offset profile looks so many positions to both sides of the induction target
@@ -35,24 +35,26 @@ class HeadStatistics(NamedTuple):
     offset_profile: Tensor      # (B, H, T, 2 · REACH + 1): A[i, target + o] for o = −REACH … REACH
 
 
+@torch.no_grad()
 def head_statistics(q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, *, window: int | None = None, segments: Tensor | None = None,
                     scale: float | None = None, backend: str = "auto", precision: str = "tf32x3") -> HeadStatistics:
     """The statistics of causal attention with queries q (B, H, T, D), the last T of the S keys k (B, K, S, D).
 
-    lse (B, H, T) is what `attention(…, return_lse=True)` gave for them; tokens (B, S) are non-negative ids; window,
+    lse (B, H, T) float32 is what `attention(…, return_lse=True)` gave for them; tokens (B, S) are non-negative ids; window,
     segments and scale are those of that call. backend: triton · torch (rows in chunks, any device) · auto.
     Raises ValueError for shapes that do not agree and for what a backend cannot serve.
     """
-    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
-    if k.shape[0] != B or k.shape[3] != D or H % K or T > S:
-        raise ValueError(f"head_statistics: q (B, H, T, D) and k (B, K, S, D) with K dividing H and T ≤ S expected, "
-                         f"got q {tuple(q.shape)} and k {tuple(k.shape)}")
-    if lse.shape != (B, H, T) or tokens.shape != (B, S):
-        raise ValueError(f"head_statistics: lse must be {(B, H, T)} and tokens {(B, S)}, got {tuple(lse.shape)} and {tuple(tokens.shape)}")
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"head_statistics: backend={backend!r} is not one of auto, torch, triton")
+    check_shapes("head_statistics", q, k, k, window, precision)
+    (B, H, T, _), S = q.shape, k.shape[2]
+    if T > S:
+        raise ValueError(f"head_statistics: {T} queries cannot be the last of {S} keys: T ≤ S")
+    if lse.shape != (B, H, T) or tokens.shape != (B, S) or (segments is not None and segments.shape != (B, S)):
+        raise ValueError(f"head_statistics: lse must be {(B, H, T)}, tokens and segments {(B, S)}, got {tuple(lse.shape)}, "
+                         f"{tuple(tokens.shape)} and {None if segments is None else tuple(segments.shape)}")
     q, scale = positive_scale(q, scale)
-    if use_triton("head_statistics", backend, q, k):
+    if use_triton("head_statistics", backend, q, k, lse, tokens, segments):
         from kernels.head_statistics_triton import statistics
         filled = statistics(q, k, lse, tokens, induction_targets(tokens), window, segments, scale, precision)
     else:
@@ -68,10 +70,9 @@ def induction_targets(tokens: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, torch.where(again, earlier + 1, -1))
 
 
-@torch.no_grad()
 def _in_chunks(q, k, lse, tokens, targets, window, segments, scale, entries: int = 2 ** 22) -> Tensor:
     """(SUMS + 2 · REACH + 1, B, H, T), holding about `entries` numbers of the pattern at a time."""
-    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+    (B, H, T, _), (_, K, S, _) = q.shape, k.shape
     filled = q.new_empty(SUMS + 2 * REACH + 1, B, H, T, dtype=torch.float32)
     q, keys = q.unflatten(1, (K, H // K)).float() * scale, k[:, :, None].float().mT            # (B, K, H/K, T, D), (B, K, 1, D, S)
     key, before = torch.arange(S, device=q.device), F.pad(tokens[:, :-1], (1, 0), value=-1)
@@ -79,25 +80,26 @@ def _in_chunks(q, k, lse, tokens, targets, window, segments, scale, entries: int
     for t in range(0, T, chunk):
         rows = slice(t, min(t + chunk, T))
         position = torch.arange(S - T + rows.start, S - T + rows.stop, device=q.device)
-        sees = visible(T, S, window=window, segments=segments, rows=rows, device=q.device)
+        sees = visible(T, S, window=window, segments=segments, rows=rows, device=q.device).float()
         sees = sees if sees.dim() == 2 else sees[:, :, None]                                    # (t, S) or (B, 1, 1, t, S)
-        pattern = (q[..., rows, :] @ keys).sub_(lse.unflatten(1, (K, H // K))[..., rows, None]).exp_().masked_fill_(~sees, 0).flatten(1, 2)
-        token = tokens[:, position, None]                                                       # (B, t, 1)
-        repeats, follows = (token == tokens[:, None]) & (key < position[:, None]), token == before[:, None]
-
-        def at(keys: Tensor) -> Tensor:
-            """A[i, keys_i] for keys (B or 1, t), 0 outside the sequence → (B, H, t)."""
-            inside = (keys >= 0) & (keys < S)
-            index = keys.clamp(0, S - 1)[:, None, :, None].expand(B, H, -1, 1)
-            return pattern.gather(-1, index)[..., 0].masked_fill(~inside[:, None], 0)
-
-        target = targets[:, position]
-        known = [at(position[None] - 1), pattern[..., 0]]
-        profile = [at((target + o).masked_fill(target < 0, -1)) for o in range(-REACH, REACH + 1)]
-        filled[0, ..., rows] = (pattern * follows[:, None]).sum(-1)
-        filled[1, ..., rows] = (pattern * repeats[:, None]).sum(-1)
-        filled[2:4, ..., rows] = torch.stack(known)
-        filled[5, ..., rows] = (pattern * (position[:, None] - key)).sum(-1)
-        filled[SUMS:, ..., rows] = torch.stack(profile)
-        filled[4, ..., rows] = torch.special.entr(pattern).sum(-1)
+        log = (q[..., rows, :] @ keys).sub_(lse.unflatten(1, (K, H // K))[..., rows, None]).clamp_(max=0)
+        pattern, log = log.exp().mul_(sees).flatten(1, 2), log.flatten(1, 2)                    # (B, H, t, S)
+        token, target = tokens[:, position, None], targets[:, position]                         # (B, t, 1), (B, t)
+        follows, repeats = token == before[:, None], (token == tokens[:, None]) & (key < position[:, None])     # (B, t, S)
+        gap = (position[0] - key).float()                   # from the chunk's first row, so that large positions cost no digits
+        filled[0, ..., rows] = torch.einsum("bhts,bts->bht", pattern, follows.float())
+        filled[1, ..., rows] = torch.einsum("bhts,bts->bht", pattern, repeats.float())
+        filled[2, ..., rows] = _entries(pattern, position[None] - 1)
+        filled[3, ..., rows] = pattern[..., 0]
+        filled[4, ..., rows] = -(pattern * log).sum(-1)
+        filled[5, ..., rows] = pattern @ gap + pattern.sum(-1) * (position - position[0])
+        for o in range(-REACH, REACH + 1):
+            filled[SUMS + REACH + o, ..., rows] = _entries(pattern, (target + o).masked_fill(target < 0, -1))
     return filled
+
+
+def _entries(pattern: Tensor, keys: Tensor) -> Tensor:
+    """A[i, keys_i] of rows of a pattern (B, H, t, S), for keys (B or 1, t), 0 where those are outside it: (B, H, t)."""
+    S = pattern.shape[-1]
+    index = keys.clamp(0, S - 1)[:, None, :, None].expand(*pattern.shape[:3], 1)
+    return pattern.gather(-1, index)[..., 0].masked_fill(((keys < 0) | (keys >= S))[:, None], 0)

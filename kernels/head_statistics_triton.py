@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.head_statistics import REACH, SUMS
-from kernels.launch import VARYING, launch, start
-from kernels.tiles import LN_2, LOG2_E, address, keys_to_visit, load_tile, masks_of, sees
+from kernels.launch import VARYING, launch, readable, start
+from kernels.tiles import LN_2, LOG2_E, address, hide_unseen, load_tile, masks_of, query_tile, sees
 
 PROFILE_REACH = tl.constexpr(REACH)
 PROFILE_START = tl.constexpr(SUMS)
@@ -22,20 +22,12 @@ def statistics_rows(q, q_strides, k, k_strides, lse, tokens, out, segments, leas
                     D: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
                     WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     """The sums over all keys for one tile of ROWS queries of one head → planes 0, 1, 4 and 5 of out (…, B, H, T)."""
-    batch, head = tl.program_id(0) // H, tl.program_id(0) % H
+    batch, head, start_row, position, segment, start, whole_start, whole_stop, stop = query_tile(
+        H, T, S, blocks, window, segments, least, most, ROWS, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
     key_head = head // (H // K)
-    start_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
     row = start_row + tl.arange(0, ROWS)
-    position = row + S - T
-    first = start_row + S - T
-    segment = position
-    if SEGMENTS:
-        segments, least, most = segments + batch.to(tl.int64) * S, least + batch * blocks, most + batch * blocks
-        segment = tl.load(segments + tl.minimum(position, S - 1))
-    start, whole_start, whole_stop, stop = keys_to_visit(
-        first, tl.minimum(start_row + ROWS, T) - 1 + S - T, S, window, segment, least, most, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
     # A duplicate is *before* its query: tiles that hold the first query's own position are masked too.
-    whole_stop = tl.where((whole_stop > first) & (whole_stop > whole_start), whole_stop - COLUMNS, whole_stop)
+    whole_stop = tl.where((whole_stop > start_row + S - T) & (whole_stop > whole_start), whole_stop - COLUMNS, whole_stop)
 
     tokens += batch.to(tl.int64) * S
     token = tl.load(tokens + tl.minimum(position, S - 1))
@@ -55,9 +47,7 @@ def statistics_rows(q, q_strides, k, k_strides, lse, tokens, out, segments, leas
             token_before = tl.load(tokens + key - 1, mask=(key > 0) & (key < S), other=-1)
             repeat = token[:, None] == key_token[None, :]
             if part != 1:
-                key_segment = tl.load(segments + key, mask=key < S, other=0) if SEGMENTS else key
-                bits = tl.where(sees(position[:, None], key[None, :], S, window, segment[:, None], key_segment[None, :],
-                                     CAUSAL, WINDOW, SEGMENTS), bits, NEVER)
+                bits = hide_unseen(bits, n, position, segment, segments, batch, S, window, NEVER, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
                 repeat = repeat & (key[None, :] < position[:, None])
             weights = tl.exp2(bits)
             follows += tl.sum(tl.where(token[:, None] == token_before[None, :], weights, 0.0), 1)
@@ -103,7 +93,7 @@ def statistics_places(q, q_strides, k, k_strides, lse, targets, out, segments, H
             key, there = position * 0, position >= 0
         else:
             key = target + (place - 2 - PROFILE_REACH)
-            there = (target >= 0) & (key >= 0)
+            there = (target >= 0) & (key >= 0) & (key <= position)
         key = tl.where(there, key, 0)
         key_segment = tl.load(segments + key) if SEGMENTS else key
         there = there & sees(position, key, S, window, segment, key_segment, True, WINDOW, SEGMENTS)
@@ -121,11 +111,12 @@ def statistics(q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, targets: Tenso
     out = q.new_empty(SUMS + 2 * REACH + 1, B, H, T, dtype=torch.float32)
     if out.numel() == 0:
         return out
+    q, k = readable(q, k)
     masks = masks_of(q, k, True, window, segments, scale, precision)
     lse = lse.contiguous()
     launch(statistics_rows, lambda tile: (B * H, triton.cdiv(T, tile.rows)), q, rows={"q": q}, columns={"k": k}, lse=lse,
            tokens=tokens.contiguous(), out=out, **masks)
-    start(statistics_places, (B * H, triton.cdiv(T, PLACES_ROWS)), q=q, q_strides=q.stride(), k=k, k_strides=k.stride(), lse=lse,
+    start(statistics_places, q, (B * H, triton.cdiv(T, PLACES_ROWS)), q=q, q_strides=q.stride(), k=k, k_strides=k.stride(), lse=lse,
           targets=targets.contiguous(), out=out, segments=masks["segments"], H=H, K=masks["K"], T=T, S=masks["S"], window=masks["window"],
           scale=scale, D=D, DIMS=triton.next_power_of_2(D), ROWS=PLACES_ROWS, WINDOW=masks["WINDOW"], SEGMENTS=masks["SEGMENTS"])
     return out

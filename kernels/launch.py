@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from kernels.tiles import for_copy_engine, source
+from kernels.tiles import for_copy_engine, for_pointers, source
 
 VARYING = ["H", "K", "T", "S", "blocks", "window"]          # a kernel is not compiled anew when only these change
 
@@ -21,10 +21,10 @@ class Tile(NamedTuple):
     stages: int         # tiles on their way while one is worked on
 
 
-# family → kernel → (bytes of an element, D up to) → tile. Each is the largest found that the compiler keeps in registers
-# (of several, the one with fewer programs for the same work): beside it the registers a thread and the shared memory that
-# `python -m kernels.ahead_of_time` measured, causal, triton 3.7.1. float32 is computed as three tf32 products, which takes
-# registers; only at D = 256 does it spill, by the bytes given. None has been timed yet: `python -m bench.attention --tune`.
+# family → kernel → (bytes of an element, D up to) → tile. Each is the largest found for which the compiler keeps everything in
+# registers and, on Hopper, does not wait for each matrix instruction: `python -m kernels.ahead_of_time` measures that, and
+# docs/kernels.md has the figures of every row. float32 is three tf32 products a product, which takes registers: at D = 256
+# even the smallest spills. None has been timed yet; `python -m bench.attention --tune` does.
 FP32 = {
     "forward": {(4, 64): Tile(32, 32, 4, 2), (4, 128): Tile(32, 32, 8, 2), (4, 256): Tile(16, 16, 8, 2)},
     "backward_q": {(4, 64): Tile(32, 32, 8, 2), (4, 128): Tile(32, 32, 8, 1), (4, 256): Tile(16, 16, 8, 2)},
@@ -36,7 +36,8 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
     "hopper": {
         "forward": {(2, 64): Tile(128, 128, 8, 2), (2, 128): Tile(128, 128, 8, 2), (2, 256): Tile(128, 64, 8, 2)},
         "backward_q": {(2, 64): Tile(128, 64, 8, 2), (2, 128): Tile(128, 64, 8, 2), (2, 256): Tile(128, 32, 8, 2)},
-        "backward_kv": {(2, 64): Tile(64, 128, 8, 2), (2, 128): Tile(64, 64, 8, 2), (2, 256): Tile(32, 64, 8, 2)},
+        "backward_kv": {(2, 32): Tile(64, 64, 8, 2), (2, 64): Tile(64, 128, 8, 2), (2, 128): Tile(64, 64, 8, 2),
+                        (2, 256): Tile(32, 64, 8, 2)},
         "decode_part": {(2, 64): Tile(16, 128, 4, 3), (2, 128): Tile(16, 64, 4, 3), (2, 256): Tile(16, 64, 4, 3)},
         "statistics_rows": {(2, 64): Tile(128, 64, 8, 2), (2, 128): Tile(128, 64, 8, 2), (2, 256): Tile(128, 64, 8, 2)},
     },
@@ -68,42 +69,55 @@ def family(device: torch.device) -> str:
 
 
 def tiles(kernel: str, device_family: str, element: int, dims: int) -> list[Tile]:
-    """The tile measured to be best for elements of so many bytes and heads of up to `dims`, then ever smaller ones."""
+    """The table's tile for elements of so many bytes and heads of up to `dims`, then ever smaller ones."""
     table = TILES[device_family][kernel]
     best = table[min(key for key in table if key[0] >= element and key[1] >= dims)]
     return [best, *(t for t in SMALLER if t.rows * t.columns < best.rows * best.columns)]
 
 
-def launch(kernel, grid: Callable[[Tile], tuple[int, ...]], like: Tensor, /, *, rows: dict[str, Tensor] = {}, columns: dict[str, Tensor] = {},
-           copy_engine: bool = True, max_rows: int = 1024, **arguments) -> None:
-    """Start `kernel` on the `grid` of the best tile that fits, on the device and in the dtype of `like` (…, D).
+def has_copy_engine(like: Tensor) -> bool:
+    """Whether tiles of such tensors come through it. Not float32's: that way it spills a kilobyte of registers a thread."""
+    return like.itemsize == 2 and family(like.device) in ("hopper", "interpreter")
 
-    rows, columns: (B, heads, positions, D) tensors that it reads a tile's rows, or columns, at a time: through the copy
-    engine where the device has one and `copy_engine` allows it.
+
+def readable(*tensors: Tensor) -> list[Tensor]:
+    """(B, heads, positions, D) tensors as the kernels can read them: almost always as they are."""
+    return [for_copy_engine(t) if has_copy_engine(t) else for_pointers(t) for t in tensors]
+
+
+def launch(kernel, grid: Callable[[Tile], tuple[int, ...]], like: Tensor, /, *, columns: dict[str, Tensor],
+           rows: dict[str, Tensor] | None = None, copy_engine: bool = True, n_rows: int | None = None, **arguments) -> None:
+    """Start `kernel` on the `grid` of the first tile that fits, on the device and in the dtype of `like` (…, D).
+
+    rows, columns: `readable` tensors that it reads a tile's rows, or columns, at a time: through the copy engine where
+    there is one and `copy_engine` allows it. n_rows: rows of a tile, where the work and not the table says.
     """
-    device_family, D = family(like.device), like.shape[-1]
-    dims = max(16, triton.next_power_of_2(D))
-    tma = copy_engine and device_family in ("hopper", "interpreter") and like.itemsize == 2     # fp32 through it spills a kilobyte
+    device_family, D, rows = family(like.device), like.shape[-1], rows or {}
+    dims, tma = max(16, triton.next_power_of_2(D)), copy_engine and has_copy_engine(like)
     if device_family == "cdna":
         arguments["PRECISION"] = "ieee"                 # its matrix units multiply float32 as it is
-    if tma:
-        rows, columns = ({name: for_copy_engine(t) for name, t in group.items()} for group in (rows, columns))
-    arguments |= {f"{name}_strides": t.stride() for name, t in (rows | columns).items()}
+    arguments |= {f"{name}_strides": None if tma else t.stride() for name, t in (rows | columns).items()}
     for tile in tiles(kernel.__name__, device_family, like.itemsize, dims):
-        tile = tile._replace(rows=min(tile.rows, max_rows))
+        tile = tile._replace(rows=n_rows or tile.rows)
         if (kernel.__name__, like.device, like.dtype, dims, tile) in _too_large:
             continue
         sources = {name: source(t, tile.rows, dims, tma) for name, t in rows.items()}
         sources |= {name: source(t, tile.columns, dims, tma) for name, t in columns.items()}
         try:
-            start(kernel, grid(tile), **sources, **arguments, D=D, DIMS=dims, ROWS=tile.rows, COLUMNS=tile.columns, TMA=tma,
+            start(kernel, like, grid(tile), **sources, **arguments, D=D, DIMS=dims, ROWS=tile.rows, COLUMNS=tile.columns, TMA=tma,
                   num_warps=tile.warps, num_stages=tile.stages)
             return
         except OutOfResources:
             _too_large.add((kernel.__name__, like.device, like.dtype, dims, tile))
-    raise ValueError(f"attention: no tile of {kernel.__name__} fits {like.device} for D={D} in {like.dtype}; backend='sdpa' serves it")
+    raise ValueError(f"{kernel.__name__}: no tile fits {like.device} for D={D} in {like.dtype} (backend='sdpa' serves it)")
 
 
-def start(kernel, grid: tuple[int, ...], **arguments) -> None:
-    """Every kernel starts here. Multiply-adds are fused, which newer versions of triton want said."""
-    kernel[grid](**arguments, enable_fp_fusion=True)
+def start(kernel, like: Tensor, grid: tuple[int, ...], **arguments) -> None:
+    """Every kernel starts here, on the device of `like`. Multiply-adds are fused, which newer versions of triton want said.
+
+    Raises ValueError for more programs than a device counts: about 4 million positions, 1 million in float32.
+    """
+    if max(grid[1:], default=0) > 65535:
+        raise ValueError(f"{kernel.__name__}: {max(grid[1:])} tiles of positions are more than a grid has (65535); use fewer positions")
+    with torch.cuda.device_of(like):
+        kernel[grid](**arguments, enable_fp_fusion=True)

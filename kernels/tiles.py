@@ -64,6 +64,39 @@ def sees(position, key, S, window, segment, key_segment, CAUSAL: tl.constexpr, W
 
 
 @triton.jit
+def hide_unseen(scores, n, position, segment, segments, batch, S, window, hidden: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
+                WINDOW: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Scores (ROWS, COLUMNS) of the queries at `position` and the keys from n on, `hidden` where a query does not see the key."""
+    key = n + tl.arange(0, COLUMNS)
+    key_segment = key
+    if SEGMENTS:
+        key_segment = tl.load(segments + batch.to(tl.int64) * S + key, mask=key < S, other=0)
+    seen = sees(position[:, None], key[None, :], S, window, segment[:, None], key_segment[None, :], CAUSAL, WINDOW, SEGMENTS)
+    return tl.where(seen, scores, hidden)
+
+
+@triton.jit
+def query_tile(H, T, S, blocks, window, segments, least, most, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
+               WINDOW: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Which queries a program of the grid (B · H, tiles) owns, and which keys they see.
+
+    → batch, head, the first row, positions and segments of the ROWS rows, and start, whole_start, whole_stop, stop of
+    `keys_to_visit`. The last queries see most keys and come first.
+    """
+    batch, head = tl.program_id(0) // H, tl.program_id(0) % H
+    start_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
+    position = start_row + tl.arange(0, ROWS) + S - T
+    segment = position
+    if SEGMENTS:
+        segment = tl.load(segments + batch.to(tl.int64) * S + tl.minimum(position, S - 1))
+        least, most = least + batch * blocks, most + batch * blocks
+    last = tl.minimum(start_row + ROWS, T) - 1 + S - T
+    start, whole_start, whole_stop, stop = keys_to_visit(start_row + S - T, last, S, window, segment, least, most,
+                                                         COLUMNS, CAUSAL, WINDOW, SEGMENTS)
+    return batch, head, start_row, position, segment, start, whole_start, whole_stop, stop
+
+
+@triton.jit
 def keys_to_visit(first, last, S, window, segment, least, most, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
                   WINDOW: tl.constexpr, SEGMENTS: tl.constexpr):
     """start ≤ whole_start ≤ whole_stop ≤ stop, for queries at positions first … last.
@@ -132,8 +165,8 @@ def for_copy_engine(tensor: Tensor) -> Tensor:
 
     So lies whatever a projection of D a multiple of 8 writes. Anything else is copied to where it can be read.
     """
-    strides = tensor.stride()
-    if strides[3] == 1 and tensor.data_ptr() % 16 == 0 and all(s > 0 and s * tensor.itemsize % 16 == 0 for s in strides[:3]):
+    apart = [stride * tensor.itemsize for stride, n in zip(tensor.stride()[:3], tensor.shape) if n > 1]
+    if tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0 and all(a > 0 and a % 16 == 0 for a in apart):
         return tensor
     D, per_16_bytes = tensor.shape[3], 16 // tensor.itemsize
     copy = tensor.new_empty(*tensor.shape[:3], -(-D // per_16_bytes) * per_16_bytes)[..., :D]
@@ -142,4 +175,12 @@ def for_copy_engine(tensor: Tensor) -> Tensor:
 
 def source(tensor: Tensor, rows: int, dims: int, tma: bool) -> Tensor | TensorDescriptor:
     """A (B, heads, positions, D) tensor as `load_tile` reads it, `rows` positions at a time."""
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, dims]) if tma else tensor
+    if not tma:
+        return tensor
+    strides = [16 if n == 1 else stride for stride, n in zip(tensor.stride()[:3], tensor.shape)]     # one alone: any will do
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, dims])
+
+
+def for_pointers(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a copy where a tile would span more than the 32 bits that offsets inside one have."""
+    return tensor if max(tensor.stride()[2:]) * 256 < 2 ** 31 else tensor.contiguous()

@@ -76,6 +76,7 @@ def assert_as_good(got: Tensor, exact: Tensor, plain: Tensor, what: str = "") ->
     got, exact, plain = got[finite], exact[finite], plain[finite]
     assert got.isfinite().all(), f"{what}: not finite"
     if exact.numel():
+        # In dA − δ two numbers cancel that are √D times larger than what is left: hence 64 steps of float32, and not one.
         step = max(1.0, exact.abs().max().item()) * torch.finfo(got.dtype).eps * (64 if got.dtype == torch.float32 else 0.5)
         error, plain_error = (got.double() - exact).abs().max().item(), (plain.double() - exact).abs().max().item()
         assert error <= 2 * plain_error + step, f"{what}: off by {error:.2e}, the plain computation by {plain_error:.2e}"

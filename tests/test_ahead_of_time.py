@@ -1,7 +1,6 @@
 """What the compiler makes of the kernels, for devices that are not here: by the real command, in a process without the interpreter."""
 
 import json
-import re
 
 import pytest
 from conftest import ROOT, command
@@ -25,18 +24,18 @@ def check(rows: list[dict]) -> None:
         else:                                   # the compares of segments cost the widest backward a few registers
             allowed = {"backward_kv": 160}.get(row["kernel"], 0) if row["masks"] == "segments" and row["D"] == 256 else 0
         assert row["spilled"] <= allowed, name
-        if row["target"] == "sm_90" and row["dtype"] != "fp32" and row["kernel"] in ("forward", "backward_q", "backward_kv", "statistics_rows"):
+        if row["target"] == "sm_90" and row["dtype"] != "fp32" and row["kernel"] != "decode_part":
             assert row["wgmma"] > 0 and not row["serialised"], name
 
 
 def test_every_tile_of_the_table(tmp_path):
     rows = compiled(tmp_path)
-    assert len(rows) == 2 * 5 * 2 * 3
+    assert len(rows) == sum(len(table) for family in ("ampere", "hopper") for table in TILES[family].values())
     check(rows)
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("masks", ["causal", "window", "segments", "full"])
+@pytest.mark.parametrize("masks", ["causal", "window", "segments", "full", "positions"])
 def test_every_tile_with_every_mask(tmp_path, masks):
     check(compiled(tmp_path, "--dtypes", "bf16", "fp16", "fp32", "--masks", masks))
 
@@ -56,5 +55,5 @@ def test_the_page_has_the_table():
         for kernel, table in TILES[family].items():
             for (element, D), tile in table.items():
                 dtype = {2: "bf16", 4: "fp32"}[element]
-                row = rf"\| {target} \| {kernel} \| {D} \| {dtype} \| causal \| {tile.rows} × {tile.columns} \| {tile.warps} \| {tile.stages} \|"
-                assert re.search(row, page), row
+                row = f"| {target} | {kernel} | {D} | {dtype} | causal | {tile.rows} × {tile.columns} | {tile.warps} | {tile.stages} |"
+                assert row in page

@@ -22,7 +22,8 @@ def test_sampling(workplace):
 
 
 def test_attention(workplace):
-    done = command("-m bench.attention", "--rounds", "1", "--contexts", "32", cwd=workplace, env={"BENCH_RESULTS": str(workplace / "results")})
+    done = command("-m bench.attention", "--rounds", "1", "--contexts", "32", cwd=workplace,
+                   env={"BENCH_RESULTS": str(workplace / "results")})
     assert done.returncode == 0, done.stderr
     result = json.loads((workplace / "results" / "attention.json").read_text())
     assert {row["pass"] for row in result["rows"]} == {"forward", "backward", "both"} and result["dry_run"] and "dry run" in done.stdout

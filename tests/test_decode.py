@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import decode as decoding
+from kernels import launch
 from kernels.attention import FEW_QUERIES, attention, decode
 from kernels.reference import reference_attention
 
@@ -35,7 +36,7 @@ def tensors(case: Case):
 def test_decoding_is_the_end_of_prefill(case, dtype):
     case = Case(**{**case.__dict__, "dtype": dtype})
     q, k, v = tensors(case)
-    (want, want_lse), (plain, _) = (reference_attention(*(t.to(d) for t in (q, k, v)), window=case.window) for d in (torch.float64, q.dtype))
+    (want, want_lse), (plain, _) = (reference_attention(q.to(d), k.to(d), v.to(d), window=case.window) for d in (torch.float64, q.dtype))
     out, lse = decoding.decode(q, k, v, None, None, case.window, case.D ** -0.5, "tf32x3")
     assert_as_good(out, want, plain)
     assert_as_good(lse, want_lse, want_lse.float())
@@ -72,13 +73,28 @@ def test_the_split_changes_only_rounding(monkeypatch, programs):
     assert torch.allclose(out.double(), want, atol=1e-6) and torch.allclose(lse.double(), want_lse, atol=1e-6)
 
 
-def test_slots_that_nobody_sees_are_not_read():
-    """NaN in empty slots, beyond the row's length and before the window reaches nobody: those tiles are skipped."""
-    q, k, v = torch.randn(1, 2, 1, 16), torch.randn(1, 1, 256, 16), torch.randn(1, 1, 256, 16)
-    at, positions = torch.tensor([[127]]), torch.arange(256)[None]
-    want = decoding.decode(q, k, v, at, positions, 32, 0.25, "tf32x3")[0]
-    v[:, :, 160:] = torch.nan
-    v[:, :, :64] = torch.nan
-    q, k, v = (placed(t, "heads") for t in (q, k, v))
-    got = decoding.decode(q, k, v, at.to(DEVICE), positions.to(DEVICE), 32, 0.25, "tf32x3")[0]
-    assert torch.equal(got.cpu(), want)
+@pytest.mark.parametrize("window", [None, 32])
+def test_what_slots_hold_that_nobody_sees(monkeypatch, window):
+    """NaN in empty slots, past the row's length and before the window reaches nobody; with the tiles of a GPU too."""
+    q, k, v = (placed(torch.randn(1, heads, n, 16), "heads") for heads, n in ((2, 1), (1, 256), (1, 256)))
+    positions = torch.arange(256, device=DEVICE)[None].clone()
+    positions[:, 128:] = positions[:, 100:105] = -1
+    at = torch.tensor([[127]], device=DEVICE)
+    want, _ = exact(q, k, v, at, positions, window)
+    unseen = (positions[0] < 0) | (positions[0] <= 127 - (window or 256))
+    k[:, :, unseen] = v[:, :, unseen] = torch.nan
+    for family in ("interpreter", "ampere") if DEVICE == "cpu" else (launch.family(q.device),):
+        monkeypatch.setattr(launch, "family", lambda device, family=family: family)
+        got, _ = decoding.decode(q, k, v, at, positions, window, 0.25, "tf32x3")
+        assert torch.allclose(got.double(), want, atol=1e-6)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"backend": "reference"}, "auto, sdpa, triton"), ({"window": 0}, "at least 1"), ({"precision": "fp8"}, "tf32x3"),
+    ({"key_positions": torch.zeros(1, 5)}, "key_positions"), ({"k": torch.zeros(2, 3, 5, 8), "v": torch.zeros(2, 3, 5, 8)}, "divide"),
+])
+def test_what_cannot_be_served_is_named(change, words):
+    arguments = {"q": torch.zeros(2, 4, 1, 8), "k": torch.zeros(2, 2, 5, 8), "v": torch.zeros(2, 2, 5, 8),
+                 "query_positions": torch.zeros(2, 1), "key_positions": torch.zeros(2, 5)} | change
+    with pytest.raises(ValueError, match=words):
+        decode(**arguments)

@@ -17,9 +17,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_no_kernel_reaches_outside_its_tensors():
     """memcheck, with an allocation of its own for every tensor."""
     tests = [f"tests/{name}.py" for name in ("test_flash", "test_decode", "test_head_statistics")]
-    done = subprocess.run(["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--launch-timeout", "0", sys.executable, "-m",
-                           "pytest", "-q", "-m", "gpu and not grid", "-k", "T=65 or T=50 or T=9 or half", *tests], cwd=ROOT, capture_output=True,
-                          text=True, timeout=1200, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    few = ["-m", "gpu and not grid", "-k", "T=65 or T=50 or T=9 or half or documents"]
+    done = subprocess.run(["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", *few, *tests],
+                          cwd=ROOT, text=True, capture_output=True, timeout=1200, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     assert done.returncode == 0, done.stdout[-4000:]
     assert "ERROR SUMMARY: 0 errors" in done.stdout and " passed" in done.stdout
 
@@ -28,8 +28,9 @@ def test_training_with_our_kernels_and_with_pytorchs(workplace):
     """200 steps in bf16: the curves are no further apart than two seeds are."""
     ends = {}
     for name, backend, seed in (("sdpa", "sdpa", 1), ("triton", "triton", 1), ("sdpa2", "sdpa", 2)):
-        done = command("train.py", "tiny.yaml", f"run={name}", f"seed={seed}", f"train.attention={backend}", "train.steps=200", "model.d_model=128",
-                       "model.d_head=64", "model.n_ctx=64", "train.batch_tokens=4096", "train.precision=bf16", cwd=workplace, timeout=600)
+        done = command("train.py", "tiny.yaml", f"run={name}", f"seed={seed}", f"train.attention={backend}", "train.steps=200",
+                       "model.d_model=128", "model.d_head=64", "model.n_ctx=64", "train.batch_tokens=4096", "train.precision=bf16",
+                       cwd=workplace, timeout=600)
         assert done.returncode == 0, done.stderr
         losses = [record["train/loss"] for record in metrics(workplace / "runs" / name).values() if "train/loss" in record]
         ends[name] = mean(losses[-50:])
@@ -40,7 +41,8 @@ def test_training_with_our_kernels_and_with_pytorchs(workplace):
 def test_long_contexts_take_memory_by_the_token():
     """Forward and backward at 64k tokens, whose pattern would take 8 GB a head."""
     from kernels.attention import attention
-    q, k, v = (torch.randn(1, 65536, heads, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_() for heads in (4, 2, 2))
+    q, k, v = (torch.randn(1, 65536, heads, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+               for heads in (4, 2, 2))
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     attention(q, k, v, backend="triton").sum().backward()

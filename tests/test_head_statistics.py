@@ -47,8 +47,8 @@ def agree(found: HeadStatistics, expected: HeadStatistics, tolerance: float, wha
 @st.composite
 def cases(draw):
     S = draw(st.integers(1, 70))
-    return Case(T=draw(st.integers(1, S)), S=S, D=draw(st.sampled_from((4, 16, 24, 32))), B=draw(st.integers(1, 2)), K=draw(st.integers(1, 2)),
-                groups=draw(st.integers(1, 3)), window=draw(st.none() | st.integers(1, S + 2)), documents=draw(st.sampled_from((0, 0, 3))),
+    return Case(T=draw(st.integers(1, S)), S=S, D=draw(st.sampled_from((4, 16, 24, 32))), B=draw(st.integers(1, 2)),
+                K=draw(st.integers(1, 2)), groups=draw(st.integers(1, 3)), window=draw(st.none() | st.integers(1, S + 2)), documents=draw(st.sampled_from((0, 0, 3))),
                 layout=draw(st.sampled_from(("projection", "heads", "columns"))), seed=draw(st.integers(0, 99))), draw(st.integers(1, 9))
 
 
@@ -74,13 +74,28 @@ def test_in_half_precision(backend, dtype):
     q, k, v, _ = case.tensors()
     tokens = torch.randint(0, 9, (2, 90))
     _, lse = attention(q, k, v, return_lse=True, backend="triton")
-    agree(head_statistics(q, k, lse, tokens.to(DEVICE), backend=backend), by_hand(attention_pattern(q.double(), k.double())[0].cpu(), tokens), 2e-5)
+    found = head_statistics(q, k, lse, tokens.to(DEVICE), backend=backend)
+    agree(found, by_hand(attention_pattern(q.double(), k.double())[0].cpu(), tokens), 2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_token_over_and_over_in_documents(backend):
+    """Every row's target is its own position, so that half its profile lies past the end: nothing there may be read."""
+    case = Case(40, 40, 16, documents=3)
+    q, k, v, _ = case.tensors()
+    segments = case.masks()["segments"]
+    _, lse = attention(q, k, v, segments=segments, return_lse=True, backend="triton")
+    tokens = torch.zeros(1, 40, dtype=torch.long)
+    found = head_statistics(q.requires_grad_(), k, lse, tokens.to(DEVICE), segments=segments, backend=backend)
+    agree(found, by_hand(attention_pattern(q.detach().double(), k.double(), segments=segments)[0].cpu(), tokens), 1e-5)
+    assert not found.prefix_matching.requires_grad
 
 
 def head_that_looks_at(target: torch.Tensor, certainty: float = 100.0) -> tuple[torch.Tensor, torch.Tensor]:
     """q, k (1, 1, T, T) of a head whose row i attends to key target_i alone; a row whose target is −1 attends to key 0."""
     T = len(target)
-    k = torch.eye(T)[None, None]
+    k = torch.eye(T, device=DEVICE)[None, None]
     return k[:, :, target.clamp(min=0)] * certainty * T ** 0.5, k
 
 
@@ -88,7 +103,7 @@ def head_that_looks_at(target: torch.Tensor, certainty: float = 100.0) -> tuple[
 @pytest.mark.parametrize(("period", "repeats"), [(8, 4), (25, 2), (25, 4), (50, 2)])
 def test_a_perfect_induction_head_scores_one(backend, period, repeats):
     block = torch.randperm(200)[:period]
-    tokens = torch.cat([torch.tensor([200]), block.repeat(repeats)])[None]
+    tokens = torch.cat([torch.tensor([200]), block.repeat(repeats)])[None].to(DEVICE)
     targets = induction_targets(tokens)
     q, k = head_that_looks_at(targets[0])
     before = q.clone(), k.clone(), tokens.clone()
@@ -106,9 +121,9 @@ def test_a_perfect_induction_head_scores_one(backend, period, repeats):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_head_that_rests_on_the_first_token_is_no_induction_head(backend):
     T, scale = 64, 64 ** 0.5
-    tokens = torch.cat([torch.tensor([99]), torch.arange(21).repeat(3)])[None]
-    k = torch.eye(T)[None, None]
-    q = torch.zeros(1, 1, T, T)
+    tokens = torch.cat([torch.tensor([99]), torch.arange(21).repeat(3)])[None].to(DEVICE)
+    k = torch.eye(T, device=DEVICE)[None, None]
+    q = torch.zeros(1, 1, T, T, device=DEVICE)
     q[..., 0] = scale * log(0.98 / 0.02 * 40)
     _, lse = attention(q, k, k, return_lse=True)
     found = head_statistics(q, k, lse, tokens, backend=backend)
@@ -117,9 +132,9 @@ def test_a_head_that_rests_on_the_first_token_is_no_induction_head(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_previous_and_duplicate_token_heads(backend):
-    tokens = torch.arange(10).repeat(3)[None]
-    for target, name in ((torch.arange(30) - 1, "previous_token"), (torch.arange(30) - 10, "duplicate_token")):
-        q, k = head_that_looks_at(target)
+    tokens, here = torch.arange(10, device=DEVICE).repeat(3)[None], torch.arange(30, device=DEVICE)
+    for back, name in ((1, "previous_token"), (10, "duplicate_token")):
+        q, k = head_that_looks_at(here - back)
         _, lse = attention(q, k, k, return_lse=True)
         found = head_statistics(q, k, lse, tokens, backend=backend)
         assert (getattr(found, name)[0, 0, 10:] - 1).abs().max() < 1e-6
@@ -142,10 +157,11 @@ def test_memory_is_a_few_rows_of_the_pattern():
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"backend": "numpy"}, "auto, torch, triton"), ({"lse": torch.zeros(1, 2, 4)}, "lse must be"), ({"tokens": torch.zeros(1, 4)}, "tokens"),
-    ({"k": torch.zeros(1, 3, 5, 8)}, "K dividing H"), ({"k": torch.zeros(1, 2, 3, 8)}, "T ≤ S"),
+    ({"backend": "numpy"}, "auto, torch, triton"), ({"lse": torch.zeros(1, 2, 4)}, "lse must be"),
+    ({"tokens": torch.zeros(1, 4)}, "tokens"), ({"window": 0}, "at least 1"), ({"segments": torch.zeros(1, 4)}, "segments"), ({"k": torch.zeros(1, 3, 5, 8)}, "divide"), ({"k": torch.zeros(1, 2, 3, 8)}, "T ≤ S"),
 ])
 def test_what_cannot_be_served_is_named(change, words):
-    arguments = {"q": torch.zeros(1, 2, 5, 8), "k": torch.zeros(1, 2, 5, 8), "lse": torch.zeros(1, 2, 5), "tokens": torch.zeros(1, 5)} | change
+    arguments = {"q": torch.zeros(1, 2, 5, 8), "k": torch.zeros(1, 2, 5, 8), "lse": torch.zeros(1, 2, 5),
+                 "tokens": torch.zeros(1, 5)} | change
     with pytest.raises(ValueError, match=words):
         head_statistics(**arguments)
