@@ -12,18 +12,18 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from itertools import product
 
 import torch
 import torch.nn.functional as F
-import triton
 
 from bench import results
 from errors import ArgumentParser, UserError, run_command
 
 GPU = torch.cuda.is_available()
 if not GPU:
-    os.environ["TRITON_INTERPRET"] = "1"        # before kernels.attention is imported
+    os.environ["TRITON_INTERPRET"] = "1"        # before anything imports triton
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 TOKENS, WIDTH = (16384, 2048) if GPU else (64, 64)
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384) if GPU else (32, 64)
@@ -37,7 +37,8 @@ GOALS = {("forward", "flash", 64): 1.2, ("forward", "flash", 128): 1.2, ("backwa
 def milliseconds(call: Callable[[], object]) -> float:
     """Median time of a call."""
     if GPU:
-        return triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median")
+        from triton.testing import do_bench
+        return do_bench(call, warmup=10, rep=50, return_mode="median")
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)
@@ -276,7 +277,7 @@ def main() -> None:
         raise UserError(f"--contexts {bad[0]} does not divide the {TOKENS} tokens of a batch (try 1024)")
     device = torch.cuda.get_device_name() if GPU else "none: a dry run on the CPU under the interpreter, whose times mean nothing"
     print(f"GPU: {device}", flush=True)
-    figures: dict = {"gpu": device, "triton": triton.__version__, "dry_run": not GPU}
+    figures: dict = {"gpu": device, "triton": version("triton"), "dry_run": not GPU}
     if args.check or not GPU:
         check()
     if args.tune:

@@ -48,8 +48,8 @@ def agree(found: HeadStatistics, expected: HeadStatistics, tolerance: float, wha
 def cases(draw):
     S = draw(st.integers(1, 70))
     return Case(T=draw(st.integers(1, S)), S=S, D=draw(st.sampled_from((4, 16, 24, 32))), B=draw(st.integers(1, 2)),
-                K=draw(st.integers(1, 2)), groups=draw(st.integers(1, 3)), window=draw(st.none() | st.integers(1, S + 2)), documents=draw(st.sampled_from((0, 0, 3))),
-                layout=draw(st.sampled_from(("projection", "heads", "columns"))), seed=draw(st.integers(0, 99))), draw(st.integers(1, 9))
+                K=draw(st.integers(1, 2)), groups=draw(st.integers(1, 3)), window=draw(st.none() | st.integers(1, S + 2)),
+                documents=draw(st.sampled_from((0, 0, 3))), layout=draw(st.sampled_from(("projection", "heads", "columns"))), seed=draw(st.integers(0, 99))), draw(st.integers(1, 9))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -158,7 +158,8 @@ def test_memory_is_a_few_rows_of_the_pattern():
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"backend": "numpy"}, "auto, torch, triton"), ({"lse": torch.zeros(1, 2, 4)}, "lse must be"),
-    ({"tokens": torch.zeros(1, 4)}, "tokens"), ({"window": 0}, "at least 1"), ({"segments": torch.zeros(1, 4)}, "segments"), ({"k": torch.zeros(1, 3, 5, 8)}, "divide"), ({"k": torch.zeros(1, 2, 3, 8)}, "T ≤ S"),
+    ({"tokens": torch.zeros(1, 4)}, "tokens"), ({"window": 0}, "at least 1"),
+    ({"segments": torch.zeros(1, 4)}, "segments"), ({"k": torch.zeros(1, 3, 5, 8)}, "divide"), ({"k": torch.zeros(1, 2, 3, 8)}, "T ≤ S"),
 ])
 def test_what_cannot_be_served_is_named(change, words):
     arguments = {"q": torch.zeros(1, 2, 5, 8), "k": torch.zeros(1, 2, 5, 8), "lse": torch.zeros(1, 2, 5),
