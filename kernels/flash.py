@@ -8,6 +8,7 @@ side that it may see. No two programs write the same number, so there are no ato
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -57,24 +58,25 @@ def forward(q, q_strides, k, k_strides, v, v_strides, out, out_strides, lse, seg
 
 @triton.jit(do_not_specialize=VARYING)
 def backward_q(q, q_strides, k, k_strides, v, v_strides, out, out_strides, grad, grad_strides, dq, dq_strides, lse, delta,
-               segments, least, most, H, K, T, S, blocks, window, scale,
+               segments, least, most, H, K, T, S, padded, blocks, window, scale,
                D: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
                WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     """dq of one tile of queries, and their delta = Σ_d out · grad, which backward_kv needs too.
 
     With A the pattern and ∂ = grad vᵀ: d scores = A ∘ (∂ − delta), dq = scale · d scores · k (Dao et al. 2022, appendix B.2).
+    lse and delta are (B, H, padded), lse as a power of two and inf past T: rows that are not there have weight exp2(−inf) = 0.
     """
     batch, head, start_row, position, segment, start, whole_start, whole_stop, stop = query_tile(
         H, T, S, blocks, window, segments, least, most, ROWS, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
     key_head = head // (H // K)
     row = start_row + tl.arange(0, ROWS)
 
-    at = tl.program_id(0).to(tl.int64) * T + row
+    at = tl.program_id(0).to(tl.int64) * padded + row
     grad_tile = load_tile(grad, grad_strides, batch, head, start_row, T, D, ROWS, DIMS, TMA)
     out_tile = load_tile(out, out_strides, batch, head, start_row, T, D, ROWS, DIMS, TMA)
     row_delta = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)
     tl.store(delta + at, row_delta, mask=row < T)
-    row_lse = tl.load(lse + at, mask=row < T, other=float("inf")) * LOG2_E     # rows past the end: weight exp2(−inf) = 0
+    row_lse = tl.load(lse + at)
     q_tile = load_tile(q, q_strides, batch, head, start_row, T, D, ROWS, DIMS, TMA)
     acc = tl.zeros([ROWS, DIMS], tl.float32)
     for part in tl.static_range(2 if SEGMENTS else 0 if WINDOW else 1, 3):
@@ -95,7 +97,7 @@ def backward_q(q, q_strides, k, k_strides, v, v_strides, out, out_strides, grad,
 
 @triton.jit(do_not_specialize=VARYING)
 def backward_kv(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, dk, dk_strides, dv, dv_strides, lse, delta,
-                segments, least, most, H, K, T, S, blocks, window, scale,
+                segments, least, most, H, K, T, S, padded, blocks, window, scale,
                 D: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
                 WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     """dk and dv of one tile of COLUMNS keys of one key head, summed over the queries of all its heads: written once.
@@ -126,21 +128,18 @@ def backward_kv(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, dk
         head = key_head * (H // K) + visit // tl.maximum(tiles, 1)              # with no tiles the first may be read ahead
         m = start_row + visit % tl.maximum(tiles, 1) * ROWS
         row = m + tl.arange(0, ROWS)
-        position = row + S - T
-        at = (batch * H + head).to(tl.int64) * T + row
+        at = (batch * H + head).to(tl.int64) * padded + row
         q_tile = load_tile(q, q_strides, batch, head, m, T, D, ROWS, DIMS, TMA)
         scores = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)            # (COLUMNS, ROWS)
         if CAUSAL or WINDOW or SEGMENTS:
-            segment = tl.load(segments + tl.minimum(position, S - 1)) if SEGMENTS else position
-            scores = tl.where(sees(position[None, :], key[:, None], S, window, segment[None, :], key_segment[:, None],
-                                   CAUSAL, WINDOW, SEGMENTS), scores, UNSEEN)
-        row_lse = tl.load(lse + at, mask=row < T, other=float("inf")) * LOG2_E
-        weights = tl.exp2(scores * (scale * LOG2_E) - row_lse[None, :])
+            segment = tl.load(segments + tl.minimum(row + S - T, S - 1)) if SEGMENTS else row
+            seen = sees(row[None, :], (key - (S - T))[:, None], T, window, segment[None, :], key_segment[:, None], CAUSAL, WINDOW, SEGMENTS)
+            scores = tl.where(seen, scores, UNSEEN)                             # both counted from the first query's position
+        weights = tl.exp2(scores * (scale * LOG2_E) - tl.load(lse + at)[None, :])
         grad_tile = load_tile(grad, grad_strides, batch, head, m, T, D, ROWS, DIMS, TMA)
         dv_acc = tl.dot(weights.to(grad_tile.dtype), grad_tile, dv_acc, input_precision=PRECISION)
         d_weights = tl.dot(v_tile, grad_tile.T, input_precision=PRECISION)
-        row_delta = tl.load(delta + at, mask=row < T, other=0.0)
-        d_scores = weights * (d_weights - row_delta[None, :])
+        d_scores = weights * (d_weights - tl.load(delta + at)[None, :])
         dk_acc = tl.dot(d_scores.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
     store_tile(dk, dk_strides, batch, key_head, n, S, dk_acc * scale, D, COLUMNS, DIMS)
     store_tile(dv, dv_strides, batch, key_head, n, S, dv_acc, D, COLUMNS, DIMS)
@@ -164,11 +163,11 @@ def flash_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out:
                              segments: Tensor | None, scale: float, precision: str) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from the gradient of out. In fp16 a gradient past 65504 is inf, as in any fp16 backward: scale the loss."""
     grad, q, k, v, out = readable(grad, q, k, v, out)
-    lse = lse.contiguous()
-    dq, dk, dv, delta = _empty_like(q), _empty_like(k), _empty_like(v), torch.empty_like(lse)
+    lse = F.pad(lse * LOG2_E.value, (0, 128), value=float("inf"))   # a tile's length past the end, so that no read needs a check
+    dq, dk, dv, delta = _empty_like(q), _empty_like(k), _empty_like(v), torch.zeros_like(lse)
     if 0 in (*q.shape, k.shape[2]):
         return dq.zero_(), dk.zero_(), dv.zero_()
-    masks = masks_of(q, k, causal, window, segments, scale, precision)
+    masks = masks_of(q, k, causal, window, segments, scale, precision) | {"padded": lse.shape[2]}
     launch(backward_q, lambda tile: (q.shape[0] * q.shape[1], triton.cdiv(q.shape[2], tile.rows)), q,
            rows={"q": q, "out": out, "grad": grad}, columns={"k": k, "v": v}, dq=dq, dq_strides=dq.stride(), lse=lse, delta=delta, **masks)
     launch(backward_kv, lambda tile: (k.shape[0] * k.shape[1], triton.cdiv(k.shape[2], tile.columns)), q,

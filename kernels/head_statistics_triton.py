@@ -1,6 +1,7 @@
 """The kernel behind `kernels.head_statistics`: flash attention's walk over the keys, with questions in place of values."""
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,20 +18,23 @@ NEVER = tl.constexpr(-1e30)         # log2 of a weight that is zero; finite, so 
 
 
 @triton.jit(do_not_specialize=VARYING)
-def statistics_rows(q, q_strides, k, k_strides, lse, tokens, out, segments, least, most,
-                    H, K, T, S, blocks, window, scale,
+def statistics_rows(q, q_strides, k, k_strides, lse, tokens, before, out, segments, least, most,
+                    H, K, T, S, padded, blocks, window, scale,
                     D: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
                     WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
-    """The sums over all keys for one tile of ROWS queries of one head → planes 0, 1, 4 and 5 of out (…, B, H, T)."""
+    """The sums over all keys for one tile of ROWS queries of one head → planes 0, 1, 4 and 5 of out (…, B, H, T).
+
+    tokens, before (B, padded): each position's token and the one before it, −1 where there is none and past the end.
+    """
     batch, head, start_row, position, segment, start, whole_start, whole_stop, stop = query_tile(
         H, T, S, blocks, window, segments, least, most, ROWS, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
     key_head = head // (H // K)
-    row = start_row + tl.arange(0, ROWS)
+    row, here = start_row + tl.arange(0, ROWS), start_row + S - T
     # A duplicate is *before* its query: tiles that hold the first query's own position are masked too.
-    whole_stop = tl.where((whole_stop > start_row + S - T) & (whole_stop > whole_start), whole_stop - COLUMNS, whole_stop)
+    whole_stop = tl.where((whole_stop > here) & (whole_stop > whole_start), whole_stop - COLUMNS, whole_stop)
 
-    tokens += batch.to(tl.int64) * S
-    token = tl.load(tokens + tl.minimum(position, S - 1))
+    tokens, before = tokens + batch.to(tl.int64) * padded, before + batch.to(tl.int64) * padded
+    token = tl.load(tokens + position)
     row_lse = tl.load(lse + tl.program_id(0).to(tl.int64) * T + row, mask=row < T, other=1e30) * LOG2_E
     q_tile = load_tile(q, q_strides, batch, head, start_row, T, D, ROWS, DIMS, TMA)
     follows, repeats, information, distance = (tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32),
@@ -43,25 +47,23 @@ def statistics_rows(q, q_strides, k, k_strides, lse, tokens, out, segments, leas
             key = n + column
             k_tile = load_tile(k, k_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA, part == 1)
             bits = tl.dot(q_tile, k_tile.T, input_precision=PRECISION) * (scale * LOG2_E) - row_lse[:, None]       # log2 A
-            key_token = tl.load(tokens + key, mask=key < S, other=-1)
-            token_before = tl.load(tokens + key - 1, mask=(key > 0) & (key < S), other=-1)
-            repeat = token[:, None] == key_token[None, :]
+            repeat = token[:, None] == tl.load(tokens + key)[None, :]
             if part != 1:
                 bits = hide_unseen(bits, n, position, segment, segments, batch, S, window, NEVER, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
                 repeat = repeat & (key[None, :] < position[:, None])
             weights = tl.exp2(bits)
-            follows += tl.sum(tl.where(token[:, None] == token_before[None, :], weights, 0.0), 1)
+            follows += tl.sum(tl.where(token[:, None] == tl.load(before + key)[None, :], weights, 0.0), 1)
             repeats += tl.sum(tl.where(repeat, weights, 0.0), 1)
             information += tl.sum(weights * bits, 1)
-            # Σ (i − j) A about the tile's own first key, so that large positions cost no digits.
-            distance += tl.sum(weights, 1) * (position - n).to(tl.float32) - tl.sum(weights * column.to(tl.float32)[None, :], 1)
+            gap = (here - n).to(tl.float32) - column.to(tl.float32)             # from the tile's first row, not from each row
+            distance += tl.sum(weights * gap[None, :], 1)
 
     plane = tl.num_programs(0).to(tl.int64) * T
     at = out + tl.program_id(0).to(tl.int64) * T + row
     tl.store(at, follows, mask=row < T)
     tl.store(at + plane, repeats, mask=row < T)
     tl.store(at + 4 * plane, information * -LN_2, mask=row < T)
-    tl.store(at + 5 * plane, distance, mask=row < T)
+    tl.store(at + 5 * plane, distance + (position - here).to(tl.float32), mask=row < T)         # rows sum to 1
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -114,10 +116,13 @@ def statistics(q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, targets: Tenso
     q, k = readable(q, k)
     masks = masks_of(q, k, True, window, segments, scale, precision)
     lse = lse.contiguous()
+    padding = 256 - tokens.shape[1] % 16            # past the last tile of either side, so that no read needs a check
+    padded_tokens = F.pad(tokens.to(torch.int32), (0, padding), value=-1)
+    before = F.pad(tokens[:, :-1].to(torch.int32), (1, padding), value=-1)
     launch(statistics_rows, lambda tile: (B * H, triton.cdiv(T, tile.rows)), q, rows={"q": q}, columns={"k": k}, lse=lse,
-           tokens=tokens.contiguous(), out=out, **masks)
+           tokens=padded_tokens, before=before, padded=padded_tokens.shape[1], out=out, **masks)
     start(statistics_places, q, (B * H, triton.cdiv(T, PLACES_ROWS)), q=q, q_strides=q.stride(), k=k, k_strides=k.stride(), lse=lse,
-          targets=targets.contiguous(), out=out, segments=masks["segments"], H=H, K=masks["K"], T=T, S=masks["S"], window=masks["window"],
+          targets=targets.to(torch.int32), out=out, segments=masks["segments"], H=H, K=masks["K"], T=T, S=masks["S"], window=masks["window"],
           scale=scale, D=D, DIMS=triton.next_power_of_2(D), ROWS=PLACES_ROWS, WINDOW=masks["WINDOW"], SEGMENTS=masks["SEGMENTS"])
     return out
 

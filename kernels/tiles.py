@@ -52,10 +52,14 @@ def address(tensor, strides, batch, head, position):
 
 @triton.jit
 def sees(position, key, S, window, segment, key_segment, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Whether the query at `position` sees `key`: `visible` of kernels/reference.py, for tiles of either orientation."""
-    seen = key < S
+    """Whether the query at `position` sees `key`: `visible` of kernels/reference.py, for tiles of either orientation.
+
+    Causal queries see no key past the end, since they are not there themselves: one compare of each element less.
+    """
     if CAUSAL:
-        seen = seen & (key <= position)
+        seen = key <= position
+    else:
+        seen = key < S
     if WINDOW:
         seen = seen & (key > position - window)
     if SEGMENTS:

@@ -18,8 +18,9 @@ def test_no_kernel_reaches_outside_its_tensors():
     """memcheck, with an allocation of its own for every tensor."""
     tests = [f"tests/{name}.py" for name in ("test_flash", "test_decode", "test_head_statistics")]
     few = ["-m", "gpu and not grid", "-k", "T=65 or T=50 or T=9 or half or documents"]
-    done = subprocess.run(["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", *few,
-                           *tests], cwd=ROOT, text=True, capture_output=True, timeout=1200, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    memcheck = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
+    done = subprocess.run([*memcheck, sys.executable, "-m", "pytest", "-q", *few, *tests], cwd=ROOT, text=True, capture_output=True,
+                          timeout=1200, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     assert done.returncode == 0, done.stdout[-4000:]
     assert "ERROR SUMMARY: 0 errors" in done.stdout and " passed" in done.stdout
 

@@ -49,7 +49,8 @@ def cases(draw):
     S = draw(st.integers(1, 70))
     return Case(T=draw(st.integers(1, S)), S=S, D=draw(st.sampled_from((4, 16, 24, 32))), B=draw(st.integers(1, 2)),
                 K=draw(st.integers(1, 2)), groups=draw(st.integers(1, 3)), window=draw(st.none() | st.integers(1, S + 2)),
-                documents=draw(st.sampled_from((0, 0, 3))), layout=draw(st.sampled_from(("projection", "heads", "columns"))), seed=draw(st.integers(0, 99))), draw(st.integers(1, 9))
+                documents=draw(st.sampled_from((0, 0, 3))), layout=draw(st.sampled_from(("projection", "heads", "columns"))),
+                seed=draw(st.integers(0, 99))), draw(st.integers(1, 9))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
