@@ -122,8 +122,9 @@ def statistics(q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, targets: Tenso
     launch(statistics_rows, lambda tile: (B * H, triton.cdiv(T, tile.rows)), q, rows={"q": q}, columns={"k": k}, lse=lse,
            tokens=padded_tokens, before=before, padded=padded_tokens.shape[1], out=out, **masks)
     start(statistics_places, q, (B * H, triton.cdiv(T, PLACES_ROWS)), q=q, q_strides=q.stride(), k=k, k_strides=k.stride(), lse=lse,
-          targets=targets.to(torch.int32), out=out, segments=masks["segments"], H=H, K=masks["K"], T=T, S=masks["S"], window=masks["window"],
-          scale=scale, D=D, DIMS=triton.next_power_of_2(D), ROWS=PLACES_ROWS, WINDOW=masks["WINDOW"], SEGMENTS=masks["SEGMENTS"])
+          targets=targets.to(torch.int32).contiguous(), out=out, segments=masks["segments"], H=H, K=masks["K"], T=T, S=masks["S"],
+          window=masks["window"], scale=scale, D=D, DIMS=triton.next_power_of_2(D), ROWS=PLACES_ROWS, WINDOW=masks["WINDOW"],
+          SEGMENTS=masks["SEGMENTS"])
     return out
 
 
