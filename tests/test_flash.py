@@ -73,6 +73,7 @@ def test_grid(case):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("case", [
     Case(1, 1, 16), Case(65, 65, 32, groups=3), Case(77, 77, 48, B=2, K=2, groups=2), Case(33, 100, 16), Case(1, 40, 32, groups=2),
+    Case(40, 54, 16), Case(40, 55, 16),             # the first query sees one key less than a tile, and just a tile
     Case(50, 50, 80, window=7), Case(50, 50, 16, window=1), Case(40, 90, 16, window=40), Case(30, 70, 16, causal=False),
     Case(70, 30, 16, causal=False, window=9), Case(90, 90, 16, documents=5), Case(60, 130, 16, B=2, documents=3, window=20),
     Case(70, 70, 16, documents=3, shuffled=True, causal=False), Case(40, 40, 20, layout="columns"), Case(40, 40, 24, layout="sparse"),

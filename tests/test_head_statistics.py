@@ -5,7 +5,7 @@ from math import log
 import pytest
 import torch
 from attention_cases import DEVICE, Case
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kernels.attention import attention
@@ -56,6 +56,7 @@ def cases(draw):
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=20, deadline=None)
 @given(cases())
+@example((Case(40, 55, 16), 1))             # whole tiles end just at the first query, which is no duplicate of itself
 def test_statistics_are_their_definitions(backend, drawn):
     case, vocabulary = drawn
     q, k, _, _ = case.tensors()
