@@ -45,7 +45,7 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         "forward": {(2, 64): Tile(128, 64, 4, 3), (2, 128): Tile(128, 64, 8, 3), (2, 256): Tile(64, 64, 8, 2)},
         "backward_q": {(2, 64): Tile(128, 64, 8, 2), (2, 128): Tile(128, 32, 8, 2), (2, 256): Tile(64, 32, 8, 2)},
         "backward_kv": {(2, 64): Tile(32, 128, 8, 2), (2, 128): Tile(64, 64, 8, 2), (2, 256): Tile(32, 64, 8, 2)},
-        "decode_part": {(2, 64): Tile(16, 128, 4, 3), (2, 128): Tile(16, 64, 4, 3), (2, 256): Tile(16, 64, 4, 3)},
+        "decode_part": {(2, 64): Tile(16, 128, 4, 3), (2, 128): Tile(16, 64, 4, 3), (2, 256): Tile(16, 64, 4, 2)},
         "statistics_rows": {(2, 64): Tile(128, 64, 8, 2), (2, 128): Tile(128, 64, 8, 2), (2, 256): Tile(64, 64, 4, 2)},
     },
     # Small and of unequal sides, so that tests of a hundred positions cross many borders.
