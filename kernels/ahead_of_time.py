@@ -1,4 +1,4 @@
-"""Every kernel compiled for devices that need not be here, and what the compiler made of it: `python -m kernels.ahead_of_time`.
+"""The kernels compiled for devices that need not be here, and what the compiler made of it: `python -m kernels.ahead_of_time`.
 
 For each tile in the table of kernels/launch.py: registers a thread, bytes spilled to memory, shared memory, and on Hopper
 whether the matrix instructions run asynchronously (wgmma) or the compiler had to wait for each ("serialised"). The
@@ -89,7 +89,7 @@ def compile_kernel(target: str, kernel: str, dtype: str, D: int, masks: str = "c
         "backward_q": lambda: flash.flash_attention_backward(q, q, k, k, q, lse, *rest),
         "backward_kv": lambda: flash.flash_attention_backward(q, q, k, k, q, lse, *rest),
         "decode_part": lambda: decode.decode(q[:, :, :1], k, k, *positions, window, *rest[3:]),
-        "statistics_rows": lambda: head_statistics_triton.statistics(q, k, lse, ids, ids, *rest[1:]),
+        "statistics_rows": lambda: head_statistics_triton.statistics(q, k, lse, ids, ids, ids, *rest[1:]),
     }
     family, _, _ = TARGETS[target]
     found = []

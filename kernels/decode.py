@@ -1,9 +1,9 @@
 """Attention of a few new tokens to a cache of many keys, in Triton: as fast as the cache can be read.
 
 One query against S keys is a matrix–vector product: the work is reading K and V once. So the queries of a group, which
-share their keys, are packed into the rows of one tile (Ainslie et al. 2023), and the keys are split over enough programs
-to keep every multiprocessor reading ("Flash-Decoding", Dao et al. 2023). Each part leaves its output and its lse, from which
-a second kernel makes the whole: Σ_s exp(lse_s − lse) out_s, with lse = ln Σ_s exp(lse_s).
+share their keys (grouped queries, Ainslie et al. 2023), are packed into the rows of one tile, and the keys are split over
+enough programs to keep every multiprocessor reading ("Flash-Decoding", Dao et al. 2023). Each part leaves its output and its
+lse, from which a second kernel makes the whole: Σ_p exp(lse_p − lse) out_p, with lse = ln Σ_p exp(lse_p).
 """
 
 from functools import cache
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.launch import VARYING, launch, start
-from kernels.tiles import FLOOR, LN_2, LOG2_E, UNSEEN, for_pointers, load_tile
+from kernels.tiles import FLOOR, UNSEEN, address, finish, fold, for_pointers, load_tile
 
 PARTS = tl.constexpr(16)            # that the second kernel adds up at a time
 CHUNK = 128                         # keys are split at multiples of it, whatever the tile
@@ -33,10 +33,8 @@ def decode_part(q, q_strides, k, k_strides, v, v_strides, out, lse, query_positi
     start, stop = part * chunk, tl.minimum(S, part * chunk + chunk)
     if ORDERED:                                                     # slot j holds position j, the queries are the last T
         position = S - T + t
-        first, last = S - T, S - 1
-        stop = tl.minimum(stop, last + 1)
         if WINDOW:
-            start = tl.maximum(start, first - window + 1)
+            start = tl.maximum(start, S - T - window + 1)
     else:
         position = tl.load(query_positions + batch * T + t).to(tl.int32)
         first, last = tl.min(position), tl.max(position)
@@ -53,7 +51,7 @@ def decode_part(q, q_strides, k, k_strides, v, v_strides, out, lse, query_positi
         start, stop = begin, end
 
     column = tl.arange(0, DIMS)
-    q_at = q + batch.to(tl.int64) * q_strides[0] + head.to(tl.int64) * q_strides[1] + t.to(tl.int64) * q_strides[2]
+    q_at = address(q, q_strides, batch, head, t)
     q_tile = tl.load(q_at[:, None] + column[None, :] * q_strides[3], mask=inside[:, None] & (column < D)[None, :], other=0.0)
     acc = tl.zeros([ROWS, DIMS], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -70,20 +68,15 @@ def decode_part(q, q_strides, k, k_strides, v, v_strides, out, lse, query_positi
         if WINDOW:
             seen = seen & (key[None, :] > position[:, None] - window)
         scores = tl.where(seen, scores, UNSEEN)
-        higher = tl.maximum(top, tl.max(scores, 1) * (scale * LOG2_E))
-        weights = tl.exp2(scores * (scale * LOG2_E) - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(weights, 1)
+        weights, top, total, shrink = fold(scores, top, total, scale)
         v_tile = load_tile(v, v_strides, batch, key_head, n, stop, D, COLUMNS, DIMS, TMA)
         if not ORDERED:
             v_tile = tl.where(held[:, None], v_tile, 0.0)           # an empty slot may hold anything, and 0 · NaN is NaN
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
-        top = higher
 
-    nothing = total == 0
-    total = tl.where(nothing, 1.0, total)
+    total, row_lse = finish(top, total)
     row = (part * (tl.num_programs(0) // K) + batch).to(tl.int64) * H * T + head * T + t
-    tl.store(lse + row, tl.where(nothing, UNSEEN, top * LN_2 + tl.log(total)), mask=inside)
+    tl.store(lse + row, row_lse, mask=inside)
     tl.store(out + row[:, None] * D + column[None, :], (acc / total[:, None]).to(out.dtype.element_ty),
              mask=inside[:, None] & (column < D)[None, :])
 

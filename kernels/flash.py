@@ -1,7 +1,7 @@
 """Flash attention in Triton, forward and backward: exact attention without ever holding the T × S pattern.
 
 Dao et al. 2022, "FlashAttention" (algorithm 1, and section 3.1 for the backward pass), with the loop order of Dao 2023,
-"FlashAttention-2" (section 3.2). docs/kernels.md derives it in the letters used here.
+"FlashAttention-2" (section 3.2). docs/kernels.md derives it.
 
 Each program owns a tile of queries (forward, backward_q) or of keys (backward_kv) and walks over the tiles of the other
 side that it may see. No two programs write the same number, so there are no atomics and the same inputs give the same bits.
@@ -15,7 +15,21 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.launch import VARYING, launch, readable
-from kernels.tiles import FLOOR, LN_2, LOG2_E, UNSEEN, hide_unseen, load_tile, masks_of, narrow, query_tile, sees, store_tile
+from kernels.tiles import (
+    FLOOR,
+    LOG2_E,
+    UNSEEN,
+    finish,
+    fold,
+    hide_unseen,
+    load_tile,
+    masks_of,
+    narrow,
+    part_of,
+    query_tile,
+    sees,
+    store_tile,
+)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -33,26 +47,18 @@ def forward(q, q_strides, k, k_strides, v, v_strides, out, out_strides, lse, seg
     total = tl.zeros([ROWS], tl.float32)                            # Σ weight, likewise
     top = tl.full([ROWS], FLOOR, tl.float32)                        # the largest score so far, times log2 e
     for part in tl.static_range(2 if SEGMENTS else 0 if WINDOW else 1, 3):      # the window's edge, whole tiles, the diagonal
-        part_start = start if part == 0 else whole_start if part == 1 else whole_stop
-        part_stop = whole_start if part == 0 else whole_stop if part == 1 else stop
+        part_start, part_stop = part_of(part, start, whole_start, whole_stop, stop)
         for n in tl.range(part_start, part_stop, COLUMNS):
             k_tile = load_tile(k, k_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA, part == 1)
             scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)        # (ROWS, COLUMNS)
             if part != 1:
                 scores = hide_unseen(scores, n, position, segment, segments, batch, S, window, UNSEEN, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
-            higher = tl.maximum(top, tl.max(scores, 1) * (scale * LOG2_E))
-            weights = tl.exp2(scores * (scale * LOG2_E) - higher[:, None])
-            shrink = tl.exp2(top - higher)                          # what was summed so far is in units of the old maximum
-            total = total * shrink + tl.sum(weights, 1)
-            acc = acc * shrink[:, None]
+            weights, top, total, shrink = fold(scores, top, total, scale)
             v_tile = load_tile(v, v_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA, part == 1)
-            acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
-            top = higher
+            acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
 
-    nothing = total == 0                                            # a row that sees nothing: out 0, lse −inf
-    total = tl.where(nothing, 1.0, total)
+    total, row_lse = finish(top, total)
     store_tile(out, out_strides, batch, head, start_row, T, acc / total[:, None], D, ROWS, DIMS)
-    row_lse = tl.where(nothing, UNSEEN, top * LN_2 + tl.log(total))
     tl.store(lse + tl.program_id(0).to(tl.int64) * T + row, row_lse, mask=row < T)
 
 
@@ -63,7 +69,7 @@ def backward_q(q, q_strides, k, k_strides, v, v_strides, out, out_strides, grad,
                WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     """dq of one tile of queries, and their delta = Σ_d out · grad, which backward_kv needs too.
 
-    With A the pattern and ∂ = grad vᵀ: d scores = A ∘ (∂ − delta), dq = scale · d scores · k (Dao et al. 2022, appendix B.2).
+    With A the pattern: d_scores = A ∘ (grad vᵀ − delta), dq = scale · d_scores k (Dao et al. 2022, appendix B.2).
     lse and delta are (B, H, padded), lse as a power of two and inf past T: rows that are not there have weight exp2(−inf) = 0.
     """
     batch, head, start_row, position, segment, start, whole_start, whole_stop, stop = query_tile(
@@ -80,8 +86,7 @@ def backward_q(q, q_strides, k, k_strides, v, v_strides, out, out_strides, grad,
     q_tile = load_tile(q, q_strides, batch, head, start_row, T, D, ROWS, DIMS, TMA)
     acc = tl.zeros([ROWS, DIMS], tl.float32)
     for part in tl.static_range(2 if SEGMENTS else 0 if WINDOW else 1, 3):
-        part_start = start if part == 0 else whole_start if part == 1 else whole_stop
-        part_stop = whole_start if part == 0 else whole_stop if part == 1 else stop
+        part_start, part_stop = part_of(part, start, whole_start, whole_stop, stop)
         for n in tl.range(part_start, part_stop, COLUMNS):
             k_tile = load_tile(k, k_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA, part == 1)
             v_tile = load_tile(v, v_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA, part == 1)
@@ -103,7 +108,7 @@ def backward_kv(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, dk
     """dk and dv of one tile of COLUMNS keys of one key head, summed over the queries of all its heads: written once.
 
     dv = Aᵀ grad, dk = scale · (d scores)ᵀ q. Everything is held transposed, keys by queries. One flat loop over heads and
-    query tiles, always masked: two loops, or one inside the other, make the compiler serialise wgmma or spill.
+    query tiles, masked in every tile where there is a mask: two loops, or one inside the other, make the compiler serialise wgmma or spill.
     """
     batch, key_head = tl.program_id(0) // K, tl.program_id(0) % K
     n = tl.program_id(1) * COLUMNS                                  # the first keys are seen by most queries: longest first
@@ -133,8 +138,9 @@ def backward_kv(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, dk
         scores = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)            # (COLUMNS, ROWS)
         if CAUSAL or WINDOW or SEGMENTS:
             segment = tl.load(segments + tl.minimum(row + S - T, S - 1)) if SEGMENTS else row
+            # Positions of both sides, and their end, counted from the first query's: S − T less.
             seen = sees(row[None, :], (key - (S - T))[:, None], T, window, segment[None, :], key_segment[:, None], CAUSAL, WINDOW, SEGMENTS)
-            scores = tl.where(seen, scores, UNSEEN)                             # both counted from the first query's position
+            scores = tl.where(seen, scores, UNSEEN)
         weights = tl.exp2(scores * (scale * LOG2_E) - tl.load(lse + at)[None, :])
         grad_tile = load_tile(grad, grad_strides, batch, head, m, T, D, ROWS, DIMS, TMA)
         dv_acc = tl.dot(weights.to(grad_tile.dtype), grad_tile, dv_acc, input_precision=PRECISION)

@@ -16,14 +16,15 @@ from kernels.attention import check_shapes, positive_scale, use_triton
 from kernels.reference import visible
 
 REACH = 8               # the offset profile looks so many positions to both sides of the induction target
-SUMS = 6                # statistics before the profile in the tensor that the kernel fills
+PLAIN = 6               # statistics before the profile in the tensor that the kernel fills
 
 
 class HeadStatistics(NamedTuple):
     """float32, one number per query row: (B, H, T), of a pattern A and tokens x.
 
     The induction target of row i is the key after the latest earlier place of its token: the largest j ≤ i with
-    x_{j−1} = x_i. Where there is none, the profile is zero.
+    x_{j−1} = x_i. Where there is none, the profile is zero; so is every entry of keys that row i does not see, and the
+    previous token of the first. With segments, tokens match within a document only.
     """
 
     prefix_matching: Tensor     # Σ A[i, j] over all j ≤ i with x_{j−1} = x_i
@@ -54,34 +55,45 @@ def head_statistics(q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, *, window
         raise ValueError(f"head_statistics: lse must be {(B, H, T)}, tokens and segments {(B, S)}, got {tuple(lse.shape)}, "
                          f"{tuple(tokens.shape)} and {None if segments is None else tuple(segments.shape)}")
     q, scale = positive_scale(q, scale)
+    before, targets = tokens_before(tokens, segments), induction_targets(tokens, segments)
     if use_triton("head_statistics", backend, q, k, lse, tokens, segments):
         from kernels.head_statistics_triton import statistics
-        filled = statistics(q, k, lse, tokens, induction_targets(tokens), window, segments, scale, precision)
+        filled = statistics(q, k, lse, tokens, before, targets, window, segments, scale, precision)
     else:
-        filled = _in_chunks(q, k, lse, tokens, induction_targets(tokens), window, segments, scale)
-    return HeadStatistics(*filled[:SUMS], filled[SUMS:].movedim(0, -1))
+        filled = _in_chunks(q, k, lse, tokens, before, targets, window, segments, scale)
+    return HeadStatistics(*filled[:PLAIN], filled[PLAIN:].movedim(0, -1))
 
 
-def induction_targets(tokens: Tensor) -> Tensor:
-    """For each token of (B, S) the position after its latest earlier place, −1 where there is none: (B, S)."""
+def tokens_before(tokens: Tensor, segments: Tensor | None = None) -> Tensor:
+    """The token before each of (B, S), −1 at the start of the sequence and of a document."""
+    before = F.pad(tokens[:, :-1], (1, 0), value=-1)
+    return before if segments is None else before.masked_fill(F.pad(segments.diff(dim=1) != 0, (1, 0)), -1)
+
+
+def induction_targets(tokens: Tensor, segments: Tensor | None = None) -> Tensor:
+    """For each token of (B, S) the position after its latest earlier place in its document, −1 where there is none: (B, S)."""
+    if segments is not None:                            # the same token of another document is another one
+        least = segments.amin()
+        tokens = tokens.long() * (segments.amax() - least + 1) + segments - least
     ids, order = tokens.sort(dim=1, stable=True)                                # equal tokens side by side, in order of position
     again = F.pad(ids[:, 1:] == ids[:, :-1], (1, 0))
     earlier = F.pad(order[:, :-1], (1, 0))
     return torch.empty_like(order).scatter_(1, order, torch.where(again, earlier + 1, -1))
 
 
-def _in_chunks(q, k, lse, tokens, targets, window, segments, scale, entries: int = 2 ** 22) -> Tensor:
-    """(SUMS + 2 · REACH + 1, B, H, T), holding about `entries` numbers of the pattern at a time."""
+def _in_chunks(q, k, lse, tokens, before, targets, window, segments, scale, entries: int = 2 ** 22) -> Tensor:
+    """(PLAIN + 2 · REACH + 1, B, H, T), holding about `entries` numbers of the pattern at a time."""
     (B, H, T, _), (_, K, S, _) = q.shape, k.shape
-    filled = q.new_empty(SUMS + 2 * REACH + 1, B, H, T, dtype=torch.float32)
+    filled = q.new_empty(PLAIN + 2 * REACH + 1, B, H, T, dtype=torch.float32)
     q, keys = q.unflatten(1, (K, H // K)).float() * scale, k[:, :, None].float().mT            # (B, K, H/K, T, D), (B, K, 1, D, S)
-    key, before = torch.arange(S, device=q.device), F.pad(tokens[:, :-1], (1, 0), value=-1)
+    key = torch.arange(S, device=q.device)
     chunk = max(1, entries // max(1, B * H * S))
     for t in range(0, T, chunk):
         rows = slice(t, min(t + chunk, T))
         position = torch.arange(S - T + rows.start, S - T + rows.stop, device=q.device)
         sees = visible(T, S, window=window, segments=segments, rows=rows, device=q.device).float()
         sees = sees if sees.dim() == 2 else sees[:, :, None]                                    # (t, S) or (B, 1, 1, t, S)
+        # Clamped: the score of a key that is not seen may exceed lse by far, and inf · 0 is NaN.
         log = (q[..., rows, :] @ keys).sub_(lse.unflatten(1, (K, H // K))[..., rows, None]).clamp_(max=0)
         pattern, log = log.exp().mul_(sees).flatten(1, 2), log.flatten(1, 2)                    # (B, H, t, S)
         token, target = tokens[:, position, None], targets[:, position]                         # (B, t, 1), (B, t)
@@ -94,7 +106,7 @@ def _in_chunks(q, k, lse, tokens, targets, window, segments, scale, entries: int
         filled[4, ..., rows] = -(pattern * log).sum(-1)
         filled[5, ..., rows] = pattern @ gap + pattern.sum(-1) * (position - position[0])
         for o in range(-REACH, REACH + 1):
-            filled[SUMS + REACH + o, ..., rows] = _entries(pattern, (target + o).masked_fill(target < 0, -1))
+            filled[PLAIN + REACH + o, ..., rows] = _entries(pattern, (target + o).masked_fill(target < 0, -1))
     return filled
 
 

@@ -7,12 +7,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.head_statistics import REACH, SUMS
+from kernels.head_statistics import PLAIN, REACH
 from kernels.launch import VARYING, launch, readable, start
-from kernels.tiles import LN_2, LOG2_E, address, hide_unseen, load_tile, masks_of, query_tile, sees
+from kernels.tiles import LN_2, LOG2_E, address, hide_unseen, load_tile, masks_of, part_of, query_tile, sees
 
 PROFILE_REACH = tl.constexpr(REACH)
-PROFILE_START = tl.constexpr(SUMS)
+PROFILE_START = tl.constexpr(PLAIN)
 PLACES_ROWS = 32
 NEVER = tl.constexpr(-1e30)         # log2 of a weight that is zero; finite, so that weight · log2 weight is zero too
 
@@ -24,7 +24,7 @@ def statistics_rows(q, q_strides, k, k_strides, lse, tokens, before, out, segmen
                     WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     """The sums over all keys for one tile of ROWS queries of one head → planes 0, 1, 4 and 5 of out (…, B, H, T).
 
-    tokens, before (B, padded): each position's token and the one before it, −1 where there is none and past the end.
+    tokens, before (B, padded): each position's token and the one before it, −1 where there is none, and past the end.
     """
     batch, head, start_row, position, segment, start, whole_start, whole_stop, stop = query_tile(
         H, T, S, blocks, window, segments, least, most, ROWS, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
@@ -41,8 +41,7 @@ def statistics_rows(q, q_strides, k, k_strides, lse, tokens, before, out, segmen
                                                tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32))
     column = tl.arange(0, COLUMNS)
     for part in tl.static_range(2 if SEGMENTS else 0 if WINDOW else 1, 3):
-        part_start = start if part == 0 else whole_start if part == 1 else whole_stop
-        part_stop = whole_start if part == 0 else whole_stop if part == 1 else stop
+        part_start, part_stop = part_of(part, start, whole_start, whole_stop, stop)
         for n in tl.range(part_start, part_stop, COLUMNS):
             key = n + column
             k_tile = load_tile(k, k_strides, batch, key_head, n, S, D, COLUMNS, DIMS, TMA, part == 1)
@@ -106,19 +105,18 @@ def statistics_places(q, q_strides, k, k_strides, lse, targets, out, segments, H
 
 
 @torch.library.custom_op("kernels::head_statistics", mutates_args=())
-def statistics(q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, targets: Tensor, window: int | None, segments: Tensor | None,
-               scale: float, precision: str) -> Tensor:
-    """(SUMS + 2 REACH + 1, B, H, T) float32; targets (B, S) from `induction_targets`, scale > 0."""
+def statistics(q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, before: Tensor, targets: Tensor, window: int | None,
+               segments: Tensor | None, scale: float, precision: str) -> Tensor:
+    """(PLAIN + 2 REACH + 1, B, H, T) float32; before, targets (B, S) from `tokens_before`, `induction_targets`; scale > 0."""
     B, H, T, D = q.shape
-    out = q.new_empty(SUMS + 2 * REACH + 1, B, H, T, dtype=torch.float32)
+    out = q.new_empty(PLAIN + 2 * REACH + 1, B, H, T, dtype=torch.float32)
     if out.numel() == 0:
         return out
     q, k = readable(q, k)
     masks = masks_of(q, k, True, window, segments, scale, precision)
     lse = lse.contiguous()
-    padding = 256 - tokens.shape[1] % 16            # past the last tile of either side, so that no read needs a check
-    padded_tokens = F.pad(tokens.to(torch.int32), (0, padding), value=-1)
-    before = F.pad(tokens[:, :-1].to(torch.int32), (1, padding), value=-1)
+    padding = 256 - tokens.shape[1] % 16            # past the last tile, so that no read needs a check; rows 64 bytes apart
+    padded_tokens, before = (F.pad(x.to(torch.int32), (0, padding), value=-1) for x in (tokens, before))
     launch(statistics_rows, lambda tile: (B * H, triton.cdiv(T, tile.rows)), q, rows={"q": q}, columns={"k": k}, lse=lse,
            tokens=padded_tokens, before=before, padded=padded_tokens.shape[1], out=out, **masks)
     start(statistics_places, q, (B * H, triton.cdiv(T, PLACES_ROWS)), q=q, q_strides=q.stride(), k=k, k_strides=k.stride(), lse=lse,
@@ -129,8 +127,8 @@ def statistics(q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, targets: Tenso
 
 
 @statistics.register_fake
-def _(q, k, lse, tokens, targets, window, segments, scale, precision):
-    return q.new_empty(SUMS + 2 * REACH + 1, *q.shape[:3], dtype=torch.float32)
+def _(q, k, lse, tokens, before, targets, window, segments, scale, precision):
+    return q.new_empty(PLAIN + 2 * REACH + 1, *q.shape[:3], dtype=torch.float32)
 
 
 @register_flop_formula(torch.ops.kernels.head_statistics)

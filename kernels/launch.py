@@ -18,7 +18,7 @@ class Tile(NamedTuple):
     rows: int           # queries that a program holds, or visits at a time
     columns: int        # keys, likewise
     warps: int
-    stages: int         # tiles on their way while one is worked on
+    stages: int         # depth of the pipeline: stages − 1 tiles are on their way while one is worked on
 
 
 # family → kernel → (bytes of an element, D up to) → tile. Each is the largest found for which the compiler keeps everything in
@@ -29,7 +29,7 @@ FP32 = {
     "forward": {(4, 64): Tile(32, 32, 4, 2), (4, 128): Tile(32, 32, 8, 2), (4, 256): Tile(16, 16, 8, 2)},
     "backward_q": {(4, 64): Tile(32, 32, 8, 2), (4, 128): Tile(32, 32, 8, 1), (4, 256): Tile(16, 16, 8, 2)},
     "backward_kv": {(4, 64): Tile(32, 32, 8, 2), (4, 128): Tile(32, 16, 8, 2), (4, 256): Tile(16, 16, 8, 2)},
-    "decode_part": {(4, 64): Tile(16, 64, 4, 2), (4, 128): Tile(16, 32, 4, 3), (4, 256): Tile(16, 32, 8, 2)},
+    "decode_part": {(4, 64): Tile(16, 64, 4, 2), (4, 128): Tile(16, 32, 4, 3), (4, 256): Tile(16, 16, 8, 2)},
     "statistics_rows": {(4, 64): Tile(32, 32, 8, 1), (4, 128): Tile(32, 16, 8, 2), (4, 256): Tile(16, 16, 4, 1)},
 }
 TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
@@ -90,7 +90,8 @@ def launch(kernel, grid: Callable[[Tile], tuple[int, ...]], like: Tensor, /, *, 
     """Start `kernel` on the `grid` of the first tile that fits, on the device and in the dtype of `like` (…, D).
 
     rows, columns: `readable` tensors that it reads a tile's rows, or columns, at a time: through the copy engine where
-    there is one and `copy_engine` allows it. n_rows: rows of a tile, where the work and not the table says.
+    there is one and `copy_engine` allows it. n_rows: rows of a tile, where the work and not the table says. Raises ValueError
+    where no tile fits.
     """
     device_family, D, rows = family(like.device), like.shape[-1], rows or {}
     dims, tma = max(16, triton.next_power_of_2(D)), copy_engine and has_copy_engine(like)
@@ -113,9 +114,9 @@ def launch(kernel, grid: Callable[[Tile], tuple[int, ...]], like: Tensor, /, *, 
 
 
 def start(kernel, like: Tensor, grid: tuple[int, ...], **arguments) -> None:
-    """Every kernel starts here, on the device of `like`. Multiply-adds are fused, which newer versions of triton want said.
+    """Every kernel starts here, on the device of `like`. Multiply-adds are fused, as was the default before triton 3.10.
 
-    Raises ValueError for more programs than a device counts: about 4 million positions, 1 million in float32.
+    Raises ValueError for more tiles of positions than a grid counts: from 1 million positions on in float32, 2 million else.
     """
     if max(grid[1:], default=0) > 65535:
         raise ValueError(f"{kernel.__name__}: {max(grid[1:])} tiles of positions are more than a grid has (65535); use fewer positions")

@@ -54,7 +54,7 @@ def address(tensor, strides, batch, head, position):
 def sees(position, key, S, window, segment, key_segment, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr):
     """Whether the query at `position` sees `key`: `visible` of kernels/reference.py, for tiles of either orientation.
 
-    Causal queries see no key past the end, since they are not there themselves: one compare of each element less.
+    A causal query that sees a key past the end is past the end itself, and its row is never stored: one compare less.
     """
     if CAUSAL:
         seen = key <= position
@@ -108,7 +108,7 @@ def keys_to_visit(first, last, S, window, segment, least, most, COLUMNS: tl.cons
     Keys outside start … stop are seen by none of them. The tiles in whole_start … whole_stop are seen in full by all of
     them and need no mask; with segments none are taken to be.
     """
-    start, stop = first * 0, S
+    start, stop = first * 0, S                  # a tensor on every path, which 0 is not
     if CAUSAL:
         stop = tl.minimum(S, last + 1)
     if WINDOW:
@@ -125,6 +125,39 @@ def keys_to_visit(first, last, S, window, segment, least, most, COLUMNS: tl.cons
         whole_start = tl.minimum(whole_start, stop)
         whole_stop = tl.maximum(whole_start, start + tl.maximum(0, whole_stop - start) // COLUMNS * COLUMNS)
     return start, whole_start, whole_stop, stop
+
+
+@triton.jit
+def part_of(part: tl.constexpr, start, whole_start, whole_stop, stop):
+    """(from, to) of the keys of part 0, the window's edge; part 1, the whole tiles; part 2, the diagonal and the last tile."""
+    if part == 0:
+        bounds = (start, whole_start)
+    elif part == 1:
+        bounds = (whole_start, whole_stop)
+    else:
+        bounds = (whole_stop, stop)
+    return bounds
+
+
+@triton.jit
+def fold(scores, top, total, scale):
+    """One step of the online softmax: weights of new `scores` (ROWS, COLUMNS), and what rows have summed up so far.
+
+    top: the largest score so far, times scale · log2 e; total: Σ exp2(score − top). → weights, the new top and total, and
+    `shrink`, by which whatever was summed under the old top is multiplied.
+    """
+    higher = tl.maximum(top, tl.max(scores, 1) * (scale * LOG2_E))
+    weights = tl.exp2(scores * (scale * LOG2_E) - higher[:, None])
+    shrink = tl.exp2(top - higher)
+    return weights, higher, total * shrink + tl.sum(weights, 1), shrink
+
+
+@triton.jit
+def finish(top, total):
+    """(what sums of weights are divided by, natural lse) of rows; 1 and −inf where a row has seen nothing, so that it is zero."""
+    nothing = total == 0
+    total = tl.where(nothing, 1.0, total)
+    return total, tl.where(nothing, UNSEEN, top * LN_2 + tl.log(total))
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from kernels.reference import attention_pattern
 BACKENDS = ("torch", "triton")
 
 
-def by_hand(pattern: torch.Tensor, tokens: torch.Tensor) -> HeadStatistics:
+def by_hand(pattern: torch.Tensor, tokens: torch.Tensor, segments: torch.Tensor | None = None) -> HeadStatistics:
     """The definitions read aloud, on the dense pattern (B, H, T, S)."""
     B, H, T, S = pattern.shape
     found = HeadStatistics(*(torch.zeros(B, H, T, dtype=torch.float64) for _ in range(6)),
@@ -23,8 +23,9 @@ def by_hand(pattern: torch.Tensor, tokens: torch.Tensor) -> HeadStatistics:
     for b in range(B):
         for row in range(T):
             i, A, x = row + S - T, pattern[b, :, row], tokens[b]
-            follows = [j for j in range(1, i + 1) if x[j - 1] == x[i]]
-            found.prefix_matching[b, :, row] = A[:, follows].sum(-1)
+            document = torch.zeros(S) if segments is None else segments[b]
+            follows = [j for j in range(1, i + 1) if x[j - 1] == x[i] and document[j - 1] == document[i]]
+            found.prefix_matching[b, :, row] = A[:, [j for j in follows if document[j] == document[i]]].sum(-1)
             found.duplicate_token[b, :, row] = A[:, [j for j in range(i) if x[j] == x[i]]].sum(-1)
             found.previous_token[b, :, row] = A[:, i - 1] if i else 0
             found.first_token[b, :, row] = A[:, 0]
@@ -49,7 +50,8 @@ def cases(draw):
     S = draw(st.integers(1, 70))
     return Case(T=draw(st.integers(1, S)), S=S, D=draw(st.sampled_from((4, 16, 24, 32))), B=draw(st.integers(1, 2)),
                 K=draw(st.integers(1, 2)), groups=draw(st.integers(1, 3)), window=draw(st.none() | st.integers(1, S + 2)),
-                documents=draw(st.sampled_from((0, 0, 3))), layout=draw(st.sampled_from(("projection", "heads", "columns"))),
+                documents=draw(st.sampled_from((0, 0, 3))), shuffled=draw(st.booleans()),
+                layout=draw(st.sampled_from(("projection", "heads", "columns"))),
                 seed=draw(st.integers(0, 99))), draw(st.integers(1, 9))
 
 
@@ -62,9 +64,10 @@ def test_statistics_are_their_definitions(backend, drawn):
     q, k, _, _ = case.tensors()
     tokens = torch.randint(0, vocabulary, (case.B, case.S), generator=torch.Generator().manual_seed(case.seed))
     masks = {name: mask for name, mask in case.masks().items() if name != "causal"}
+    segments = None if masks["segments"] is None else masks["segments"].cpu()
     pattern, lse = attention_pattern(q.double(), k.double(), **masks)
     found = head_statistics(q, k, lse.float(), tokens.to(DEVICE), **masks, backend=backend)
-    agree(found, by_hand(pattern.cpu(), tokens), 1e-5, str(case))
+    agree(found, by_hand(pattern.cpu(), tokens, segments), 1e-5, str(case))
 
 
 @pytest.mark.gpu
@@ -90,7 +93,8 @@ def test_one_token_over_and_over_in_documents(backend):
     _, lse = attention(q, k, v, segments=segments, return_lse=True, backend="triton")
     tokens = torch.zeros(1, 40, dtype=torch.long)
     found = head_statistics(q.requires_grad_(), k, lse, tokens.to(DEVICE), segments=segments, backend=backend)
-    agree(found, by_hand(attention_pattern(q.detach().double(), k.double(), segments=segments)[0].cpu(), tokens), 1e-5)
+    pattern, _ = attention_pattern(q.detach().double(), k.double(), segments=segments)
+    agree(found, by_hand(pattern.cpu(), tokens, segments.cpu()), 1e-5)
     assert not found.prefix_matching.requires_grad
 
 

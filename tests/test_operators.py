@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from kernels import flash
 from kernels.attention import attention, decode
 from kernels.decode import decode as decode_operator
-from kernels.head_statistics import head_statistics, induction_targets
+from kernels.head_statistics import head_statistics, induction_targets, tokens_before
 from kernels.head_statistics_triton import statistics
 
 
@@ -28,7 +28,7 @@ def operators():
         "forward": (flash.flash_attention, (q, k, v, *masks)),
         "backward": (flash.flash_attention_backward, (out, *plain, out, lse, *masks)),
         "decode": (decode_operator, (plain[0][:, :, :1], *plain[1:], positions[:, -1:], positions, 7, 0.25, "tf32x3")),
-        "head_statistics": (statistics, (*plain[:2], lse, ids, induction_targets(ids), 7, None, 0.25, "tf32x3")),
+        "head_statistics": (statistics, (*plain[:2], lse, ids, tokens_before(ids), induction_targets(ids), 7, None, 0.25, "tf32x3")),
     }
 
 
