@@ -23,10 +23,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: i
     """Causal, grouped-query, windowed, document-masked attention.
 
     q (B, H, T, D); k, v (B, K, S, D) where K divides H, any strides → (B, H, T, D) in q's dtype, and with
-    `return_lse` also (B, H, T) float32, the natural log of each row's softmax denominator (no gradient flows through it).
+    `return_lse` also (B, H, T) float32, the natural log of each row's softmax denominator (which has no gradient, but under
+    `reference`).
 
     causal     query i sees keys j ≤ i + S − T: the queries are the last T of the S positions
-    window     query i sees only the last `window` keys up to its own, itself included
+    window     query i sees only the last `window` keys up to its own, itself included (and all later ones unless causal)
     segments   (B, S) integers: a query sees only keys of its own segment (packed documents)
     scale      what scores are multiplied by; 1/√D unless given
     backend    reference (the definition, holds T × S) · sdpa (PyTorch's fused kernels) · triton (ours: on a GPU, D ≤ 256,
@@ -52,7 +53,8 @@ def decode(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor, key_positio
 
     q (B, H, T, D); k, v (B, K, S, D); query_positions (B, T); key_positions (B, S), negative where a slot is empty
     → (B, H, T, D). A query sees the keys at positions up to its own, at most `window` of them. No gradients: for generation.
-    backend sdpa, triton or auto, and precision: as in `attention`, and it raises likewise.
+    backend sdpa, triton or auto, and precision: as in `attention`, and it raises likewise. Under sdpa empty slots must hold
+    finite numbers, and a query that sees nothing is undefined; under triton they may hold anything, and it is 0.
     """
     if backend not in BACKENDS or backend == "reference":
         raise ValueError(f"decode: backend={backend!r} is not one of auto, sdpa, triton")

@@ -76,7 +76,7 @@ def tiles(kernel: str, device_family: str, element: int, dims: int) -> list[Tile
 
 
 def has_copy_engine(like: Tensor) -> bool:
-    """Whether tiles of such tensors come through it. Not float32's: that way it spills a kilobyte of registers a thread."""
+    """Whether tiles of such tensors come through it. Not float32's: that way they spill a kilobyte a thread."""
     return like.itemsize == 2 and family(like.device) in ("hopper", "interpreter")
 
 
