@@ -51,8 +51,7 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
     # Small and of unequal sides, so that tests of a hundred positions cross many borders.
     "interpreter": {name: {(4, 256): Tile(32, 16, 4, 1)} for name in FP32},
 }
-for device_family in ("hopper", "ampere"):
-    TILES[device_family] = {name: table | FP32[name] for name, table in TILES[device_family].items()}
+TILES |= {name: {kernel: table | FP32[kernel] for kernel, table in TILES[name].items()} for name in ("hopper", "ampere")}
 TILES["cdna"] = TILES["ampere"]
 SMALLER = (Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))      # for devices with little shared memory
 _too_large: set[tuple] = set()
