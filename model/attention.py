@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import attention
+from kernels.reference import attention_pattern
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.position import rotate
+from model.taps import NO_TAPS, Taps
 
 
 class Linear(nn.Linear):
@@ -53,6 +55,7 @@ class Context:
     segments: Tensor | None = None      # (B, T): documents that must not see each other
     cache: KVCache | None = None
     backend: str = "auto"              # kernels.attention's, while training
+    taps: Taps = NO_TAPS                # who looks at activations
 
 
 class CausalSelfAttention(nn.Module):
@@ -83,11 +86,28 @@ class CausalSelfAttention(nn.Module):
         if context.rotation is not None:
             qk = rotate(qk, context.rotation)
         q, k = qk.split((H, K), dim=1)                                                      # (B, H, T, D), (B, K, T, D)
+        taps = context.taps
+        q, k, v = taps("q", q, self.layer), taps("k", k, self.layer), taps("v", v, self.layer)
+        z = taps("z", self.attend(q, k, v, context), self.layer)                            # (B, H, T, D)
+        return taps("attn_out", self.w_o(z.transpose(1, 2).flatten(2)), self.layer)         # (B, T, E)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """Each query's average of the values (B, H, T, D): never through a pattern, unless a tap has replaced it."""
+        taps, masks = context.taps, {"window": self.window, "segments": context.segments}
         if context.cache is not None:
-            z = context.cache.attend(self.layer, q, k, v)                                   # (B, H, T, D)
-        else:
-            z = attention(q, k, v, window=self.window, segments=context.segments, backend=context.backend)    # (B, H, T, D)
-        return self.w_o(z.transpose(1, 2).flatten(2))                                       # (B, T, E)
+            for part in ("lse", "pattern"):
+                taps.refuse(part, "is not made in a pass with a cache (run the whole sequence)", self.layer)
+            return context.cache.attend(self.layer, q, k, v)
+        if taps.wants("pattern", self.layer):
+            pattern = attention_pattern(q.float(), k.float(), **masks)[0].to(q.dtype)       # (B, H, T, T)
+            if (seen := taps("pattern", pattern, self.layer)) is not pattern:
+                taps.refuse("lse", "has no meaning beside a replaced pattern", self.layer)
+                return seen @ v.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
+        if taps.wants("lse", self.layer):
+            z, lse = attention(q, k, v, **masks, backend=context.backend, return_lse=True)
+            taps("lse", lse, self.layer)
+            return z
+        return attention(q, k, v, **masks, backend=context.backend)
 
     def pack(self) -> None:
         """Lay the matrices out for decoding; the parameters must not change any more."""

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from model.attention import CausalSelfAttention, Context, Linear, RMSNorm, for_decoding, joined
 from model.config import ModelConfig
-from model.cross_entropy import summed_cross_entropy
+from model.cross_entropy import cross_entropies, summed_cross_entropy
 from model.kv_cache import KVCache
 from model.position import rope_table, sinusoidal_table
+from model.taps import eagerly, refuse, taps_of
 
 EMBEDDING_STD = 0.02
 
@@ -24,6 +25,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.attention_backend = "auto"
+        self.tapped: dict[int, tuple] = {}                  # who looks at activations, by thread: model/taps.py
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.embed_position = nn.Embedding(config.n_ctx, config.d_model) if config.position == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
@@ -77,12 +79,14 @@ class GPT(nn.Module):
         segments   (B, T) without a cache: document numbers; tokens see only their own document
         Raises ValueError when the positions of equally long rows run past n_ctx; ragged rows are the caller's to count.
         """
+        if self.tapped and torch.compiler.is_compiling():
+            return eagerly(self.hidden, tokens, cache=cache, lengths=lengths, segments=segments)
         T = tokens.shape[1]
         positions = slice(0, T) if cache is None else cache.begin(T, lengths)
         if isinstance(positions, slice) and positions.stop > self.config.n_ctx:
             raise ValueError(f"{positions.stop} tokens are more than model.n_ctx={self.config.n_ctx}")
         x = self.embed(tokens)                                                      # (B, T, E)
-        context = Context(segments=segments, cache=cache, backend=self.attention_backend)
+        context = Context(segments=segments, cache=cache, backend=self.attention_backend, taps=taps_of(self))
         match self.config.position:
             case "rope":
                 context.rotation = self._at(self.rope, positions)
@@ -90,16 +94,16 @@ class GPT(nn.Module):
                 x = x + self._at(self.embed_position.weight[None], positions)[0]
             case "sinusoidal":
                 x = x + self._at(self.sinusoids[None], positions)[0]
-        x = x.to(self.compute_dtype)
+        x = context.taps("embed", x.to(self.compute_dtype))
         for block in self.blocks:
             x = block(x, context)
         if cache is not None:
             cache.end()
-        return self.norm_final(x)
+        return context.taps("final", self.norm_final(x))
 
     def unembed(self, x: Tensor) -> Tensor:
         """(…, E) → logits (…, V)."""
-        return F.linear(x, self.unembedding.to(x.dtype))
+        return taps_of(self)("logits", F.linear(x, self.unembedding.to(x.dtype)))
 
     @property
     def unembedding(self) -> Tensor:
@@ -108,8 +112,16 @@ class GPT(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats, *summed* over the (B, T) targets, so that accumulating equals one big batch."""
+        refuse(self, "logits", "are never held by the loss (call model(tokens))")
         x = self.hidden(tokens, segments=segments)
         return summed_cross_entropy(x.flatten(0, 1), self.unembedding, targets.flatten())
+
+    @torch.no_grad()
+    def losses(self, tokens: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
+        """Cross-entropy in nats of each of the (B, T) targets: float32, for measuring, without gradients."""
+        refuse(self, "logits", "are never held by the loss (call model(tokens))")
+        x = self.hidden(tokens, segments=segments)
+        return cross_entropies(x.flatten(0, 1), self.unembedding, targets.flatten()).view_as(targets)
 
     @torch.no_grad()
     def pack(self) -> "GPT":
@@ -135,16 +147,18 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        self.layer = layer
         self.norm_attn = RMSNorm(config.d_model, config.norm_eps)
         self.attn = CausalSelfAttention(config, layer)
         self.norm_mlp = None if config.mlp == "none" else RMSNorm(config.d_model, config.norm_eps)
         self.mlp = None if config.mlp == "none" else MLP(config)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = context.taps("resid_pre", x, self.layer)
         x = x + self.attn(self.norm_attn(x), context)
         if self.mlp is not None:
-            x = x + self.mlp(self.norm_mlp(x))
-        return x
+            x = x + context.taps("mlp_out", self.mlp(self.norm_mlp(x)), self.layer)
+        return context.taps("resid_post", x, self.layer)
 
 
 class MLP(nn.Module):

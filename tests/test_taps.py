@@ -1,0 +1,181 @@
+"""model/taps.py: what is read is what was computed, what is replaced is what goes on, and nothing stays behind."""
+
+import threading
+
+import pytest
+import torch
+
+from kernels.reference import attention_pattern
+from model.config import ModelConfig
+from model.gpt import GPT
+from model.kv_cache import KVCache
+from model.taps import Head, heads_of, names, taps
+
+CONFIG = ModelConfig(n_layers=2, n_heads=4, n_kv_heads=2, d_model=32, n_ctx=32, vocab_size=50, window=[None, 7], zero_init=False)
+
+
+@pytest.fixture
+def model() -> GPT:
+    model = GPT(CONFIG, seed=3)
+    torch.nn.init.normal_(model.lm_head.weight, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+TOKENS = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def test_every_name_is_read_and_reading_changes_no_bit(model):
+    untouched = model(TOKENS)
+    with taps(model, "*") as cache:
+        assert torch.equal(model(TOKENS), untouched)
+    assert sorted(cache) == sorted(names(CONFIG)) and len(names(CONFIG)) == 2 * 10 + 3
+    B, T, H, K, D, E = 2, 20, 4, 2, 8, 32
+    shapes = {"resid_pre": (B, T, E), "q": (B, H, T, D), "k": (B, K, T, D), "v": (B, K, T, D), "lse": (B, H, T), "pattern": (B, H, T, T),
+              "z": (B, H, T, D), "attn_out": (B, T, E), "mlp_out": (B, T, E), "resid_post": (B, T, E)}
+    for layer in range(2):
+        for part, shape in shapes.items():
+            assert cache[f"L{layer}.{part}"].shape == shape, part
+    assert cache["embed"].shape == cache["final"].shape == (B, T, E) and cache["logits"].shape == (B, T, 50)
+
+
+def test_what_is_read_fits_together(model):
+    """The equations of a block, each from the activations named on its right."""
+    with taps(model, "*") as cache, torch.no_grad():
+        model(TOKENS)
+    torch.testing.assert_close(cache["L0.resid_pre"], cache["embed"])
+    for layer, window in enumerate(CONFIG.windows):
+        at = {name.split(".")[1]: value for name, value in cache.items() if name.startswith(f"L{layer}.")}
+        pattern, lse = attention_pattern(at["q"], at["k"], window=window)
+        torch.testing.assert_close(at["pattern"], pattern)
+        torch.testing.assert_close(at["lse"], lse)
+        torch.testing.assert_close(at["z"], pattern @ at["v"].repeat_interleave(2, dim=1))
+        torch.testing.assert_close(at["attn_out"], model.blocks[layer].attn.w_o(at["z"].transpose(1, 2).flatten(2)))
+        torch.testing.assert_close(at["resid_post"], at["resid_pre"] + at["attn_out"] + at["mlp_out"])
+    torch.testing.assert_close(cache["final"], model.norm_final(cache["L1.resid_post"]))
+    torch.testing.assert_close(cache["logits"], model.unembed(cache["final"]))
+
+
+@pytest.mark.parametrize("name", [name for name in names(CONFIG) if not name.endswith("lse")])
+def test_a_replacement_goes_on(name, model):
+    """Replaced by itself changes nothing (a pattern: nothing beyond rounding); by something else it changes the logits."""
+    untouched = model(TOKENS)
+    with taps(model, {name: lambda x: x.clone()}):
+        torch.testing.assert_close(model(TOKENS), untouched, atol=1e-5, rtol=1e-5)
+    with taps(model, {name: lambda x: x.flip(1)}) as cache:
+        changed = model(TOKENS)
+        assert not torch.allclose(changed, untouched, atol=1e-2)
+    with taps(model, {name: lambda x: None}):
+        assert torch.equal(model(TOKENS), untouched)
+    assert cache[name].shape and torch.equal(model(TOKENS), untouched)
+
+
+def test_a_head_without_output_is_a_head_without_its_rows_of_w_o(model):
+    def without_head_2(z):
+        z = z.clone()
+        z[:, 2] = 0
+        return z
+
+    with taps(model, {"L1.z": without_head_2}):
+        tapped = model(TOKENS)
+    with torch.no_grad():
+        model.blocks[1].attn.w_o.weight[:, 2 * 8:3 * 8] = 0
+    torch.testing.assert_close(tapped, model(TOKENS))
+
+
+def test_names_by_wildcard_list_and_function(model):
+    for what in ("L*.q", ["L0.q", "L1.q"], lambda name: name.endswith(".q"), {"L*.q": None}):
+        with taps(model, what) as cache:
+            model(TOKENS)
+        assert list(cache) == ["L0.q", "L1.q"]
+
+
+@pytest.mark.parametrize("wrong, right", [("L1.patern", "L1.pattern"), ("L2.q", r"L\d\.q"), ("L*.zz", r"L\d\.z"), ("finale", "final")])
+def test_an_unknown_name_raises_with_the_nearest(model, wrong, right):
+    with pytest.raises(ValueError, match=f"did you mean {right}"):
+        with taps(model, ["embed", wrong]):
+            pass
+    assert not model.tapped
+
+
+def test_what_cannot_be_is_refused(model):
+    attention_only = GPT(CONFIG.model_copy(update={"mlp": "none"}))
+    with pytest.raises(ValueError, match="mlp_out"):
+        taps(attention_only, "L0.mlp_out").__enter__()
+    with pytest.raises(ValueError, match="none of the activations"):
+        taps(model, lambda name: False).__enter__()
+    with taps(model, {"L0.lse": lambda lse: lse + 1}), pytest.raises(ValueError, match="only be read"):
+        model(TOKENS)
+    with taps(model, {"L0.q": lambda q: q[:, :2]}), pytest.raises(ValueError, match="its replacement"):
+        model(TOKENS)
+    with taps(model, "logits"), pytest.raises(ValueError, match="logits"):
+        model.loss(TOKENS, TOKENS)
+    with taps(model, "L0.pattern"), pytest.raises(ValueError, match="cache"):
+        model(TOKENS, cache=KVCache(CONFIG, 2, 32, torch.float32, torch.device("cpu")))
+    assert not model.tapped
+
+
+def test_blocks_nest_and_the_inner_sees_what_the_outer_replaced(model):
+    with taps(model, {"embed": lambda x: x * 0}):
+        with taps(model, "embed") as cache:
+            nothing = model(TOKENS)
+        assert cache["embed"].abs().max() == 0
+        assert torch.equal(model(TOKENS), nothing)
+    assert not torch.equal(model(TOKENS), nothing) and not model.tapped
+
+
+def test_an_exception_leaves_the_model_as_it_was(model):
+    untouched = model(TOKENS)
+
+    def breaks(x):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), taps(model, {"embed": lambda x: x * 0}), taps(model, {"L1.z": breaks}):
+        model(TOKENS)
+    assert not model.tapped and torch.equal(model(TOKENS), untouched)
+
+
+def test_threads_and_models_do_not_meet(model):
+    other, untouched, seen = GPT(CONFIG, seed=4), model(TOKENS), {}
+    ready, looked = threading.Barrier(3, timeout=30), threading.Barrier(3, timeout=30)
+
+    def look(scale: float) -> None:
+        with taps(model, {"embed": lambda x: x * scale}) as cache:
+            ready.wait()
+            seen[scale] = (model(TOKENS), cache["embed"])
+            looked.wait()
+
+    threads = [threading.Thread(target=look, args=[scale]) for scale in (0.0, 2.0)]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    with taps(other, "embed") as cache:
+        assert torch.equal(model(TOKENS), untouched)            # tapped by two threads, and not by this one
+        assert not cache
+    looked.wait()
+    for thread in threads:
+        thread.join()
+    assert seen[0.0][1].abs().max() == 0 and torch.equal(seen[2.0][1], 2 * model.embed(TOKENS)) and not model.tapped
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_code_has_no_trace_of_taps_and_tapped_it_still_answers(model):
+    """One graph without a break, not compiled again after taps; and taps on a compiled model are called, not skipped in silence."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model.loss, backend=backend, fullgraph=True, dynamic=False)
+    untouched = compiled(TOKENS, TOKENS)
+    assert len(graphs) == 1 and untouched == model.loss(TOKENS, TOKENS)
+    loose = torch.compile(model.loss, backend="eager", dynamic=False)
+    with taps(model, {"L1.z": lambda z: z * 0}) as cache:
+        assert loose(TOKENS, TOKENS) != untouched and list(cache) == ["L1.z"]
+    assert compiled(TOKENS, TOKENS) == untouched and len(graphs) == 1
+
+
+def test_heads_know_their_key_head():
+    assert [str(head) for head in heads_of(CONFIG)][3:6] == ["L0H3", "L1H0", "L1H1"]
+    assert [Head(0, h).key_head(CONFIG) for h in range(4)] == [0, 0, 1, 1]
