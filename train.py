@@ -18,6 +18,7 @@ def train(config, folder: Path, changed: list[str]) -> None:
     import torch
 
     from data.dataset import Dataset
+    from induction.report import write_report
     from model.huggingface import obstacles
     from training.checkpoint import point_at_newest
     from training.device import choose_attention, choose_device, choose_micro_batch, choose_precision, training_loss
@@ -46,6 +47,7 @@ def train(config, folder: Path, changed: list[str]) -> None:
     loss_of = training_loss(model, config.train.compile, device)
 
     with Run(config, folder, model, optimizer, data) as run:
+        watch = watch_heads(run, validation)
         run.say(f"{'continuing' if run.step else 'training  '} {folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
                 f"{str(precision).removeprefix('torch.')} on {device}, {batches.windows // micro_batch} × {micro_batch} windows a step "
                 f"of {data.identity.get('folder', 'synthetic rows')}")
@@ -65,7 +67,11 @@ def train(config, folder: Path, changed: list[str]) -> None:
             last = step == config.train.steps
             with run.untimed():
                 if due(step, config.eval.every) or (last and config.eval.every):
-                    run.log(evaluate(model, validation, data.tokenizer))
+                    run.log(evaluate(model, validation, data))
+                if watch and (due(step, config.heads.every) or last):
+                    run.log(watch(model, step, run.tokens))             # the same weights, uncompiled, tapped
+                    if due(step, config.heads.images_every) or last:
+                        run.show(lambda: watch.pictures(model))
                 run.end_step()
                 if (due(step, config.checkpoint.every) or step in config.checkpoint.steps
                         or (last and config.checkpoint.every) or run.stop_requested):
@@ -73,6 +79,9 @@ def train(config, folder: Path, changed: list[str]) -> None:
             if run.stop_requested:
                 break
         run.wait_for_checkpoint()
+        if watch:
+            page = write_report(folder, config, run.metrics.read())
+            run.show(lambda: {"heads/report": page})
         run.say(run.summary())
         if run.step < config.train.steps:
             run.say(f"continue   python train.py {folder}")
@@ -101,18 +110,33 @@ def build_model(config, tokenizer, new: bool):
     return model
 
 
-def evaluate(model, validation, tokenizer) -> dict[str, float]:
-    """Loss on the validation windows, in nats per token and in bits per byte of their text."""
+def watch_heads(run, validation):
+    """What looks at the heads of `run` every `heads.every` steps, or None."""
+    from induction.probes import probes_of
+    from induction.watch import HeadWatch
+    config, data = run.config, run.data
+    probes = config.heads.every and probes_of(config.data, config.model.n_ctx, data.tokenizer, config.seed)
+    if not probes:
+        return None
+    text = validation[0].tokens[0].to(run.device) if data.shards else None
+    history = [(record["tokens"], max(value for key, value in record.items() if key.startswith("heads/prefix_matching/")))
+               for record in run.metrics.read() if "heads/prefix_matching/L0H0" in record]
+    return HeadWatch(probes.to(run.device), text, data.tokenizer, run.folder, every=config.heads.every, steps=config.train.steps,
+                     step=run.step, history=history)
+
+
+def evaluate(model, validation, data) -> dict[str, float]:
+    """Loss on the validation windows, in nats per token and in bits per byte of their text, and how much the context helps."""
     import torch
-    device = model.embed.weight.device
-    total, tokens, text_bytes = torch.zeros((), dtype=torch.float64), 0, 0
-    with torch.no_grad():
-        for batch in validation:
-            total += model.loss(*batch.to(device)).double().cpu()
-            tokens += batch.targets.numel()
-            text_bytes += int(tokenizer.byte_lengths[batch.targets].sum())
-    nats = total.item()
-    return {"val/loss": nats / tokens, "val/bpb": nats / log(2) / max(1, text_bytes)}
+
+    from induction.scores import icl_score
+    losses = torch.cat([model.losses(*batch.to(model.embed.weight.device)).cpu() for batch in validation])      # (windows, T)
+    text_bytes = sum(int(data.tokenizer.byte_lengths[batch.targets].sum()) for batch in validation)
+    nats = losses.double().sum().item()
+    found = {"val/loss": nats / losses.numel(), "val/bpb": nats / log(2) / max(1, text_bytes)}
+    if data.shards and (score := icl_score(losses)) is not None:
+        found["icl/score"] = score
+    return found
 
 
 def main() -> None:

@@ -58,7 +58,8 @@ class CheckpointConfig(Settings):
 
 
 class HeadsConfig(Settings):
-    every: Every = 50                           # accepted already; measuring heads while training is not built yet
+    every: Every = 50                           # measure what every head attends to
+    images_every: Every = 500                   # of those, show patterns as images in wandb
 
 
 class LogConfig(Settings):

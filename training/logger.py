@@ -11,7 +11,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -28,19 +28,16 @@ class Metrics:
 
     def __init__(self, path: Path, step: int):
         """`step`: the one the run continues from; later lines belong to updates that will be made again."""
-        kept = []
-        if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                try:
-                    if json.loads(line)["step"] <= step and line.endswith(b"\n"):
-                        kept.append(line)
-                except (ValueError, KeyError, TypeError):
-                    continue                        # torn by a kill
+        self.path = path
         with whole_file(path) as file:
-            file.writelines(kept)
+            file.writelines(line for line, record in _records(path) if record["step"] <= step)
         self.file = open(path, "ab", buffering=0)   # noqa: SIM115  one write a line, so that a kill cannot tear it
 
-    def write(self, record: dict[str, float]) -> None:
+    def read(self) -> list[dict]:
+        """All records so far, oldest first."""
+        return read_metrics(self.path)
+
+    def write(self, record: dict[str, float | list[float]]) -> None:
         line = (json.dumps({k: _finite(v) for k, v in record.items()}) + "\n").encode()
         written = self.file.write(line)
         if written != len(line):                    # a disk that is full takes a part: take that back
@@ -49,6 +46,23 @@ class Metrics:
 
     def close(self) -> None:
         self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl, oldest first."""
+    return [record for _, record in _records(path)]
+
+
+def _records(path: Path) -> Iterator[tuple[bytes, dict]]:
+    """Whole lines and what they say; a line torn by a kill is left out."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        try:
+            record = json.loads(line)
+            record["step"] + 0
+        except (ValueError, KeyError, TypeError):
+            continue
+        if line.endswith(b"\n"):
+            yield line, record
 
 
 class Console:
@@ -113,6 +127,8 @@ class Wandb:
             try:
                 self.run = wandb.init(mode=way, **options)
                 self.run.define_metric("*", step_metric="step")
+                for group in ("heads", "repeat", "icl", "phase"):           # formation is a matter of tokens
+                    self.run.define_metric(f"{group}/*", step_metric="tokens")
                 return
             except Exception as error:              # a service that is down has many exceptions
                 wandb.teardown()                    # or the next try finds the run in use
@@ -123,10 +139,11 @@ class Wandb:
         """Where a person finds it."""
         return self.run.url or f"wandb sync {Path(self.run.dir).parent}"
 
-    def log(self, record: dict[str, float]) -> None:
+    def log(self, record: dict) -> None:
+        """Numbers; lists of numbers over evenly spaced places; pictures (height, width, 3) uint8; (columns, rows) of tables; pages."""
         if self.run is not None:
             try:
-                self.run.log(record)
+                self.run.log({name: _as_wandb(value) for name, value in record.items()})
             except Exception as error:
                 self.say(f"wandb      stopped ({error}): metrics.jsonl has everything")
                 self.run = None
@@ -137,6 +154,21 @@ class Wandb:
                 self.run.finish(exit_code=exit_code)
             except Exception as error:
                 self.say(f"wandb      did not finish ({error}): metrics.jsonl has everything")
+
+
+def _as_wandb(value):
+    import wandb
+    match value:
+        case list():
+            half = (len(value) - 1) / 2             # offsets −half … half, a bin each
+            return wandb.Histogram(np_histogram=(value, [n - half - 0.5 for n in range(len(value) + 1)]))
+        case tuple():
+            return wandb.Table(columns=value[0], data=value[1])
+        case Path():
+            return wandb.Html(value.read_text("utf-8"), inject=False)
+        case _ if hasattr(value, "shape"):
+            return wandb.Image(value)
+    return value
 
 
 def _has_key() -> bool:
@@ -164,7 +196,9 @@ def _reachable() -> bool:
         return False
 
 
-def _finite(value: float) -> float | None:
+def _finite(value: float | list[float]) -> float | list | None:
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
     return value if not isinstance(value, float) or math.isfinite(value) else None      # JSON has no nan
 
 

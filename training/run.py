@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -189,7 +189,7 @@ class Run:
                     f"{step * windows - 1}); {f'the newest checkpoint is {whole[-1]}' if whole else 'no checkpoint was saved yet'}\n"
                     f"  try a lower optimizer.lr{', or train.precision=bf16' if self.config.train.precision == 'fp16' else ''}")
 
-    def log(self, metrics: dict[str, float]) -> None:
+    def log(self, metrics: dict[str, float | list[float]]) -> None:
         """Add measurements to this step's record."""
         if not self.record:
             self.record = {"step": self.step, "tokens": self.tokens, "seconds": round(self.elapsed, 3)}
@@ -205,6 +205,11 @@ class Run:
             if "val/loss" in self.record:
                 self.validated = (self.step, self.record["val/loss"])
             self.record = {}
+
+    def show(self, make: Callable[[], dict]) -> None:
+        """Log pictures, tables and pages to wandb, if it is there to see them."""
+        if self.wandb.run is not None:
+            self.wandb.log({"step": self.step, "tokens": self.tokens} | make())
 
     @contextmanager
     def untimed(self) -> Iterator[None]:
@@ -250,9 +255,16 @@ class Run:
         if "val/loss" in latest:
             then = "" if self.validated[0] == self.step else f" (at step {self.validated[0]})"
             lines.append(f"validation {latest['val/loss']:.4f} nats per token, {latest['val/bpb']:.4f} bits per byte{then}")
+        heads = {key.rsplit("/", 1)[-1]: value for key, value in latest.items() if key.startswith("heads/prefix_matching/")}
+        if heads:
+            best = max(heads, key=heads.get)
+            lines.append(f"heads      {best} matches prefixes at {heads[best]:.2f} (1: a perfect induction head), the second copy of random "
+                         f"tokens costs {latest['repeat/loss_second']:.2f} nats, the first {latest['repeat/loss_first']:.2f}")
         if "train/tokens_per_second" in latest:
             lines.append(f"speed      {short(latest['train/tokens_per_second'])} tokens/s")
         lines.append(f"saved      {saved[-1] if saved else 'no checkpoint (checkpoint.every=0)'}")
+        if (self.folder / "report.html").exists():
+            lines.append(f"look       {self.folder}/report.html in a browser; python heads.py {self.folder}")
         lines.append(f"measured   {self.folder}/metrics.jsonl" + (f", {self.wandb.where}" if self.wandb.run else ""))
         return "\n".join(lines)
 

@@ -1,0 +1,81 @@
+"""What every head looked at, step by step: small pictures of the patterns in runs/NAME/heads/, so that looking back needs no checkpoint.
+
+    passages.json               the texts that the heads were shown, token by token
+    000050.npz                  tokens: trained on so far; pattern_0, pattern_1 …: of each passage, (L, H, T (T + 1) / 2) uint8,
+                                the rows of the lower triangle, 255 for an attention of 1
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from files import whole_file
+from induction.viewer import Passage, Snapshot
+from model.gpt import GPT
+from model.taps import taps
+
+LONGEST = 128           # tokens of a passage that are kept while training: patterns grow with its square
+MOST = 64               # snapshots a run
+
+
+@torch.no_grad()
+def patterns(model: GPT, passages: list[Tensor]) -> list[np.ndarray]:
+    """The patterns of all heads on passages (T,) of token ids: (L, H, T, T) uint8 each."""
+    found = []
+    for passage in passages:
+        with taps(model, "L*.pattern") as cache:
+            model.hidden(passage[None])
+        stacked = torch.stack([cache[f"L{layer}.pattern"][0] for layer in range(model.config.n_layers)])
+        found.append((stacked.float() * 255).round().byte().cpu().numpy())
+    return found
+
+
+class Snapshots:
+    """The folder runs/NAME/heads, written while training and read afterwards."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def begin(self, passages: list[Passage], ids: list[Tensor], step: int) -> None:
+        """Note the passages, and forget what lies after `step`: it will be made again."""
+        self.folder.mkdir(exist_ok=True)
+        for path in self._files():
+            if int(path.stem) > step:
+                path.unlink()
+        with whole_file(self.folder / "passages.json", "w") as file:
+            json.dump([{"title": p.title, "tokens": p.tokens, "ids": i.tolist()} for p, i in zip(passages, ids)], file)
+
+    def save(self, snapshot: Snapshot) -> None:
+        rows = {f"pattern_{n}": pattern[..., *np.tril_indices(pattern.shape[-1])] for n, pattern in enumerate(snapshot.patterns)}
+        with whole_file(self.folder / f"{snapshot.step:06d}.npz") as file:
+            np.savez_compressed(file, tokens=snapshot.tokens, **rows)
+
+    @property
+    def passages(self) -> list[Passage]:
+        path = self.folder / "passages.json"
+        return [Passage(p["title"], p["tokens"]) for p in json.loads(path.read_text("utf-8"))] if path.exists() else []
+
+    def __iter__(self) -> Iterator[Snapshot]:
+        """Oldest first, one in memory at a time."""
+        for path in self._files():
+            with np.load(path, allow_pickle=False) as saved:
+                yield Snapshot(int(path.stem), int(saved["tokens"]),
+                               [_square(saved[f"pattern_{n}"]) for n in range(len(saved.files) - 1)])
+
+    def __len__(self) -> int:
+        return len(self._files())
+
+    def _files(self) -> list[Path]:
+        return sorted((p for p in self.folder.glob("*.npz") if p.stem.isdigit()), key=lambda p: int(p.stem))
+
+
+def _square(rows: np.ndarray) -> np.ndarray:
+    """The rows of lower triangles (…, T (T + 1) / 2) as matrices (…, T, T)."""
+    T = int((2 * rows.shape[-1]) ** 0.5)
+    pattern = np.zeros((*rows.shape[:-1], T, T), rows.dtype)
+    pattern[..., *np.tril_indices(T)] = rows
+    return pattern
