@@ -37,7 +37,8 @@ class Arm(NamedTuple):
 STUDIES: dict[str, tuple[int, list[Arm]]] = {           # name → seeds, arms
     "toy": (5, [Arm(name, name) for name in ("toy_2l", "toy_1l", "toy_1l_smear", "toy_fixed_period")]),
     "text": (3, [Arm(name, name) for name in ("text_mixed_2l", "text_mixed_1l", "text_only_2l", "text_smear")]),
-    "positions": (3, [Arm(f"position_{name}", "toy_2l", (f"model.position={name}",)) for name in ("rope", "learned", "sinusoidal", "none")]),
+    "positions": (3, [Arm(f"position_{name}", "toy_2l", (f"model.position={name}",))
+                      for name in ("rope", "learned", "sinusoidal", "none")]),
     "gqa": (3, [Arm(f"gqa_{kv}", "toy_2l", ("model.n_heads=8", f"model.n_kv_heads={kv}")) for kv in (8, 4, 2, 1)]),
 }
 
@@ -56,7 +57,8 @@ def train_missing(arms: list[Arm], seeds: int, at_once: int) -> None:
     with ThreadPoolExecutor(at_once) as pool:
         for n, (job, _) in enumerate(zip(missing, pool.map(train, missing)), 1):
             passed = time.monotonic() - started
-            print(f"{n}/{len(missing)}  {job[0].run(job[1])}  {passed:.0f} s, about {passed / n * (len(missing) - n):.0f} s left", flush=True)
+            left = passed / n * (len(missing) - n)
+            print(f"{n}/{len(missing)}  {job[0].run(job[1])}  {passed:.0f} s, about {left:.0f} s left", flush=True)
 
 
 def finished(arm: Arm, seed: int) -> bool:

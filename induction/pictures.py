@@ -1,7 +1,7 @@
 """Patterns as pictures: pixels for wandb and for the movie, in milliseconds (a matplotlib figure takes a third of a second)."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -53,8 +53,8 @@ def portrait(pattern: np.ndarray, title: str, side: int = 320) -> np.ndarray:
     return np.asarray(picture)
 
 
-def movie(path: Path, frames: Sequence[np.ndarray], seconds: float = 8.0) -> None:
+def movie(file: BinaryIO, frames: Sequence[np.ndarray], seconds: float = 8.0) -> None:
     """Frames of one size → an endless GIF of about so many seconds, its last frame held for two."""
     images = [Image.fromarray(frame).quantize(64) for frame in frames]
     times = [max(40, int(1000 * seconds / len(images)))] * (len(images) - 1) + [2000]
-    images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=times, loop=0, optimize=True)
+    images[0].save(file, format="GIF", save_all=True, append_images=images[1:], duration=times, loop=0, optimize=True)

@@ -6,12 +6,16 @@ from pathlib import Path
 import numpy as np
 
 from data.config import DataConfig
-from induction.phase import Transition, transition
-from induction.scores import SCORES
+from errors import UserError
+from files import whole_file
+from induction.phase import FORMED, Transition, transition
+from induction.pictures import movie, shade
+from induction.scores import SCORES, Measured
 from induction.snapshots import Snapshots
 from induction.viewer import Passage, Snapshot, View, write_viewer
+from kernels.head_statistics import REACH
 from model.config import ModelConfig
-from model.taps import heads_of
+from model.taps import Head, heads_of
 
 CURVES = ("train/loss", "val/loss", "repeat/loss_first", "repeat/loss_second", "icl/score")
 
@@ -72,3 +76,146 @@ def remarks(data: DataConfig) -> list[str]:
     if "repeats" in data.corpora and not data.repeats.held_out_periods:
         said.append("No period was held out of its training by name (data.repeats.held_out_periods).")
     return said
+
+
+def kind_of_run(config) -> str:
+    """What runs that differ by their seed alone share, as a name."""
+    name = config.run
+    for ending in (f"-s{config.seed}", f"_s{config.seed}", f"-seed{config.seed}"):
+        name = name.removesuffix(ending)
+    return name
+
+
+# --- figures --------------------------------------------------------------------------------------------------------------
+
+GREY, INK = "#9aa0a8", "#30343a"
+
+
+def plots(folder: Path, config, records: list[dict], measured: Measured) -> list[Path]:
+    """Figures of a run in `folder`/figures, PNG and SVG each; the paths of the PNGs."""
+    made = {"formation": formation(config.model, records), "scores": grids(config.model, measured),
+            "offsets": offsets(config.model, measured)}
+    target = folder / "figures"
+    target.mkdir(exist_ok=True)
+    for name, figure in made.items():
+        for kind in ("png", "svg"):
+            with whole_file(target / f"{name}.{kind}") as file:
+                figure.savefig(file, format=kind, dpi=160)
+    return [target / f"{name}.png" for name in made]
+
+
+def figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+    """A matplotlib figure and its axes, as an array, drawn without a screen and without the state of pyplot."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    with rc_context({"font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.edgecolor": GREY, "axes.labelcolor": INK,
+                     "axes.spines.top": False, "axes.spines.right": False, "xtick.color": INK, "ytick.color": INK}):
+        drawn = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(drawn)
+        return drawn, drawn.subplots(rows, columns, squeeze=False, **options)
+
+
+def formation(model: ModelConfig, records: list[dict]):
+    """Losses above, prefix matching of every head below, on one axis of tokens."""
+    drawn, ((above,), (below,)) = figure(6.4, 4.4, 2, 1, sharex=True)
+    for name, label, colour in (("train/loss", "training", GREY), ("val/loss", "validation", INK),
+                                ("repeat/loss_first", "random tokens", "#e0a458"), ("repeat/loss_second", "the same, repeated", "#c8553d")):
+        if found := curve(records, name):
+            above.plot(found[0] / 1e6, found[1], color=colour, lw=1.2, label=label)
+    above.set_ylabel("loss, nats per token")
+    above.legend(frameon=False, fontsize=8)
+    moved, (tokens, scores) = model_transition(records), score_curves(records, "prefix_matching", model)
+    for head in heads_of(model):
+        strong = scores[-1][head] >= FORMED
+        below.plot(tokens / 1e6, scores[:, *head], **_line(head, strong))
+    for axes in (above, below) if moved else ():
+        axes.axvspan(moved.onset / 1e6, moved.end / 1e6, color="#2c69b0", alpha=0.10, lw=0)
+    below.set(xlabel="million tokens", ylabel="prefix matching", ylim=(-0.02, 1.02))
+    if (scores[-1] >= FORMED).any():
+        below.legend(frameon=False, fontsize=8)
+    return drawn
+
+
+def grids(model: ModelConfig, measured: Measured):
+    """Every score as a grid of heads, layer 0 below."""
+    names = [name for name in SCORES if name in measured.scores]
+    columns = min(4, len(names))
+    drawn, axes = figure(2.3 * columns, (0.7 + 0.45 * model.n_layers) * -(-len(names) // columns), -(-len(names) // columns), columns)
+    for place, name in zip(axes.flat, names):
+        values = measured.scores[name].numpy()
+        low, high = {"copying": (-1, 1), "distance": (0, max(1.0, values.max()))}.get(name, (0, 1))
+        place.imshow(values, cmap="RdBu_r" if low < 0 else "Blues", vmin=low, vmax=high, origin="lower", aspect="auto")
+        for layer, index in heads_of(model) if model.n_heads <= 8 else ():
+            dark = abs(values[layer, index] - (low + high) / 2 * (low < 0)) > 0.6 * high
+            place.text(index, layer, f"{values[layer, index]:.2f}".replace("0.", "."), ha="center", va="center", fontsize=7,
+                       color="white" if dark else "black")
+        place.set_title(name.replace("_", " "), fontsize=9, loc="left")
+        place.set(xticks=range(model.n_heads), yticks=range(model.n_layers))
+        place.set_xticklabels([f"H{index}" for index in range(model.n_heads)], fontsize=7)
+        place.set_yticklabels([f"L{layer}" for layer in range(model.n_layers)], fontsize=7)
+    for place in axes.flat[len(names):]:
+        place.set_axis_off()
+    return drawn
+
+
+def offsets(model: ModelConfig, measured: Measured):
+    """Attention around the induction target, a line a head."""
+    drawn, ((axes,),) = figure(6.4, 2.6)
+    for head in heads_of(model):
+        strong = measured.scores["prefix_matching"][head] >= FORMED or measured.offset_profile[head].max() >= FORMED
+        axes.plot(range(-REACH, REACH + 1), measured.offset_profile[head], **_line(head, strong))
+    axes.axvline(0, color=GREY, lw=0.8, ls=":")
+    axes.set(xlabel="position, relative to the token after the latest earlier copy", ylabel="attention", ylim=(-0.02, 1.02))
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8)
+    return drawn
+
+
+def _line(head: Head, strong: bool) -> dict:
+    """A head that stands out has a colour and a name, the others are grey."""
+    return {"lw": 1.6, "label": str(head)} if strong else {"lw": 0.8, "color": GREY}
+
+
+def write_movie(folder: Path, config, records: list[dict]) -> Path:
+    """`folder`/heads.gif: the pattern of the head that ends strongest, at every snapshot, beside the curves it belongs to.
+
+    Raises UserError where the run kept no snapshots.
+    """
+    saved, found = Snapshots(folder / "heads"), score_curves(records, "prefix_matching", config.model)
+    if len(saved) < 2 or found is None:
+        raise UserError(f"{folder} has no snapshots to make a movie of (train with heads.every above 0)")
+    tokens, scores = found
+    head = max(heads_of(config.model), key=lambda head: scores[-1][head])
+    frames = [_frame(snapshot, head, tokens, scores, records, config.model) for snapshot in saved]
+    path = folder / "heads.gif"
+    with whole_file(path) as file:
+        movie(file, frames)
+    return path
+
+
+def _frame(snapshot: Snapshot, head: Head, tokens: np.ndarray, scores: np.ndarray, records: list[dict], model: ModelConfig) -> np.ndarray:
+    drawn, axes = figure(7.2, 3.6, 2, 2, width_ratios=(1.15, 1))
+    grid = axes[0, 0].get_gridspec()
+    for place in axes[:, 0]:
+        place.remove()
+    left = drawn.add_subplot(grid[:, 0])
+    left.imshow(shade(snapshot.patterns[0][head]), interpolation="nearest")
+    left.set(xticks=[], yticks=[], title=f"{head} on random tokens, shown twice", xlabel="attends to", ylabel="token")
+    upper, lower = axes[:, 1]
+    for one in heads_of(model):
+        upper.plot(tokens / 1e6, scores[:, *one], color="#2c69b0" if one == head else "#cfd4da", lw=1.8 if one == head else 0.9,
+                   zorder=3 if one == head else 1)
+    upper.set(ylim=(-0.02, 1.02), title="prefix matching, every head", xticklabels=[])
+    for name, colour, label in (("repeat/loss_first", "#e0a458", "first copy"), ("repeat/loss_second", "#c8553d", "second copy")):
+        x, y = curve(records, name)
+        lower.plot(x / 1e6, y, color=colour, lw=1.5, label=label)
+    lower.legend(frameon=False, fontsize=7)
+    lower.set(title="loss on random tokens", xlabel="million tokens trained on")
+    for place in (upper, lower):
+        place.axvline(snapshot.tokens / 1e6, color=INK, lw=0.9)
+        place.set_xlim(0, tokens[-1] / 1e6)
+    left.text(0.98, 0.96, f"step {snapshot.step:,}\n{snapshot.tokens / 1e6:.2f} M tokens", transform=left.transAxes,
+              ha="right", va="top", fontsize=10)
+    drawn.canvas.draw()
+    return np.asarray(drawn.canvas.buffer_rgba())[..., :3].copy()

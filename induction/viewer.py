@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from files import whole_file
+from induction.scores import SCORES
 
 TEMPLATE = Path(__file__).with_name("viewer.html")
 
@@ -90,10 +91,11 @@ def as_json(view: View, moments: list[dict]) -> str:
     content = view._asdict() | {
         "passages": [passage._asdict() for passage in view.passages],
         "snapshots": moments,
+        "explanations": SCORES,
         "scores": {name: series(*score) for name, score in view.scores.items()},
         "curves": {name: series(*curve) for name, curve in view.curves.items()},
     }
-    return json.dumps(content, allow_nan=False).replace("<", "\\u003c")
+    return json.dumps(content, allow_nan=False, default=float).replace("<", "\\u003c")
 
 
 def series(tokens: np.ndarray, values: np.ndarray) -> dict[str, list]:

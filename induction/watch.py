@@ -6,7 +6,6 @@ It draws no random number and leaves no trace in the model: training with it and
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from data.tokenizer import END_OF_TEXT, Tokenizer

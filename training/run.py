@@ -11,16 +11,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from data.dataset import Dataset
+from data.tokenizer import Tokenizer
 from errors import UserError
 from files import explain_disk_errors, only_one, whole_file
 from model.budget import flops_per_token
 from model.gpt import GPT
 from training.checkpoint import (
+    find_checkpoint,
+    load_model,
     load_optimizer,
     load_weights,
     point_at_newest,
@@ -67,6 +71,38 @@ def newest_state(folder: Path) -> dict:
     """What the newest checkpoint of a run notes; of a run without one, step 0."""
     whole = whole_checkpoints(folder / "checkpoints")
     return read_state(whole[-1]) if whole else {"step": 0, "tokens": 0, "seconds": 0.0, "data": {}}
+
+
+class LoadedRun(NamedTuple):
+    """A run to look at: its model at one checkpoint, and what goes with it."""
+
+    folder: Path
+    step: int
+    config: Config
+    model: GPT
+    tokenizer: Tokenizer
+
+    def checkpoints(self) -> list[Path]:
+        """All that are kept, oldest first."""
+        return whole_checkpoints(self.folder / "checkpoints")
+
+
+def load_run(where: str | Path, step: int | None = None, device: torch.device | str = "cpu") -> LoadedRun:
+    """Open runs/NAME at its newest checkpoint, or at that of `step`, or the checkpoint that `where` itself names.
+
+        run = load_run("runs/quickstart")
+        with taps(run.model, "L*.pattern") as cache:
+            run.model(tokens)
+    """
+    checkpoint = find_checkpoint(where)
+    if step is not None:
+        kept = {int(path.name): path for path in whole_checkpoints(checkpoint.parent)}
+        if step not in kept:
+            raise UserError(f"{where} has no checkpoint of step {step}; there are {', '.join(map(str, kept))}")
+        checkpoint = kept[step]
+    model, tokenizer = load_model(checkpoint, device)
+    config = load_config(checkpoint / "training_state" / "config.yaml")
+    return LoadedRun(checkpoint.parent.parent, int(checkpoint.name), config, model, tokenizer)
 
 
 class Run:
@@ -258,8 +294,8 @@ class Run:
         heads = {key.rsplit("/", 1)[-1]: value for key, value in latest.items() if key.startswith("heads/prefix_matching/")}
         if heads:
             best = max(heads, key=heads.get)
-            lines.append(f"heads      {best} matches prefixes at {heads[best]:.2f} (1: a perfect induction head), the second copy of random "
-                         f"tokens costs {latest['repeat/loss_second']:.2f} nats, the first {latest['repeat/loss_first']:.2f}")
+            lines.append(f"heads      {best} matches prefixes at {heads[best]:.2f} (1: a perfect induction head); random tokens cost "
+                         f"{latest['repeat/loss_first']:.2f} nats, repeated {latest['repeat/loss_second']:.2f}")
         if "train/tokens_per_second" in latest:
             lines.append(f"speed      {short(latest['train/tokens_per_second'])} tokens/s")
         lines.append(f"saved      {saved[-1] if saved else 'no checkpoint (checkpoint.every=0)'}")
