@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-LOCAL = {"model", "kernels", "data", "training", "settings", "files", "errors"}
+LOCAL = {"model", "kernels", "data", "training", "induction", "settings", "files", "errors"}
 
 
 class UserError(Exception):

@@ -79,8 +79,7 @@ def train(config, folder: Path, changed: list[str]) -> None:
             if run.stop_requested:
                 break
         run.wait_for_checkpoint()
-        if watch:
-            page = write_report(folder, config, run.metrics.read())
+        if watch and (page := write_report(folder, config, run.metrics.read())):
             run.show(lambda: {"heads/report": page})
         run.say(run.summary())
         if run.step < config.train.steps:

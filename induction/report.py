@@ -21,13 +21,15 @@ CURVES = ("train/loss", "val/loss", "repeat/loss_first", "repeat/loss_second", "
 
 
 def write_report(folder: Path, config, records: list[dict], causal: dict[str, float] | None = None, *,
-                 passages: list[Passage] | None = None, snapshots: Iterable[Snapshot] | None = None) -> Path:
-    """Write `folder`/report.html from a run's config and its records of metrics.jsonl; its path.
+                 passages: list[Passage] | None = None, snapshots: Iterable[Snapshot] | None = None) -> Path | None:
+    """Write `folder`/report.html from a run's config and its records of metrics.jsonl; its path, None if the run kept no snapshots.
 
     causal       what ablating each head alone costs, in nats
     passages     texts other than those the run kept pictures of, with their `snapshots`
     """
     saved, model = Snapshots(folder / "heads"), config.model
+    if snapshots is None and not len(saved):
+        return None                                         # stopped before the first look
     moved = model_transition(records)
     view = View(
         title=config.run, subtitle=f"{model.n_layers} layer{'s'[:model.n_layers > 1]} × {model.n_heads} heads, "

@@ -1,0 +1,162 @@
+"""induction/ablation.py against models whose weights were cut by hand; induction/phase.py on curves whose moments are known."""
+
+import numpy as np
+import pytest
+import torch
+from test_scores import make_model
+
+from induction.ablation import effect, losses_without, matched_sets, path_patch
+from induction.phase import band, transition
+from induction.probes import repeats
+from model.config import ModelConfig
+from model.taps import Head, heads_of, taps
+
+PROBE = repeats([8, 11], 40, np.arange(59), 59, rows=6)
+ROWS = PROBE.tokens
+TWO = [Head(0, 1), Head(1, 3)]
+
+
+def test_no_heads_no_change():
+    model = make_model()
+    intact = model.losses(ROWS[:, :-1], ROWS[:, 1:])
+    assert torch.equal(losses_without(model, ROWS, []), intact)
+    assert effect(model, [], PROBE).second_copy == 0
+
+
+@torch.no_grad()
+def test_zero_is_the_model_without_those_rows_of_w_o():
+    model = make_model(mlp="swiglu")
+    found = losses_without(model, ROWS, TWO)
+    for layer, head in TWO:
+        model.blocks[layer].attn.w_o.weight[:, head * 8:(head + 1) * 8] = 0
+    assert torch.allclose(found, model.losses(ROWS[:, :-1], ROWS[:, 1:]), atol=1e-5)
+
+
+@torch.no_grad()
+def test_mean_and_resample_put_in_what_the_intact_model_wrote():
+    model = make_model()
+    with taps(model, "L*.z") as cache:
+        model.hidden(ROWS[:, :-1])
+    z = {name: value.clone() for name, value in cache.items()}
+
+    def with_(replacement) -> torch.Tensor:
+        def at(layer: int, head: int):
+            def put(x):
+                x = x.clone()
+                x[:, head] = replacement(z[f"L{layer}.z"][:, head])
+                return x
+            return put
+        with taps(model, {f"L{layer}.z": at(layer, head) for layer, head in TWO}):
+            return model.losses(ROWS[:, :-1], ROWS[:, 1:])
+
+    mean = losses_without(model, ROWS, TWO, "mean")
+    resampled = losses_without(model, ROWS, TWO, "resample")
+    assert torch.allclose(mean, with_(lambda x: x.mean((0, 1))), atol=1e-6)
+    assert torch.allclose(resampled, with_(lambda x: torch.cat([x[1:], x[:1]])), atol=1e-6)
+    assert not torch.allclose(mean, resampled, atol=1e-3)
+
+
+def test_patterns_kept_are_the_intact_models():
+    """The same pattern in every layer, and so another loss than where later heads look elsewhere."""
+    model = make_model()
+    with taps(model, "L*.pattern") as cache, torch.no_grad():
+        model.hidden(ROWS[:, :-1])
+    intact = dict(cache)
+    with taps(model, "L*.pattern") as seen:
+        kept = losses_without(model, ROWS, [Head(0, 1)], patterns_kept=True)
+    assert all(torch.allclose(seen[name], intact[name], atol=1e-6) for name in intact)
+    with taps(model, "L*.pattern") as seen:
+        full = losses_without(model, ROWS, [Head(0, 1)])
+    assert not torch.allclose(seen["L1.pattern"], intact["L1.pattern"], atol=1e-2) and not torch.allclose(kept, full, atol=1e-2)
+    last = [Head(1, 0)]                                         # nothing looks after the last layer
+    assert torch.allclose(losses_without(model, ROWS, last, patterns_kept=True), losses_without(model, ROWS, last), atol=1e-5)
+
+
+def test_an_effect_is_the_change_in_the_second_copy():
+    model = make_model()
+    lost = effect(model, TWO, PROBE, text=ROWS)
+    before, after = losses_without(model, ROWS, []), losses_without(model, ROWS, TWO)
+    change = (after - before)[PROBE.second_copy].mean().item()
+    gain = (before[PROBE.first_copy].mean() - before[PROBE.second_copy].mean()).item()
+    assert lost.second_copy == pytest.approx(change, abs=1e-5) and lost.gain_removed == pytest.approx(change / gain, rel=1e-4)
+    assert lost.validation == pytest.approx((after - before).mean().item(), abs=1e-5) and lost.icl is not None
+
+
+def test_matched_sets_are_others_of_the_same_layers():
+    config = ModelConfig(n_layers=3, n_heads=6, d_model=48)
+    heads = [Head(1, 0), Head(1, 1), Head(2, 5)]
+    sets = matched_sets(config, heads, most=10)
+    assert len(sets) == len(set(sets)) == 10
+    for some in sets:
+        assert [head.layer for head in some] == [1, 1, 2] and not set(some) & set(heads) and set(some) <= set(heads_of(config))
+    assert matched_sets(config, [Head(0, h) for h in range(6)]) == []
+    assert [len(some) for some in matched_sets(config, [Head(0, h) for h in range(4)])] == [2]          # all the others that there are
+    assert matched_sets(config, heads) == sets
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["q", "k", "v"])
+def test_path_patching_changes_one_input_of_one_head(by):
+    """By the model's own modules: the receiver's input without what the sender wrote, everything else untouched."""
+    model, sender, receiver = make_model(), Head(0, 2), Head(1, 1)
+    tokens = ROWS[:, :-1]
+    with taps(model, ["L1.resid_pre", "L0.z", f"L1.{by}"]) as cache:
+        model.hidden(tokens)
+    intact = dict(cache)
+    written = torch.zeros_like(intact["L0.z"])
+    written[:, sender.index] = intact["L0.z"][:, sender.index]
+    without = intact["L1.resid_pre"] - model.blocks[0].attn.w_o(written.transpose(1, 2).flatten(2))
+    with taps(model, {"L1.resid_pre": lambda x: without, f"L1.{by}": None}) as cache:
+        model.hidden(tokens)
+    slot = receiver.index if by == "q" else receiver.index // 2
+    patched = intact[f"L1.{by}"].clone()
+    patched[:, slot] = cache[f"L1.{by}"][:, slot]
+    with taps(model, {f"L1.{by}": lambda x: patched}):
+        expected = model.losses(tokens, ROWS[:, 1:])
+    found = path_patch(model, ROWS, sender, receiver, by)
+    assert torch.allclose(found, expected, atol=1e-5) and not torch.allclose(found, model.losses(tokens, ROWS[:, 1:]), atol=1e-4)
+    with pytest.raises(ValueError, match="does not come before"):
+        path_patch(model, ROWS, receiver, sender, by)
+
+
+def test_path_patching_leaves_what_lies_between_as_it_was():
+    """Through a layer between the two nothing changes but what goes straight on: with the layer's heads silent, it is the same."""
+    model = make_model(n_layers=3, mlp="swiglu")
+    found = path_patch(model, ROWS, Head(0, 0), Head(2, 3), "k")
+    with taps(model, ["L1.z", "L1.mlp_out", "L0.mlp_out"]) as cache, torch.no_grad():
+        model.hidden(ROWS[:, :-1])
+    held = {name: (lambda value: lambda _: value)(value) for name, value in cache.items()}
+    with taps(model, held):
+        again = path_patch(model, ROWS, Head(0, 0), Head(2, 3), "k")
+    assert torch.allclose(found, again, atol=1e-6)
+
+
+# --- when it formed ---------------------------------------------------------------------------------------------------------------
+
+def test_a_transition_is_found_where_it_was_put():
+    x = np.arange(0, 101) * 1000.0
+    y = np.interp(x, [0, 40000, 60000, 100000], [0.03, 0.03, 0.93, 0.93])             # a straight rise of 0.9 over 20 thousand
+    found = transition(x, y)
+    at = lambda level: 40000 + (level - 0.03) / 0.9 * 20000
+    assert found.final == pytest.approx(0.93)
+    assert found.onset == pytest.approx(at(0.093)) and found.end == pytest.approx(at(0.837))
+    assert found.crossings == {level: pytest.approx(at(level)) for level in (0.3, 0.4, 0.5)}
+
+
+def test_a_blip_before_it_is_not_its_onset_and_no_rise_is_no_transition():
+    x = np.arange(100.0)
+    y = np.where(x < 50, 0.02, 0.9)
+    y[20] = 0.3
+    assert 49 <= transition(x, y).onset <= 50
+    assert transition(x, np.full(100, 0.05)) is None and transition([], []) is None
+    assert transition(x, np.where(x < 50, 0.9, 0.1)) is None                          # what is lost again has not formed
+    assert transition(x, 0 * x + 0.8).onset == 0                                      # there from the first look
+
+
+def test_a_band_is_students_interval():
+    curves = [(np.arange(5.0), np.full(5, value)) for value in (1.0, 2.0, 3.0)] + [(np.arange(1.0, 9.0), np.full(8, 2.0))]
+    found = band(curves)
+    assert found.x.tolist() == [1, 2, 3, 4] and found.mean.tolist() == [2] * 4
+    half = 3.18 * np.std([1, 2, 3, 2], ddof=1) / 2
+    assert np.allclose(found.high - found.mean, half) and np.allclose(found.mean - found.low, half)
+    assert band(curves[:1]).low.tolist() == [1] * 5

@@ -1,0 +1,294 @@
+"""induction/scores.py and probes.py: against dense patterns and dense matrices, and on heads whose score is known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from data.config import DataConfig
+from data.tokenizer import make_tokenizer
+from induction.probes import Probes, Repeats, probes_of, repeats, unrepeated
+from induction.scores import (
+    SCORES,
+    attention_scores,
+    composition,
+    copying,
+    copying_eigenvalues,
+    icl_score,
+    measure,
+    qk_trace,
+    score_text,
+)
+from kernels.attention import attention
+from kernels.head_statistics import head_statistics
+from kernels.reference import attention_pattern
+from model.config import ModelConfig
+from model.gpt import GPT
+from model.taps import heads_of, taps
+
+V = 60
+
+
+def make_model(seed: int = 0, **shape) -> GPT:
+    """A model whose heads differ: peaked patterns, and gains that are not 1."""
+    model = GPT(ModelConfig(**{"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_model": 32, "n_ctx": 48, "vocab_size": V, "mlp": "none",
+                               "zero_init": False} | shape), seed)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(torch.randn(model.lm_head.weight.shape, generator=draw))
+        for name, p in model.named_parameters():
+            if name.endswith("gain"):
+                p.copy_(1 + 0.5 * torch.rand(p.shape, generator=draw))
+            if "w_q" in name:
+                p.mul_(3)
+    return model
+
+
+PROBE = repeats([8, 11, 13], 40, np.arange(V - 1), V - 1, rows=6, seed=1)
+
+
+# --- probes ---------------------------------------------------------------------------------------------------------------
+
+def test_a_probe_is_its_definition():
+    for row, period in zip(PROBE.tokens.tolist(), PROBE.periods.tolist()):
+        block = row[1:1 + period]
+        assert row[0] == V - 1 and len(set(block)) == period and V - 1 not in block
+        assert all(row[i] == row[i - period] for i in range(1 + period, 40))
+    assert PROBE.periods.tolist() == [8, 11, 13, 8, 11, 13]
+    row = PROBE.periods.tolist().index(11)
+    assert PROBE.queries[row].nonzero().flatten().tolist() == list(range(12, 40))
+    # targets are one to the right: target t is token t + 1
+    assert PROBE.first_copy[row].nonzero().flatten().tolist() == list(range(0, 11))
+    assert PROBE.second_copy[row].nonzero().flatten().tolist() == list(range(12, 22))         # token 12, the seam, left out
+    again = repeats([8, 11, 13], 40, np.arange(V - 1), V - 1, rows=6, seed=1)
+    assert torch.equal(again.tokens, PROBE.tokens)
+    assert not torch.equal(repeats([8, 11, 13], 40, np.arange(V - 1), V - 1, rows=6, seed=2).tokens, PROBE.tokens)
+
+
+def test_a_run_is_probed_on_what_it_never_trained_on():
+    tokenizer = make_tokenizer(DataConfig(tokenizer="bytes").tokenizer, iter(()))
+
+    def of(n_ctx: int = 64, **data) -> Probes | None:
+        return probes_of(DataConfig(tokenizer="bytes", **data), n_ctx, tokenizer, 0)
+
+    held = {"corpus": "repeats", "repeats": {"period": [8, 32], "held_out_periods": [12, 18], "held_out_tokens": 0.25, "n_tokens": 128}}
+    probes = of(**held)
+    assert set(probes.held_out.periods.tolist()) == {12, 18} and not {12, 18} & set(probes.trained.periods.tolist())
+    known, unseen = set(probes.held_out.tokens[:, 1:].flatten().tolist()), set(probes.unseen_tokens.tokens[:, 1:].flatten().tolist())
+    assert not known & unseen and max(known | unseen) < 128 and len(known) > 80
+    assert all(len(set(row)) == len(row) == 26 for row in probes.unrepeated.tolist())
+    unnamed = of(corpus="repeats", repeats={"period": [16, 16]})
+    assert 16 not in unnamed.held_out.periods and len(unnamed.held_out.periods.unique()) >= 3
+    assert of().trained is None and of().unseen_tokens is None and "training repeats nothing" in of().note
+    assert of(n_ctx=6) is None
+
+
+# --- attention --------------------------------------------------------------------------------------------------------------
+
+def dense_scores(pattern: torch.Tensor, tokens: torch.Tensor, queries: torch.Tensor, window: int | None) -> dict[str, torch.Tensor]:
+    """The definitions on a pattern (B, H, T, T), one query at a time."""
+    names = [name for name in SCORES if name != "copying"]
+    total, count = {name: torch.zeros(pattern.shape[1], dtype=torch.float64) for name in names}, 0
+    for b, i in queries.nonzero().tolist():
+        A, x = pattern[b, :, i].double(), tokens[b].tolist()
+        follows = [j for j in range(1, i + 1) if x[j - 1] == x[i]]
+        seen = min(i + 1, window or i + 1)
+        total["prefix_matching"] += A[:, follows].sum(-1)
+        total["latest_match"] += A[:, follows[-1]] if follows else 0
+        total["previous_token"] += A[:, i - 1]
+        total["duplicate_token"] += A[:, [j for j in range(i) if x[j] == x[i]]].sum(-1)
+        total["first_token"] += A[:, 0]
+        total["entropy"] += torch.special.entr(A).sum(-1) / math.log(seen) if seen > 1 else 0
+        total["distance"] += (A * (i - torch.arange(A.shape[1]))).sum(-1)
+        count += 1
+    return {name: value / count for name, value in total.items()}
+
+
+@pytest.mark.parametrize("shape, dtype, tolerance", [
+    ({}, torch.float32, 1e-5),
+    ({"window": [None, 9], "position": "learned"}, torch.float32, 1e-5),
+    ({"n_kv_heads": 1, "mlp": "swiglu", "smear": True, "qk_norm": True}, torch.float32, 1e-5),
+    ({}, torch.bfloat16, 5e-3),
+])
+def test_scores_are_those_of_the_dense_pattern(shape, dtype, tolerance):
+    model = make_model(**shape)
+    model.compute_dtype = dtype
+    found = attention_scores(model, PROBE.tokens, PROBE.queries)
+    with taps(model, ["L*.q", "L*.k"]) as cache, torch.no_grad():
+        model.hidden(PROBE.tokens)
+    for layer, window in enumerate(model.config.windows):
+        pattern, _ = attention_pattern(cache[f"L{layer}.q"].double(), cache[f"L{layer}.k"].double(), window=window)
+        for name, values in dense_scores(pattern, PROBE.tokens, PROBE.queries, window).items():
+            scale = 10 if name == "distance" else 1
+            assert torch.allclose(found.scores[name][layer], values, atol=scale * tolerance, rtol=0), (name, layer)
+
+
+def test_any_text_is_scored_over_all_queries_with_an_earlier_key():
+    model, tokens = make_model(), torch.randint(0, 9, (3, 30), generator=torch.Generator().manual_seed(0))
+    queries = torch.ones(3, 30, dtype=torch.bool)
+    queries[:, 0] = False
+    with taps(model, "L*.pattern") as cache, torch.no_grad():
+        model.hidden(tokens)
+    found = score_text(model, tokens).scores
+    for name, values in dense_scores(cache["L1.pattern"], tokens, queries, None).items():
+        assert torch.allclose(found[name][1], values, atol=1e-4), name
+
+
+def statistics_of(wanted: torch.Tensor, probe: Repeats):
+    """Scores of a head whose attention logits are `wanted` (B, T, T)."""
+    T = wanted.shape[1]
+    q, k = wanted[:, None] * T ** 0.5, torch.eye(T).expand(len(wanted), 1, T, T)
+    _, lse = attention(q, k, k, return_lse=True)
+    found = head_statistics(q, k, lse, probe.tokens)
+    share = probe.queries.double() / probe.queries.sum()
+    return {name: torch.einsum("bht...,bt->...", value.double(), share) for name, value in found._asdict().items()}
+
+
+@pytest.mark.parametrize("period", [8, 25, 50])
+@pytest.mark.parametrize("copies", [2, 4])
+def test_a_perfect_head_scores_one(period, copies):
+    probe = repeats([period], 1 + period * copies, np.arange(99), 99, rows=2)
+    x = probe.tokens
+    wanted = 60.0 * (x[:, :, None] == torch.nn.functional.pad(x[:, :-1], (1, 0), value=-1)[:, None, :])         # x_i = x_{j−1}
+    found = statistics_of(wanted, probe)
+    assert found["prefix_matching"].item() == pytest.approx(1, abs=1e-6)
+    assert max(found[name].item() for name in ("duplicate_token", "previous_token", "first_token")) < 1e-6
+
+
+def test_a_sink_is_no_induction_head():
+    probe = repeats([12, 18], 61, np.arange(99), 99)
+    wanted = torch.zeros(len(probe.tokens), 61, 61)
+    wanted[:, :, 0] = torch.log(0.98 / 0.02 * torch.arange(1, 62).float()).clamp(min=0)          # 98% on the first token, 2% on the rest
+    found = statistics_of(wanted, probe)
+    assert found["first_token"].item() == pytest.approx(0.98, abs=0.002) and found["prefix_matching"].item() <= 0.03
+
+
+def test_inputs_and_model_stay_as_they_are():
+    model, probe = make_model(), Repeats(PROBE.tokens.clone(), PROBE.periods.clone())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    tokens = unrepeated(26, np.arange(V - 1), V - 1)
+    kept = tokens.clone()
+    measure(model, probe, tokens)
+    assert torch.equal(probe.tokens, PROBE.tokens) and torch.equal(tokens, kept) and not model.tapped
+    assert all(torch.equal(before[name], p) and p.grad is None for name, p in model.named_parameters())
+
+
+def test_repeating_is_measured_inside_the_copies():
+    model = make_model()
+    found = measure(model, PROBE, PROBE.tokens[:, :9])
+    with torch.no_grad():
+        log_p = model(PROBE.tokens).double().log_softmax(-1)
+    losses = {"first": [], "second": []}
+    for b, period in enumerate(PROBE.periods.tolist()):
+        for t in range(39):
+            loss = -log_p[b, t, PROBE.tokens[b, t + 1]].item()
+            if t + 1 <= period:
+                losses["first"].append(loss)
+            elif period + 1 < t + 1 <= 2 * period:
+                losses["second"].append(loss)
+    assert found.loss_first == pytest.approx(np.mean(losses["first"]), rel=1e-5)
+    assert found.loss_second == pytest.approx(np.mean(losses["second"]), rel=1e-5)
+
+
+def test_the_icl_score_is_late_minus_early():
+    losses = torch.zeros(3, 600)
+    losses[:, 49], losses[:, 499] = 5.0, 3.0
+    assert icl_score(losses) == -2.0
+    short = torch.arange(64.0).repeat(2, 1)
+    assert icl_score(short) == pytest.approx(59.5 - 5.5)            # means of 56 … 63 and of 4 … 7
+    assert icl_score(torch.zeros(2, 15)) is None
+
+
+# --- weights ------------------------------------------------------------------------------------------------------------------
+
+def dense(model: GPT, layer: int, head: int) -> dict[str, torch.Tensor]:
+    """A head's matrices in float64, cut out of the parameters by hand; rows are vectors."""
+    block, D = model.blocks[layer], model.config.head_size
+    group = head // (model.config.n_heads // model.config.kv_heads)
+    norm = torch.diag(block.norm_attn.gain.double())
+    rows = {"q": (block.attn.w_q, head), "k": (block.attn.w_k, group), "v": (block.attn.w_v, group)}
+    found = {name: norm @ matrix.weight.double()[i * D:(i + 1) * D].T for name, (matrix, i) in rows.items()}
+    return found | {"o": block.attn.w_o.weight.double()[:, head * D:(head + 1) * D].T,
+                    "qk": found["q"] @ found["k"].T, "ov": found["v"] @ block.attn.w_o.weight.double()[:, head * D:(head + 1) * D].T}
+
+
+@torch.no_grad()
+def test_copying_is_what_the_heads_output_does_to_the_logits():
+    """One token at a time through the model's own modules."""
+    model = make_model()
+    tokens = unrepeated(20, np.arange(V - 1), V - 1, rows=3)
+    found = copying(model, tokens)
+    for layer in range(2):
+        with taps(model, f"L{layer}.v") as cache:
+            model.hidden(tokens)
+        for head in range(4):
+            shares = []
+            for b in range(3):
+                for j in range(1, 20):
+                    z = torch.zeros(4, 8)
+                    z[head] = cache[f"L{layer}.v"][b, head // 2, j]
+                    written = model.blocks[layer].attn.w_o(z.flatten()) * model.norm_final.gain
+                    logits = model.unembed(written)[tokens[b, 1:]].double()
+                    raised = (logits - logits.mean()).clamp(min=0)
+                    shares.append((raised[j - 1] / raised.sum()).item())
+            assert found[layer, head].item() == pytest.approx(2 * np.mean(shares) - 1, abs=1e-5)
+
+
+@torch.no_grad()
+def test_a_head_that_copies_scores_one_and_one_that_suppresses_minus_one():
+    model = make_model(n_layers=1, n_heads=1, n_kv_heads=1, d_model=64, d_head=64, position="none")
+    attn = model.blocks[0].attn
+    for gain in (model.blocks[0].norm_attn.gain, model.norm_final.gain):
+        gain.fill_(1)
+    attn.w_v.weight.copy_(torch.eye(64))
+    attn.w_o.weight.copy_(torch.eye(64))
+    model.embed.weight.copy_(torch.eye(V, 64))
+    model.lm_head.weight.copy_(torch.eye(V, 64))
+    tokens = unrepeated(26, np.arange(V - 1), V - 1)
+    assert copying(model, tokens).item() == pytest.approx(1, abs=1e-6) and copying_eigenvalues(model).item() == pytest.approx(1)
+    attn.w_o.weight.neg_()
+    assert copying(model, tokens).item() == pytest.approx(-1, abs=1e-6) and copying_eigenvalues(model).item() == pytest.approx(-1)
+
+
+@torch.no_grad()
+def test_eigenvalues_are_those_of_the_token_to_token_matrix():
+    model = make_model()
+    w_e, w_u = model.embed.weight.double(), (model.lm_head.weight.double() * model.norm_final.gain.double()).T
+    found = copying_eigenvalues(model)
+    for layer, head in heads_of(model.config):
+        values = torch.linalg.eigvals(w_e @ dense(model, layer, head)["ov"] @ w_u)                          # V of them
+        assert found[layer, head].item() == pytest.approx((values.real.sum() / values.abs().sum()).item(), abs=1e-5)
+
+
+@torch.no_grad()
+def test_composition_is_the_ratio_of_norms_above_chance():
+    model = make_model()
+    found = composition(model, 0, 1)
+    ratios = {name: torch.zeros(4, 4, dtype=torch.float64) for name in "qkv"}
+    for later in range(4):
+        for earlier in range(4):
+            one, two = dense(model, 0, earlier)["ov"], dense(model, 1, later)
+            for name, product, second in (("q", one @ two["qk"], two["qk"]), ("k", two["qk"] @ one.T, two["qk"]),
+                                          ("v", one @ two["ov"], two["ov"])):
+                ratios[name][later, earlier] = product.norm() / (one.norm() * second.norm())
+    for name, matrix in zip("qkv", found):
+        chance = (ratios[name] - matrix)
+        assert chance.std() < 1e-7 and torch.allclose(matrix, ratios[name] - chance.mean(), atol=1e-5)
+        assert 0.1 < chance.mean() < 0.3                                        # ~ 1 / √E
+    model = make_model(1, d_model=64, n_kv_heads=4)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.norm_attn.gain.fill_(1)
+    assert all(abs(matrix.mean()) < 0.01 for matrix in composition(model, 0, 1))        # random weights compose as by chance
+
+
+@torch.no_grad()
+def test_the_qk_trace_is_the_diagonal_of_the_matrix_of_all_tokens():
+    model = make_model()
+    found, w_e = qk_trace(model, 0, 1), model.embed.weight.double()
+    for later in range(4):
+        for earlier in range(4):
+            scores = w_e @ dense(model, 1, later)["qk"] @ (w_e @ dense(model, 0, earlier)["ov"]).T              # (V, V)
+            expected = (scores.diagonal().mean() - scores.mean()) / scores.std(correction=0)
+            assert found[later, earlier].item() == pytest.approx(expected.item(), abs=1e-5)
