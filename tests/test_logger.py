@@ -27,7 +27,7 @@ def test_wandb_holds_every_key_of_metrics_jsonl(workplace):
     assert done.returncode == 0 and "wandb sync" in done.stdout, done.stderr
     records = metrics(Path("runs/tiny"))
     history = [record for record in inspect(Path("runs/tiny")) if record.get("type") == "history"]
-    assert len(history) == len(records)
+    assert sum("train/lr" in json.dumps(record) for record in history) == len(records)         # besides, pictures have lines of their own
     text = json.dumps(history)
     for key in set().union(*records.values()):
         assert f'"{key}"' in text or key in text

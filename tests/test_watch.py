@@ -1,0 +1,105 @@
+"""Watching heads while the real trainer trains: what is measured, what is kept, and that training does not notice."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, command, metrics
+from test_logger import inspect
+from test_train import same_bits
+
+from data.config import DataConfig
+from induction.probes import probes_of
+from induction.scores import measure
+from induction.snapshots import Snapshots
+from model.taps import heads_of, taps
+from training.run import load_run
+
+SCORES = ("prefix_matching", "latest_match", "previous_token", "duplicate_token", "first_token", "entropy", "distance", "copying")
+HEADS = [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
+
+
+def train(*arguments: str):
+    done = command("train.py", "tiny.yaml", *arguments)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_training_is_the_same_bit_for_bit_with_probes_and_without(workplace):
+    """Random rows in the mixture, dropout-free but with windows and document masks: whatever could draw a number or keep a state."""
+    options = ["data.mixture=[{corpus: files, weight: 0.5}, {corpus: repeats, weight: 0.5}]", "data.corpus=null",
+               "data.repeats={period: [4, 12], held_out_periods: [6]}", "model.smear=true", "data.mask_documents=true"]
+    train("run=watched", "heads.every=1", *options)
+    train("run=alone", "heads.every=0", *options)
+    assert same_bits(*(Path(f"runs/{run}/checkpoints/000012") for run in ("watched", "alone")))
+    watched, alone = metrics(Path("runs/watched")), metrics(Path("runs/alone"))
+    assert all(watched[step][key] == value for step in alone for key, value in alone[step].items())
+    assert not any(key.startswith(("heads", "repeat", "phase")) for record in alone.values() for key in record)
+    assert not Path("runs/alone/heads").exists() and not Path("runs/alone/report.html").exists()
+
+
+def test_what_is_logged_is_what_the_checkpoint_measures(workplace):
+    train("heads.every=5")
+    records = metrics(Path("runs/tiny"))
+    assert [step for step, record in records.items() if "repeat/loss_first" in record] == [5, 10, 12]       # and at the end
+    run = load_run("runs/tiny")
+    probes = probes_of(DataConfig(**TINY["data"]), 32, run.tokenizer, 1)
+    measured = measure(run.model, probes.held_out, probes.unrepeated)
+    for name in SCORES:
+        for head in heads_of(run.model.config):
+            assert records[12][f"heads/{name}/{head}"] == pytest.approx(measured.scores[name][head].item(), abs=1e-6)
+    assert records[12]["heads/offset_profile/L1H3"] == pytest.approx(measured.offset_profile[1, 3].tolist(), abs=1e-6)
+    assert records[12]["repeat/loss_second"] == pytest.approx(measured.loss_second) and "icl/score" in records[12]
+
+
+def test_snapshots_are_the_patterns_and_go_on_where_the_run_does(workplace):
+    train("heads.every=2", "train.steps=8")
+    saved = Snapshots(Path("runs/tiny/heads"))
+    assert [(s.step, s.tokens) for s in saved] == [(2, 512), (4, 1024), (6, 1536), (8, 2048)]
+    run = load_run("runs/tiny")
+    last = list(saved)[-1]
+    for n, passage in enumerate(json.loads(Path("runs/tiny/heads/passages.json").read_text())):
+        assert len(passage["tokens"]) == len(passage["ids"]) == 32
+        with taps(run.model, "L*.pattern") as cache, torch.no_grad():
+            run.model(torch.tensor([passage["ids"]]))
+        dense = torch.stack([cache[f"L{layer}.pattern"][0] for layer in range(2)])
+        assert np.abs(last.patterns[n] / 255 - dense.numpy()).max() <= 0.5 / 255 + 1e-6
+    (Path("runs/tiny/heads") / "000099.npz").write_bytes(b"of steps that will be made again")
+    assert command("train.py", "runs/tiny", "train.steps=10").returncode == 0
+    assert [s.step for s in saved] == [2, 4, 6, 8, 10]
+    assert Path("runs/tiny/report.html").stat().st_size > 20000
+
+
+def test_a_long_run_keeps_few_snapshots(workplace):
+    train("heads.every=1", "train.steps=100", "checkpoint.every=0", "eval.every=0", "train.batch_tokens=32")
+    assert [s.step for s in Snapshots(Path("runs/tiny/heads"))] == list(range(2, 101, 2))           # 64 at most
+
+
+def test_wandb_holds_every_key_image_table_and_page(workplace):
+    done = command("train.py", "tiny.yaml", "heads.every=4", "heads.images_every=8", "log.wandb=offline", env={"WANDB_MODE": "offline"})
+    assert done.returncode == 0, done.stderr
+    run = Path("runs/tiny")
+    history = [record for record in inspect(run) if record.get("type") == "history"]
+    text = json.dumps(history)
+    for key in [f"heads/{score}/{head}" for score in (*SCORES, "offset_profile") for head in HEADS] + [
+            "repeat/loss_first", "repeat/loss_second", "icl/score", "heads/patterns/random tokens", "heads/patterns/held-out text",
+            "heads/strongest/1", "heads/strongest/3", "heads/table", "heads/report"]:
+        assert key in text, key
+    media = next((run / "wandb").glob("offline-run-*")) / "files" / "media"
+    images = sorted(media.glob("images/**/*.png"))
+    assert len(images) == 2 * 5                                             # steps 8 and 12: two mosaics, three heads
+    from PIL import Image
+    for path in images:
+        image = np.asarray(Image.open(path).convert("L"))
+        assert image.shape[0] > 100 and image.std() > 5
+    page = next(media.glob("html/**/*.html")).read_text()
+    assert "tiny" in page and "prefix_matching" in page and page == (run / "report.html").read_text()
+    table = json.loads(next(media.glob("table/**/*.json")).read_text())
+    assert table["columns"] == ["head", *SCORES] and [row[0] for row in table["data"]] == HEADS
+
+
+def test_a_context_too_short_to_repeat_is_not_probed(workplace):
+    train("model.n_ctx=4", "heads.every=2", "train.batch_tokens=64")
+    assert not any("repeat/loss_first" in record for record in metrics(Path("runs/tiny")).values())
