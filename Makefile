@@ -1,8 +1,8 @@
-# make quickstart · make test · make test-kernels · make venv
+# make quickstart · make test · make test-kernels · make test-lens · make venv
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-kernels venv
+.PHONY: quickstart test test-kernels test-lens venv
 
 quickstart: .venv/installed
 	$(BIN)/python train.py configs/quickstart.yaml
@@ -18,6 +18,16 @@ test: .venv/installed
 # Every shape and mask of the kernels' protocol, and every tile for every target: half an hour on two cores.
 test-kernels: .venv/installed
 	$(BIN)/python -m pytest -n 2 -m grid
+
+# Patterns, scores and ablations beside TransformerLens's, which has an environment of its own.
+test-lens: .venv-lens/installed
+	HF_HUB_OFFLINE=1 .venv-lens/bin/python -m pytest -m lens tests/test_transformer_lens.py
+
+.venv-lens/installed: requirements-lens.txt requirements.txt
+	@$(PYTHON) -m venv --clear .venv-lens
+	@echo "installing TransformerLens beside the pinned requirements into .venv-lens (a minute or two)"
+	@.venv-lens/bin/python -m pip install --disable-pip-version-check -q -r $<
+	@touch $@
 
 venv: .venv/installed
 

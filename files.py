@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from errors import UserError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO,
-               errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST)           # the last: a dangling link for a folder
+               errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST)     # the last: a dangling link for a folder
 
 
 @contextlib.contextmanager

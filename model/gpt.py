@@ -12,7 +12,6 @@ from model.position import rope_table, sinusoidal_table
 from model.taps import eagerly, refuse, taps_of
 
 
-
 class GPT(nn.Module):
     """tokens (B, T) → logits (B, T, V). Parameters are float32; `compute_dtype` is what activations are kept in,
     `attention_backend` one of `kernels.attention`'s."""

@@ -29,6 +29,7 @@ TINY = {
     "optimizer": {"warmup_steps": 2},
     "eval": {"every": 6, "tokens": 1024},
     "checkpoint": {"every": 4, "keep": 2},
+    "heads": {"every": 4},
     "log": {"every": 1, "wandb": "disabled"},
 }
 

@@ -1,5 +1,7 @@
 """induction/ablation.py against models whose weights were cut by hand; induction/phase.py on curves whose moments are known."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -125,7 +127,7 @@ def test_path_patching_leaves_what_lies_between_as_it_was():
     found = path_patch(model, ROWS, Head(0, 0), Head(2, 3), "k")
     with taps(model, ["L1.z", "L1.mlp_out", "L0.mlp_out"]) as cache, torch.no_grad():
         model.hidden(ROWS[:, :-1])
-    held = {name: (lambda value: lambda _: value)(value) for name, value in cache.items()}
+    held = {name: partial(lambda value, _: value, value) for name, value in cache.items()}
     with taps(model, held):
         again = path_patch(model, ROWS, Head(0, 0), Head(2, 3), "k")
     assert torch.allclose(found, again, atol=1e-6)
@@ -137,7 +139,10 @@ def test_a_transition_is_found_where_it_was_put():
     x = np.arange(0, 101) * 1000.0
     y = np.interp(x, [0, 40000, 60000, 100000], [0.03, 0.03, 0.93, 0.93])             # a straight rise of 0.9 over 20 thousand
     found = transition(x, y)
-    at = lambda level: 40000 + (level - 0.03) / 0.9 * 20000
+
+    def at(level: float) -> float:
+        return 40000 + (level - 0.03) / 0.9 * 20000
+
     assert found.final == pytest.approx(0.93)
     assert found.onset == pytest.approx(at(0.093)) and found.end == pytest.approx(at(0.837))
     assert found.crossings == {level: pytest.approx(at(level)) for level in (0.3, 0.4, 0.5)}

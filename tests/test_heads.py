@@ -1,0 +1,140 @@
+"""`python heads.py` on real runs: its numbers, its files, its verdict, its mistakes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command, fails
+from PIL import Image
+from test_scores import dense_scores
+
+from induction.ablation import losses_without
+from model.taps import heads_of, taps
+from training.run import load_run
+
+
+def heads(*arguments, cwd: Path | None = None):
+    return command("heads.py", *arguments, cwd=cwd)
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of a finished run, to write into."""
+    shutil.copytree(trained.parent.parent, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "runs" / "tiny"
+
+
+def test_the_readme_command(run):
+    """A table, a page, figures, a movie."""
+    done = heads("runs/tiny", "--movie", "--json", "scores.json", cwd=run.parent.parent)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines if line[:1] == "L"] == [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
+    for word in ("prefix", "alone", "random tokens cost", "report.html", "figures/formation.png", "heads.gif"):
+        assert word in done.stdout, word
+    for name in ("formation", "scores", "offsets"):
+        picture = np.asarray(Image.open(run / "figures" / f"{name}.png").convert("L"))
+        assert picture.std() > 10 and (run / "figures" / f"{name}.svg").read_text().startswith("<?xml")
+    movie = Image.open(run / "heads.gif")
+    assert movie.n_frames >= 2 and movie.width > 400
+    scores = json.loads((run.parent.parent / "scores.json").read_text())
+    assert list(scores) == [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
+    row = lines[next(n for n, line in enumerate(lines) if line.startswith("L1H2"))].split()
+    assert float(row[1]) == pytest.approx(scores["L1H2"]["prefix_matching"], abs=1e-3)
+    assert float(row[-1]) == pytest.approx(scores["L1H2"]["alone"], abs=0.01)
+    page = (run / "report.html").read_text()
+    assert "L1H3" in page and '"causal"' in page
+
+
+def test_alone_is_the_loss_without_that_head(run):
+    assert heads("runs/tiny", "--json", "s.json", cwd=run.parent.parent).returncode == 0
+    found = json.loads((run.parent.parent / "s.json").read_text())
+    opened = load_run(run)
+    from heads import probes_for
+    probe = probes_for(opened).held_out
+    intact = losses_without(opened.model, probe.tokens, [])[probe.second_copy].mean().item()
+    for head in heads_of(opened.model.config):
+        without = losses_without(opened.model, probe.tokens, [head])[probe.second_copy].mean().item()
+        assert found[str(head)]["alone"] == pytest.approx(without - intact, abs=1e-5)
+
+
+def test_given_tokens_are_taken_as_they_are(run):
+    """Rows of different lengths, averaged over all their queries with an earlier key; checked on dense patterns, row by row."""
+    draw = np.random.default_rng(0)
+    rows = [draw.integers(0, 12, size=n).tolist() for n in (32, 7, 2, 20)]
+    (run / "ids.txt").write_text("\n".join([" ".join(map(str, rows[0])), ",".join(map(str, rows[1])), str(rows[2]), "",
+                                            " ".join(map(str, rows[3]))]))
+    done = heads(run, "--tokens", run / "ids.txt", "--json", run / "s.json")
+    assert done.returncode == 0, done.stderr
+    found, model = json.loads((run / "s.json").read_text()), load_run(run).model
+    total, count = {}, 0
+    for row in rows:
+        tokens = torch.tensor([row])
+        queries = torch.ones(1, len(row), dtype=torch.bool)
+        queries[:, 0] = False
+        with taps(model, "L*.pattern") as cache, torch.no_grad():
+            model.hidden(tokens)
+        for layer in range(2):
+            for name, values in dense_scores(cache[f"L{layer}.pattern"], tokens, queries, None).items():
+                total[layer, name] = total.get((layer, name), 0) + values * (len(row) - 1)
+        count += len(row) - 1
+    for layer, head in heads_of(model.config):
+        for name in ("prefix_matching", "previous_token", "duplicate_token", "first_token", "entropy", "distance"):
+            assert found[f"L{layer}H{head}"][name] == pytest.approx(total[layer, name][head].item() / count, abs=1e-4), name
+
+
+def test_text_and_files_are_shown_token_by_token(run):
+    text = "def f(x):\n    return f(x) + '</script><script>alert(1)</script>'\n"
+    assert heads(run, "--text", text).returncode == 0
+    page = (run / "report.html").read_text()
+    assert "the given text" in page and "<script>alert(1)" not in page
+    (run / "f.py").write_text(text * 20)
+    done = heads(run, "--file", run / "f.py", "--all-steps")
+    assert done.returncode == 0 and "the given text" in done.stdout, done.stderr
+    assert heads(run, "--step", "8").returncode == 0
+
+
+def test_mistakes_are_two_lines(run):
+    (run / "ids.txt").write_text("1 2 3\n4 x 5\n")
+    fails(heads(run, "--tokens", run / "ids.txt"), "line 2", "not a list of token ids")
+    (run / "ids.txt").write_text("1 2 3000\n")
+    fails(heads(run, "--tokens", run / "ids.txt"), "line 1", "no token 3000")
+    (run / "ids.txt").write_text(" ".join(["1"] * 33))
+    fails(heads(run, "--tokens", run / "ids.txt"), "33 tokens", "context of 32")
+    fails(heads(run, "--step", "7"), "no checkpoint of step 7", "8, 12")
+    fails(heads(run, "--text", "a", "--file", "b"), "exclude each other")
+    fails(heads(run, "--text", ""), "two tokens")
+    fails(heads(run, "--json", run / "no" / "such" / "folder.json"), "--json")
+    fails(heads(run.parent / "other"), "no such run")
+    fails(heads("verdict", run.parent / "other"), "no such run")
+    shutil.rmtree(run / "heads")
+    fails(heads(run, "--movie"), "no snapshots")
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory) -> Path:
+    """Short real runs: smeared keys, which form within seconds, the trap, and a one-layer control."""
+    folder = tmp_path_factory.mktemp("studied")
+    for name, steps in (("toy_1l_smear", 400), ("toy_fixed_period", 400), ("toy_1l", 200)):
+        done = command("train.py", ROOT / f"configs/induction/{name}.yaml", f"train.steps={steps}", "log.wandb=disabled",
+                       "checkpoint.every=0", "checkpoint.steps=[400]" if steps == 400 else "checkpoint.steps=[200]", cwd=folder)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_verdict(studied):
+    """Yes where heads formed and the model needs them; no for the trap, though it looks perfect on its own period; no for one layer."""
+    done = heads("verdict", "runs/toy_1l_smear", "runs/toy_fixed_period", "runs/toy_1l", "--out", "verdict.md", cwd=studied)
+    assert done.returncode == 0, done.stderr
+    page = (studied / "verdict.md").read_text()
+    assert page.strip() == done.stdout.strip()
+    assert "## toy_1l_smear: yes" in page and "## toy_fixed_period: no" in page and "## toy_1l: no" in page
+    trap = page[page.index("## toy_fixed_period"):page.index("## toy_1l: no")]
+    trained = float(trap.split("trained periods ")[1].split(" ")[0])
+    assert trained > 0.8 and "**against**" in trap                     # it looks like induction, on the period it knows
+    assert "One-layer control: prefix matching at most 0.0" in page and "what was averaged, not what was used" in page
+    smear = page[page.index("## toy_1l_smear"):page.index("## toy_fixed_period")]
+    assert "**against**" not in smear and "Prefix matching rose between" in smear
