@@ -1,4 +1,4 @@
-# make quickstart · make test · make test-kernels · make test-lens · make venv
+# make quickstart · make test · make test-kernels · make test-lens · make study-toy, -text, -positions, -gqa · make venv
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -9,6 +9,7 @@ quickstart: .venv/installed
 	@echo
 	$(BIN)/python sample.py runs/quickstart "def " --max-tokens 120 --slide
 	@echo
+	@echo "see heads    $(BIN)/python heads.py runs/quickstart"
 	@echo "sample more   $(BIN)/python sample.py runs/quickstart \"class \" -n 3 --max-tokens 40"
 	@echo "train longer  $(BIN)/python train.py runs/quickstart train.steps=4600"
 
@@ -28,6 +29,10 @@ test-lens: .venv-lens/installed
 	@echo "installing TransformerLens beside the pinned requirements into .venv-lens (a minute or two)"
 	@.venv-lens/bin/python -m pip install --disable-pip-version-check -q -r $<
 	@touch $@
+
+# Train the runs of a study and renew docs/studies: 15 to 25 minutes each on two cores.
+study-%: .venv/installed
+	$(BIN)/python -m bench.study $*
 
 venv: .venv/installed
 

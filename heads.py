@@ -32,7 +32,7 @@ def main() -> None:
     else:
         measured = measure(run.model, probes.held_out, probes.unrepeated)
         scores, shown = measured.scores | {"copying_eigenvalues": copying_eigenvalues(run.model)}, probes.note
-    alone = {str(head): effect(run.model, [head], probes.held_out).second_copy for head in heads}
+    alone = {str(head): effect(run.model, [head], probes.held_out, kind="mean").second_copy for head in heads}
     print(f"{args.run} at step {run.step}, on {shown}\n")
     print_table(heads, scores, alone)
 
@@ -41,7 +41,7 @@ def main() -> None:
         if found := induction_set(run.model, measured):
             lost = causal_set(run.model, found, probes)
             others = f"; other heads of those layers: {sum(lost.others) / len(lost.others):.0%}" if lost.others else ""
-            print(f"without {', '.join(map(str, found))} (prefix matching ≥ {FORMED}) the second copy costs "
+            print(f"with {', '.join(map(str, found))} (prefix matching ≥ {FORMED}) at their means the second copy costs "
                   f"{lost.lost.second_copy:+.2f} nats, {lost.lost.gain_removed:.0%} of what repeating is worth{others}")
     if args.json:
         write_json(args.json, heads, scores, alone)
@@ -122,8 +122,8 @@ def print_table(heads, scores: dict, alone: dict[str, float]) -> None:
         print(f"{head!s:7}" + "".join(f"{scores[name][head].item():10.3f}" for name in columns) + f"{alone[str(head)]:+10.2f}")
     print("\nprefix … first: attention on tokens after an earlier copy of this one (all, the latest), on the token before, on earlier\n"
           "copies, on the first. entropy: 0 one key, 1 all alike. distance in tokens. copying, eigen: whether what a head writes\n"
-          "raises what it reads, 1 to −1. alone: nats that the second copy of random tokens costs more without that head alone;\n"
-          "heads that do the same are hardly missed one by one.")
+          "raises what it reads, 1 to −1. alone: nats that the second copy of random tokens costs more with that head alone at\n"
+          "its mean; heads that do the same are hardly missed one by one.")
 
 
 def write_json(path: str, heads, scores: dict, alone: dict[str, float]) -> None:
@@ -175,26 +175,31 @@ def verdict(arguments: list[str]) -> None:
             file.write(found)
 
 
-def examine_run(where: str, device: str = "auto"):
-    """The verdict on the run at `where`."""
+def validation_rows(run):
+    """64 rows (N, T + 1) of the text held out of a run's training; None where it saw no text."""
     import torch
 
     from data.dataset import Dataset
+    from training.checkpoint import read_state
+    if not run.config.data.text_corpus:
+        return None
+    folder = read_state(run.folder / "checkpoints" / f"{run.step:06d}")["data"]["folder"]
+    windows = Dataset(run.config.data, run.config.seed, folder).validation(64 * run.config.model.n_ctx, run.config.model.n_ctx, 64)[0]
+    return torch.cat([windows.tokens, windows.targets[:, -1:]], dim=1).to(run.model.embed.weight.device)
+
+
+def examine_run(where: str, device: str = "auto"):
+    """The verdict on the run at `where`."""
     from induction.report import kind_of_run, model_transition
     from induction.verdict import examine
-    from training.checkpoint import read_state
     from training.device import choose_device
     from training.logger import read_metrics
     from training.run import load_run
-    run, text = load_run(where, device=choose_device(device, "--device ")), None
-    if run.config.data.text_corpus:
-        folder = read_state(run.folder / "checkpoints" / f"{run.step:06d}")["data"]["folder"]
-        windows = Dataset(run.config.data, run.config.seed, folder).validation(64 * run.config.model.n_ctx, run.config.model.n_ctx, 64)[0]
-        text = torch.cat([windows.tokens, windows.targets[:, -1:]], dim=1).to(run.model.embed.weight.device)
+    run = load_run(where, device=choose_device(device, "--device "))
     config, shape = run.config.data, run.config.model
     fixed = "repeats" in config.corpora and config.repeats.period[0] == config.repeats.period[1]
     return examine(run.folder.name, kind_of_run(run.config), shape.n_layers == 1 and not shape.smear and not fixed, run.model,
-                   probes_for(run), model_transition(read_metrics(run.folder / "metrics.jsonl")), text)
+                   probes_for(run), model_transition(read_metrics(run.folder / "metrics.jsonl")), validation_rows(run))
 
 
 def parse_arguments():

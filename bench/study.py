@@ -1,37 +1,50 @@
 """Studies of how induction heads form: several configs, several seeds, one page of results each.
 
     python -m bench.study toy                   # train what is missing in runs/, two at a time, then write docs/studies/toy.md
-    python -m bench.study toy --seeds 2         # a shorter form
+    python -m bench.study toy --seeds 2         # a shorter form, its table printed and not written
+
+The page's words are its authors'; the command renews the table and the figure between its two marks.
 """
 
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 from errors import ArgumentParser, UserError, run_command
+from files import whole_file
+from heads import probes_for, validation_rows
+from induction.phase import FORMED, Transition, band
+from induction.report import curve, figure, model_transition, score_curves
+from induction.scores import measure
+from induction.verdict import aim, causal_set, examine, induction_set
 from training.checkpoint import whole_checkpoints
 from training.config import load_config
+from training.logger import read_metrics
+from training.run import load_run
 
-CONFIGS = Path("configs/induction")
+CONFIGS, PAGES = Path("configs/induction"), Path("docs/studies")
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 
 class Arm(NamedTuple):
-    """One condition of a study: a config, what is changed of it, what to call it."""
+    """One condition of a study: what to call it, a config, what is changed of it."""
 
     label: str
     config: str
     changes: tuple[str, ...] = ()
 
-    def run(self, seed: int) -> str:
-        return f"{self.label}-s{seed}"
+    def run(self, seed: int) -> Path:
+        return Path("runs") / f"{self.label}-s{seed}"
 
     def train(self, seed: int) -> list[str]:
-        return [sys.executable, "train.py", str(CONFIGS / f"{self.config}.yaml"), *self.changes, f"run={self.run(seed)}", f"seed={seed}",
-                "log.wandb=disabled"]
+        return [sys.executable, "train.py", str(CONFIGS / f"{self.config}.yaml"), *self.changes, f"run={self.run(seed).name}",
+                f"seed={seed}", "log.wandb=disabled"]
 
 
 STUDIES: dict[str, tuple[int, list[Arm]]] = {           # name → seeds, arms
@@ -43,28 +56,140 @@ STUDIES: dict[str, tuple[int, list[Arm]]] = {           # name → seeds, arms
 }
 
 
+# --- training -------------------------------------------------------------------------------------------------------------
+
 def train_missing(arms: list[Arm], seeds: int, at_once: int) -> None:
     """Train every arm with every seed, `at_once` side by side on one thread each; what is finished stays as it is."""
-    jobs = [(arm, seed) for seed in range(seeds) for arm in arms]
-    missing = [(arm, seed) for arm, seed in jobs if not finished(arm, seed)]
+    missing = [(arm, seed) for seed in range(seeds) for arm in arms if not finished(arm.run(seed))]
     started = time.monotonic()
 
     def train(job: tuple[Arm, int]) -> None:
         done = subprocess.run(job[0].train(job[1]), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         if done.returncode:
-            raise UserError(f"{job[0].run(job[1])}: {done.stderr.strip().splitlines()[-1]}")
+            raise UserError(f"{job[0].run(job[1])}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
 
     with ThreadPoolExecutor(at_once) as pool:
-        for n, (job, _) in enumerate(zip(missing, pool.map(train, missing)), 1):
+        for n, ((arm, seed), _) in enumerate(zip(missing, pool.map(train, missing)), 1):
             passed = time.monotonic() - started
             left = passed / n * (len(missing) - n)
-            print(f"{n}/{len(missing)}  {job[0].run(job[1])}  {passed:.0f} s, about {left:.0f} s left", flush=True)
+            print(f"{n}/{len(missing)}  {arm.run(seed).name}  {passed:.0f} s, about {left:.0f} s left", flush=True)
 
 
-def finished(arm: Arm, seed: int) -> bool:
-    run = Path("runs") / arm.run(seed)
+def finished(run: Path) -> bool:
     whole = whole_checkpoints(run / "checkpoints")
     return bool(whole) and int(whole[-1].name) >= load_config(run / "config.yaml").train.steps
+
+
+# --- results --------------------------------------------------------------------------------------------------------------
+
+class Outcome(NamedTuple):
+    """What one run came to."""
+
+    formed: bool                        # by the verdict
+    prefix: float                       # of the strongest head, on held-out periods
+    peak: float                         # the highest attention anywhere around the target
+    first: float                        # loss on random tokens
+    second: float                       # on the same, repeated
+    unseen: float | None                # prefix matching on tokens never repeated in training
+    moved: Transition | None
+    removed: float | None               # share of the gain that goes with the induction heads
+    others: float | None                # with matched sets of others
+    aimed: tuple[float, float] | None   # nats without the previous-token heads, and with patterns kept
+    text: float | None                  # validation loss on text
+    icl: float | None
+    cache: int                          # numbers of cache a token and layer
+    records: list[dict]
+
+
+def outcome(where: Path) -> Outcome:
+    run, records = load_run(where), read_metrics(where / "metrics.jsonl")
+    probes, moved, shape = probes_for(run), model_transition(records), run.config.model
+    measured = measure(run.model, probes.held_out, probes.unrepeated)
+    found = induction_set(run.model, measured)
+    lost, aimed = (causal_set(run.model, found, probes), aim(run.model, measured, found, probes)) if found else (None, None)
+    verdict = examine(where.name, where.name, False, run.model, probes, moved, validation_rows(run))
+    unseen = measure(run.model, probes.unseen_tokens, probes.unrepeated) if probes.unseen_tokens else None
+    last = {key: value for record in records for key, value in record.items()}
+    text = run.config.data.text_corpus is not None
+    return Outcome(verdict.formed, measured.scores["prefix_matching"].max().item(), measured.offset_profile.max().item(),
+                   measured.loss_first, measured.loss_second, unseen and unseen.scores["prefix_matching"].max().item(), moved,
+                   lost and lost.lost.gain_removed, sum(lost.others) / len(lost.others) if lost and lost.others else None,
+                   aimed and (aimed.full.second_copy, aimed.kept.second_copy), last["val/loss"] if text else None,
+                   last.get("icl/score"), 2 * shape.kv_heads * shape.head_size, records)
+
+
+COLUMNS = {             # heading → what of a run stands under it; a column that no run has is left out
+    "prefix matching": lambda o: f"{o.prefix:.2f}",
+    "peak near target": lambda o: f"{o.peak:.2f}",
+    "first copy": lambda o: f"{o.first:.2f}",
+    "second copy": lambda o: f"{o.second:.3f}",
+    "unseen tokens": lambda o: None if o.unseen is None else f"{o.unseen:.2f}",
+    "onset, M tokens": lambda o: o.moved and f"{o.moved.onset / 1e6:.2f}",
+    "end": lambda o: o.moved and f"{o.moved.end / 1e6:.2f}",
+    "gain removed": lambda o: None if o.removed is None else f"{o.removed:.0%}",
+    "by others": lambda o: None if o.others is None else f"{o.others:.0%}",
+    "previous-token heads": lambda o: o.aimed and f"{o.aimed[0]:+.2f}",
+    "patterns kept": lambda o: o.aimed and f"{o.aimed[1]:+.2f}",
+    "text loss": lambda o: None if o.text is None else f"{o.text:.3f}",
+    "ICL score": lambda o: None if o.icl is None else f"{o.icl:.3f}",
+}
+
+
+def table(arms: list[Arm], results: dict[Arm, list[Outcome]]) -> str:
+    """Markdown: a row an arm; of several seeds the median, and where they differ the range."""
+    rows = [{"": f"`{arm.label}`", "verdict": f"{sum(o.formed for o in results[arm])} of {len(results[arm])}"}
+            | {name: spread([value for o in results[arm] if (value := of(o))]) for name, of in COLUMNS.items()} for arm in arms]
+    if len({o.cache for found in results.values() for o in found}) > 1:
+        for arm, row in zip(arms, rows):
+            row["cache, numbers a token and layer"] = str(results[arm][0].cache)
+    names = [name for name in rows[0] if name in ("", "verdict") or any(row[name] for row in rows)]
+    return "\n".join(["| " + " | ".join(names) + " |", "|" + "---|" * len(names),
+                      *("| " + " | ".join(row[name] or "–" for name in names) + " |" for row in rows)])
+
+
+def spread(values: Sequence[str]) -> str:
+    if not values:
+        return ""
+    number = {value: float(value.rstrip("%")) for value in values}
+    middle = min(values, key=lambda value: abs(number[value] - median(number.values())))
+    low, high = min(values, key=number.get), max(values, key=number.get)
+    return middle if low == high else f"{middle} ({low} … {high})"
+
+
+def drawn(arms: list[Arm], results: dict[Arm, list[Outcome]]):
+    """Prefix matching and the loss of the second copy over tokens, an arm a colour, mean and 95% band over seeds."""
+    picture, ((left, right),) = figure(9.0, 3.2, 1, 2)
+    for arm in arms:
+        best, second = [], []
+        for o, seed in zip(results[arm], range(99)):
+            tokens, scores = score_curves(o.records, "prefix_matching", load_config(arm.run(seed) / "config.yaml").model)
+            best.append((tokens / 1e6, scores.max((1, 2))))
+            x, y = curve(o.records, "repeat/loss_second")
+            second.append((x / 1e6, y))
+        for axes, curves in ((left, best), (right, second)):
+            found = band(curves)
+            line, = axes.plot(found.x, found.mean, lw=1.5, label=arm.label)
+            axes.fill_between(found.x, found.low, found.high, color=line.get_color(), alpha=0.15, lw=0)
+    left.axhline(FORMED, color="#9aa0a8", lw=0.8, ls=":")
+    left.set(xlabel="million tokens", ylabel="prefix matching, best head", ylim=(-0.02, 1.02))
+    right.set(xlabel="million tokens", ylabel="loss in the second copy, nats", ylim=(0, min(right.get_ylim()[1], 8)))
+    left.legend(frameon=False, fontsize=8)
+    return picture
+
+
+def write_page(name: str, found: str, picture) -> Path:
+    """Renew the results of docs/studies/NAME.md; its words stay."""
+    page = PAGES / f"{name}.md"
+    PAGES.mkdir(parents=True, exist_ok=True)
+    with whole_file(PAGES / f"{name}.svg") as file:
+        picture.savefig(file, format="svg", metadata={"Date": None})
+    words = page.read_text("utf-8") if page.exists() else f"# {name}\n\n{BEGIN}\n{END}\n"
+    if BEGIN not in words or END not in words:
+        raise UserError(f"{page}: {BEGIN} and {END} mark where its results go; one is missing")
+    before, after = words.split(BEGIN)[0], words.split(END)[1]
+    with whole_file(page, "w") as file:
+        file.write(f"{before}{BEGIN}\n{found}\n\n![curves]({name}.svg)\n{END}{after}")
+    return page
 
 
 def main() -> None:
@@ -73,8 +198,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="fewer or more than the study's own number")
     parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs side by side (default: a run a core)")
     args = parser.parse_args()
-    seeds, arms = STUDIES[args.study]
-    train_missing(arms, args.seeds or seeds, args.at_once)
+    whole, arms = STUDIES[args.study]
+    seeds = args.seeds or whole
+    train_missing(arms, seeds, args.at_once)
+    results = {arm: [outcome(arm.run(seed)) for seed in range(seeds)] for arm in arms}
+    found = table(arms, results)
+    print(f"\n{found}")
+    if seeds >= whole:
+        print(f"\nwritten  {write_page(args.study, found, drawn(arms, results))}")
 
 
 if __name__ == "__main__":

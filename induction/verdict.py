@@ -19,6 +19,7 @@ from model.taps import Head, heads_of
 
 CONTROL = 0.15          # the most that a one-layer control may reach
 REMOVED = 0.5           # the share of what repeating is worth that must go with the heads
+PREVIOUS = 0.25         # the previous-token score from which a head counts as looking one back
 BEYOND = 2.0            # how many times what matched sets of other heads are worth
 
 
@@ -40,11 +41,19 @@ class Verdict(NamedTuple):
 
 
 class CausalSet(NamedTuple):
-    """What a set of heads is worth, beside matched sets of others."""
+    """What a set of heads is worth, beside matched sets of others; all of them replaced by their means."""
 
     heads: list[Head]
     lost: Effect
     others: list[float]         # the share of the gain that each matched set takes away
+
+
+class Aim(NamedTuple):
+    """What earlier heads that look one token back are worth: altogether, and with every pattern kept as it was."""
+
+    heads: list[Head]
+    full: Effect
+    kept: Effect
 
 
 def induction_set(model: GPT, measured: Measured) -> list[Head]:
@@ -55,8 +64,19 @@ def induction_set(model: GPT, measured: Measured) -> list[Head]:
 
 def causal_set(model: GPT, heads: list[Head], probes: Probes, text: Tensor | None = None) -> CausalSet:
     """Ablate `heads` together (one of several that do the same is hardly missed), and matched sets of others."""
-    others = [effect(model, some, probes.held_out).gain_removed for some in matched_sets(model.config, heads)]
-    return CausalSet(heads, effect(model, heads, probes.held_out, text), others)
+    others = [effect(model, some, probes.held_out, kind="mean").gain_removed for some in matched_sets(model.config, heads)]
+    return CausalSet(heads, effect(model, heads, probes.held_out, text, "mean"), others)
+
+
+def aim(model: GPT, measured: Measured, heads: list[Head], probes: Probes) -> Aim | None:
+    """Ablate the previous-token heads below `heads` (K-composition: they tell each key what stood before it; Elhage et al. 2021). What
+    their loss costs with the patterns kept is what they carry themselves; the rest is where they make later heads look."""
+    score = measured.scores["previous_token"]
+    below = [head for head in heads_of(model.config) if heads and head.layer < heads[0].layer]
+    if not below:
+        return None
+    found = [head for head in below if score[head] >= PREVIOUS] or [max(below, key=lambda head: score[head].item())]
+    return Aim(found, *(effect(model, found, probes.held_out, kind="mean", patterns_kept=kept) for kept in (False, True)))
 
 
 def examine(run: str, kind: str, control: bool, model: GPT, probes: Probes, moved: Transition | None,
@@ -81,6 +101,11 @@ def examine(run: str, kind: str, control: bool, model: GPT, probes: Probes, move
                                 f"copying {_range(copies)} (a head that ignores its input: {blind:.2f}), eigenvalues {_range(eigen)}",
                                 max(copies) > blind and max(eigen) > 0))
         findings += _causes(causal_set(model, heads, probes, text))
+        if aimed := aim(model, measured, heads, probes):
+            findings.append(Finding("Are they aimed by heads that look one token back?",
+                                    f"with {', '.join(map(str, aimed.heads))} at their means the second copy costs "
+                                    f"{aimed.full.second_copy:+.2f} nats; "
+                                    f"with every pattern kept as it was, {aimed.kept.second_copy:+.2f}", None))
     if probes.unseen_tokens is not None:
         unseen = measure(model, probes.unseen_tokens, probes.unrepeated)
         findings.append(Finding("On tokens that training never repeated?", f"prefix matching {unseen.scores['prefix_matching'].max():.2f}, "
@@ -117,7 +142,7 @@ def _causes(found: CausalSet) -> list[Finding]:
     beside = "no other head in those layers to compare with" if others is None else \
         f"{len(found.others)} matched sets of other heads: {_range(found.others, '{:.0%}')}, mean {others:.0%}"
     lost = found.lost
-    findings = [Finding("Does the model need them?", f"without {', '.join(map(str, found.heads))} the second copy costs "
+    findings = [Finding("Does the model need them?", f"with {', '.join(map(str, found.heads))} at their means the second copy costs "
                         f"{lost.second_copy:+.2f} nats, {lost.gain_removed:.0%} of what repeating is worth; {beside}",
                         lost.gain_removed >= REMOVED and (others is None or lost.gain_removed >= BEYOND * max(others, 0)))]
     if lost.validation is not None:

@@ -28,6 +28,8 @@ class ModelConfig(Settings):
     zero_init: bool = True                             # every block starts as the identity: the matrices that write to the
                                                        # residual stream start at zero. Learns text faster, forms induction
                                                        # heads later (docs/experiments.md)
+    embedding_std: Annotated[float, Field(gt=0)] = 0.02     # of tokens and positions at the start; in what the first blocks add
+                                                       # (about 0.2 unless zero_init) small ones drown, and heads compose otherwise
     vocab_size: PositiveInt | None = None              # V; null: the tokenizer's
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
 

@@ -40,7 +40,7 @@ class GPT(nn.Module):
             if config.position == "rope":
                 self.register_buffer("rope", rope_table(config.n_ctx, config.head_size, config.rope_base), persistent=False)
             if config.position == "sinusoidal":     # at the embedding's own size, so that neither drowns the other
-                table = sinusoidal_table(config.n_ctx, config.d_model) * embedding_std(config) * 2 ** 0.5
+                table = sinusoidal_table(config.n_ctx, config.d_model) * config.embedding_std * 2 ** 0.5
                 self.register_buffer("sinusoids", table, persistent=False)
 
     @torch.no_grad()
@@ -50,7 +50,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             part = name.removesuffix(".weight").rsplit(".", 1)[-1]
             if part in ("embed", "embed_position"):
-                std = embedding_std(self.config)
+                std = self.config.embedding_std
             elif part in ("w_q", "w_k", "w_v", "w_gate", "w_up"):
                 std = p.shape[1] ** -0.5                    # unit variance in, unit variance out
             elif part in ("w_o", "w_down"):
@@ -138,12 +138,6 @@ class GPT(nn.Module):
             return table[:, positions]
         rows = table[:, positions.clamp(max=self.config.n_ctx - 1)]                 # padding may point past the end
         return rows[:, :, None] if self.config.position == "rope" else rows
-
-
-def embedding_std(config: ModelConfig) -> float:
-    """Of tokens and positions at the start. Blocks that begin by adding something add about 0.2 a channel, in which embeddings of 0.02
-    would drown: the next layer could not tell tokens apart, and heads compose in roundabout ways (docs/experiments.md)."""
-    return 0.02 if config.zero_init else 0.2
 
 
 class Block(nn.Module):

@@ -33,3 +33,11 @@ def test_attention_tiles(workplace):
     done = command("-m bench.attention", "--tune", cwd=workplace, env={"BENCH_RESULTS": str(workplace / "results")})
     assert done.returncode == 0, done.stderr
     assert len(json.loads((workplace / "results" / "attention_tiles.json").read_text())["tiles"]) == 16
+
+
+def test_probe_overhead(workplace):
+    done = command("-m bench.probe_overhead", "tiny.yaml", "heads.every=2", "--rounds", "2", cwd=workplace,
+                   env={"BENCH_RESULTS": str(workplace / "results")})
+    assert done.returncode == 0, done.stderr
+    result = json.loads((workplace / "results" / "probe_overhead.json").read_text())
+    assert result["share"] > 0 and len(result["milliseconds"]["look"]) == 2

@@ -57,7 +57,7 @@ def test_alone_is_the_loss_without_that_head(run):
     probe = probes_for(opened).held_out
     intact = losses_without(opened.model, probe.tokens, [])[probe.second_copy].mean().item()
     for head in heads_of(opened.model.config):
-        without = losses_without(opened.model, probe.tokens, [head])[probe.second_copy].mean().item()
+        without = losses_without(opened.model, probe.tokens, [head], "mean")[probe.second_copy].mean().item()
         assert found[str(head)]["alone"] == pytest.approx(without - intact, abs=1e-5)
 
 
