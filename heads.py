@@ -135,16 +135,13 @@ def write_json(path: str, heads, scores: dict, alone: dict[str, float]) -> None:
 
 def looked_at(args, run, rows) -> dict:
     """What the page shows: the run's own snapshots; or given text, or the probe, at this checkpoint or at all that are kept."""
-    from induction.probes import probes_of
-    from induction.snapshots import Snapshots, patterns
+    from induction.snapshots import Snapshots, patterns, spelled
     from induction.viewer import Passage, Snapshot
-    from induction.watch import spelled
     from training.run import load_run
     if rows is None and not args.all_steps and args.step is None and len(Snapshots(run.folder / "heads")):
         return {}
     if rows is None:
-        probe = probes_of(run.config.data, run.config.model.n_ctx, run.tokenizer, run.config.seed).held_out
-        ids, title = probe.tokens[0], f"random tokens, period {probe.periods[0]}"
+        ids, title = probes_for(run).held_out.example(run.config.model.n_ctx)
     else:
         ids, title = rows[0][0][:rows[1][0].sum() + 1], "the given " + ("text" if args.tokens is None else "tokens")
     tokens_a_step = run.config.train.batch_tokens

@@ -36,6 +36,11 @@ class Repeats(NamedTuple):
         """Which lie in the second, its first token left out: nothing says that the block ends there. (B, T − 1) bool."""
         return (self._position[1:] > self.periods[:, None] + 1) & (self._position[1:] <= 2 * self.periods[:, None])
 
+    def example(self, length: int) -> tuple[Tensor, str]:
+        """A row that shows about three copies in `length` tokens, cut to them, and what it is: ids (T,) and a title."""
+        row = int((self.periods - min(length, self.tokens.shape[1]) / 3).abs().argmin())
+        return self.tokens[row, :length], f"random tokens, period {self.periods[row]}"
+
     @property
     def _position(self) -> Tensor:
         return torch.arange(self.tokens.shape[1], device=self.tokens.device)

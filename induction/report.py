@@ -111,11 +111,15 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **optio
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    with rc_context({"font.size": 9, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.edgecolor": GREY, "axes.labelcolor": INK,
+    with rc_context({"font.size": 9, "axes.edgecolor": GREY, "axes.labelcolor": INK,
                      "axes.spines.top": False, "axes.spines.right": False, "xtick.color": INK, "ytick.color": INK}):
         drawn = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(drawn)
         return drawn, drawn.subplots(rows, columns, squeeze=False, **options)
+
+
+def titled(axes, text: str) -> None:
+    axes.set_title(text, fontsize=9, loc="left", color=INK)
 
 
 def formation(model: ModelConfig, records: list[dict]):
@@ -152,7 +156,7 @@ def grids(model: ModelConfig, measured: Measured):
             dark = abs(values[layer, index] - (low + high) / 2 * (low < 0)) > 0.6 * high
             place.text(index, layer, f"{values[layer, index]:.2f}".replace("0.", "."), ha="center", va="center", fontsize=7,
                        color="white" if dark else "black")
-        place.set_title(name.replace("_", " "), fontsize=9, loc="left")
+        titled(place, name.replace("_", " "))
         place.set(xticks=range(model.n_heads), yticks=range(model.n_layers))
         place.set_xticklabels([f"H{index}" for index in range(model.n_heads)], fontsize=7)
         place.set_yticklabels([f"L{layer}" for layer in range(model.n_layers)], fontsize=7)
@@ -203,17 +207,20 @@ def _frame(snapshot: Snapshot, head: Head, tokens: np.ndarray, scores: np.ndarra
         place.remove()
     left = drawn.add_subplot(grid[:, 0])
     left.imshow(shade(snapshot.patterns[0][head]), interpolation="nearest")
-    left.set(xticks=[], yticks=[], title=f"{head} on random tokens, shown twice", xlabel="attends to", ylabel="token")
+    left.set(xticks=[], yticks=[], xlabel="attends to", ylabel="token")
+    titled(left, f"{head} on random tokens, repeated")
     upper, lower = axes[:, 1]
     for one in heads_of(model):
         upper.plot(tokens / 1e6, scores[:, *one], color="#2c69b0" if one == head else "#cfd4da", lw=1.8 if one == head else 0.9,
                    zorder=3 if one == head else 1)
-    upper.set(ylim=(-0.02, 1.02), title="prefix matching, every head", xticklabels=[])
+    upper.set(ylim=(-0.02, 1.02), xticklabels=[])
+    titled(upper, "prefix matching, every head")
     for name, colour, label in (("repeat/loss_first", "#e0a458", "first copy"), ("repeat/loss_second", "#c8553d", "second copy")):
         x, y = curve(records, name)
         lower.plot(x / 1e6, y, color=colour, lw=1.5, label=label)
     lower.legend(frameon=False, fontsize=7)
-    lower.set(title="loss on random tokens", xlabel="million tokens trained on")
+    lower.set(xlabel="million tokens trained on")
+    titled(lower, "loss on random tokens")
     for place in (upper, lower):
         place.axvline(snapshot.tokens / 1e6, color=INK, lw=0.9)
         place.set_xlim(0, tokens[-1] / 1e6)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.tokenizer import END_OF_TEXT, Tokenizer
 from files import whole_file
 from induction.viewer import Passage, Snapshot
 from model.gpt import GPT
@@ -32,6 +33,17 @@ def patterns(model: GPT, passages: list[Tensor]) -> list[np.ndarray]:
         stacked = torch.stack([cache[f"L{layer}.pattern"][0] for layer in range(model.config.n_layers)])
         found.append((stacked.float() * 255).round().byte().cpu().numpy())
     return found
+
+
+def spelled(ids: Tensor, tokenizer: Tokenizer) -> list[str]:
+    """Tokens as text, one by one; control characters and bytes that are no whole character as \\xNN."""
+    def spell(token: int) -> str:
+        if token == tokenizer.end_of_text:
+            return END_OF_TEXT
+        text = tokenizer.token_bytes[token].decode("utf-8", "backslashreplace")
+        return "".join(c if (c >= " " and c != "\x7f") or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+    return [spell(token) for token in ids.tolist()]
 
 
 class Snapshots:

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from data.tokenizer import END_OF_TEXT, Tokenizer
+from data.tokenizer import Tokenizer
 from induction.phase import transition
 from induction.pictures import mosaic, portrait
 from induction.probes import Probes
 from induction.scores import Measured, measure
-from induction.snapshots import LONGEST, MOST, Snapshots, patterns
+from induction.snapshots import LONGEST, MOST, Snapshots, patterns, spelled
 from induction.viewer import Passage, Snapshot
 from model.gpt import GPT
 from model.taps import heads_of
@@ -31,8 +31,8 @@ class HeadWatch:
         history   (tokens, prefix matching of the best head) of the looks before
         """
         self.probes, self.history, self.last = probes, history, steps
-        self.ids = [probes.held_out.tokens[0, :LONGEST]] + ([] if text is None else [text[:LONGEST]])
-        title = f"random tokens, period {probes.held_out.periods[0].item()}"
+        example, title = probes.held_out.example(LONGEST)
+        self.ids = [example] + ([] if text is None else [text[:LONGEST]])
         self.passages = [Passage(name, spelled(ids, tokenizer)) for name, ids in zip((title, "held-out text"), self.ids)]
         self.snapshots = Snapshots(folder / "heads")
         self.snapshots.begin(self.passages, self.ids, step)
@@ -72,9 +72,3 @@ def as_metrics(model: GPT, measured: Measured) -> dict[str, float | list[float]]
         found |= {f"heads/{name}/{head}": round(values[head].item(), 6) for head in heads_of(model.config)}
     return found | {f"heads/offset_profile/{head}": [round(value, 6) for value in measured.offset_profile[head].tolist()]
                     for head in heads_of(model.config)}
-
-
-def spelled(ids: Tensor, tokenizer: Tokenizer) -> list[str]:
-    """Tokens as text, one by one; bytes that are no whole character as \\xNN."""
-    return [tokenizer.token_bytes[token].decode("utf-8", "backslashreplace") if token != tokenizer.end_of_text else END_OF_TEXT
-            for token in ids.tolist()]

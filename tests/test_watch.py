@@ -11,9 +11,10 @@ from test_logger import inspect
 from test_train import same_bits
 
 from data.config import DataConfig
+from data.tokenizer import make_tokenizer
 from induction.probes import probes_of
 from induction.scores import measure
-from induction.snapshots import Snapshots
+from induction.snapshots import Snapshots, spelled
 from model.taps import heads_of, taps
 from training.run import load_run
 
@@ -98,6 +99,11 @@ def test_wandb_holds_every_key_image_table_and_page(workplace):
     assert "tiny" in page and "prefix_matching" in page and page == (run / "report.html").read_text()
     table = json.loads(next(media.glob("table/**/*.json")).read_text())
     assert table["columns"] == ["head", *SCORES] and [row[0] for row in table["data"]] == HEADS
+
+
+def test_tokens_are_spelled_so_that_each_can_be_seen():
+    tokenizer = make_tokenizer(DataConfig(tokenizer="bytes").tokenizer, iter(()))
+    assert spelled(torch.tensor([256, 7, 65, 10, 200, 127]), tokenizer) == ["<|endoftext|>", "\\x07", "A", "\n", "\\xc8", "\\x7f"]
 
 
 def test_a_context_too_short_to_repeat_is_not_probed(workplace):
