@@ -15,9 +15,9 @@ def main() -> None:
     args = parse_arguments()
     from induction.ablation import effect
     from induction.phase import FORMED
-    from induction.report import plots, write_movie, write_report
+    from induction.report import head_transitions, icl_transition, model_transition, plots, write_movie, write_report
     from induction.scores import copying_eigenvalues, measure
-    from induction.verdict import causal_set, induction_set
+    from induction.verdict import aim, causal_set, induction_set
     from model.taps import heads_of
     from training.device import choose_device
     from training.logger import read_metrics
@@ -34,7 +34,8 @@ def main() -> None:
         scores, shown = measured.scores | {"copying_eigenvalues": copying_eigenvalues(run.model)}, probes.note
     alone = {str(head): effect(run.model, [head], probes.held_out, kind="mean").second_copy for head in heads}
     print(f"{args.run} at step {run.step}, on {shown}\n")
-    print_table(heads, scores, alone)
+    formed = head_transitions(records, run.model.config)
+    print_table(heads, scores, alone, formed)
 
     if rows is None:
         print(f"\nrandom tokens cost {measured.loss_first:.2f} nats, repeated {measured.loss_second:.2f}")
@@ -43,6 +44,14 @@ def main() -> None:
             others = f"; other heads of those layers: {sum(lost.others) / len(lost.others):.0%}" if lost.others else ""
             print(f"with {', '.join(map(str, found))} (prefix matching ≥ {FORMED}) at their means the second copy costs "
                   f"{lost.lost.second_copy:+.2f} nats, {lost.lost.gain_removed:.0%} of what repeating is worth{others}")
+            if aimed := aim(run.model, measured, found, probes):
+                print(f"with {', '.join(map(str, aimed.heads))} (previous token) at their means {aimed.full.second_copy:+.2f}; with every "
+                      f"pattern kept as it was, {aimed.kept.second_copy:+.2f}")
+        for what, moved in (("prefix matching rose", model_transition(records)), ("the ICL score fell", icl_transition(records))):
+            if moved:
+                steps = [round(moment / run.config.train.batch_tokens) for moment in (moved.onset, moved.end)]
+                print(f"{what} by {moved.final:.2f} between steps {steps[0]:,} and {steps[1]:,} ({moved.onset / 1e6:.2f} to "
+                      f"{moved.end / 1e6:.2f} M tokens)")
     if args.json:
         write_json(args.json, heads, scores, alone)
     page = write_report(run.folder, run.config, records, alone, **looked_at(args, run, rows))
@@ -113,17 +122,18 @@ def score_rows(model, tokens, queries) -> dict:
     return total
 
 
-def print_table(heads, scores: dict, alone: dict[str, float]) -> None:
+def print_table(heads, scores: dict, alone: dict[str, float], formed: dict) -> None:
     names = {"prefix_matching": "prefix", "latest_match": "latest", "previous_token": "previous", "duplicate_token": "duplicate",
              "first_token": "first", "entropy": "entropy", "distance": "distance", "copying": "copying", "copying_eigenvalues": "eigen"}
     columns = [name for name in names if name in scores]
-    print("head   " + "".join(f"{names[name]:>10}" for name in columns) + "     alone")
+    print("head   " + "".join(f"{names[name]:>10}" for name in columns) + "     alone" + "    formed" * bool(formed))
     for head in heads:
-        print(f"{head!s:7}" + "".join(f"{scores[name][head].item():10.3f}" for name in columns) + f"{alone[str(head)]:+10.2f}")
+        print(f"{head!s:7}" + "".join(f"{scores[name][head].item():10.3f}" for name in columns) + f"{alone[str(head)]:+10.2f}"
+              + (f"{formed[head].onset / 1e6:8.2f} M" if head in formed else ""))
     print("\nprefix … first: attention on tokens after an earlier copy of this one (all, the latest), on the token before, on earlier\n"
           "copies, on the first. entropy: 0 one key, 1 all alike. distance in tokens. copying, eigen: whether what a head writes\n"
           "raises what it reads, 1 to −1. alone: nats that the second copy of random tokens costs more with that head alone at\n"
-          "its mean; heads that do the same are hardly missed one by one.")
+          "its mean; heads that do the same are hardly missed one by one." + " formed: tokens at the onset of its rise." * bool(formed))
 
 
 def write_json(path: str, heads, scores: dict, alone: dict[str, float]) -> None:

@@ -20,7 +20,7 @@ from errors import ArgumentParser, UserError, run_command
 from files import whole_file
 from heads import probes_for, validation_rows
 from induction.phase import FORMED, Transition, band
-from induction.report import curve, figure, model_transition, score_curves
+from induction.report import curve, figure, icl_transition, model_transition, score_curves
 from induction.scores import measure
 from induction.verdict import aim, causal_set, examine, induction_set
 from training.checkpoint import whole_checkpoints
@@ -97,6 +97,7 @@ class Outcome(NamedTuple):
     aimed: tuple[float, float] | None   # nats without the previous-token heads, and with patterns kept
     text: float | None                  # validation loss on text
     icl: float | None
+    icl_moved: Transition | None
     cache: int                          # numbers of cache a token and layer
     records: list[dict]
 
@@ -115,7 +116,7 @@ def outcome(where: Path) -> Outcome:
                    measured.loss_first, measured.loss_second, unseen and unseen.scores["prefix_matching"].max().item(), moved,
                    lost and lost.lost.gain_removed, sum(lost.others) / len(lost.others) if lost and lost.others else None,
                    aimed and (aimed.full.second_copy, aimed.kept.second_copy), last["val/loss"] if text else None,
-                   last.get("icl/score"), 2 * shape.kv_heads * shape.head_size, records)
+                   last.get("icl/score"), icl_transition(records), 2 * shape.kv_heads * shape.head_size, records)
 
 
 COLUMNS = {             # heading → what of a run stands under it; a column that no run has is left out
@@ -132,6 +133,8 @@ COLUMNS = {             # heading → what of a run stands under it; a column th
     "patterns kept": lambda o: o.aimed and f"{o.aimed[1]:+.2f}",
     "text loss": lambda o: None if o.text is None else f"{o.text:.3f}",
     "ICL score": lambda o: None if o.icl is None else f"{o.icl:.3f}",
+    "its onset": lambda o: o.icl_moved and f"{o.icl_moved.onset / 1e6:.2f}",
+    "its end": lambda o: o.icl_moved and f"{o.icl_moved.end / 1e6:.2f}",
 }
 
 

@@ -67,6 +67,19 @@ def model_transition(records: list[dict]) -> Transition | None:
     return transition(*zip(*looks)) if looks else None
 
 
+def icl_transition(records: list[dict]) -> Transition | None:
+    """When the in-context-learning score fell from what it was first measured at, in tokens; its `final` is how far it fell, in nats."""
+    found = curve(records, "icl/score")
+    return None if found is None else transition(found[0], found[1][0] - found[1], least=0.02)
+
+
+def head_transitions(records: list[dict], model: ModelConfig) -> dict[Head, Transition]:
+    """When each head that became an induction head did, in tokens."""
+    found = score_curves(records, "prefix_matching", model)
+    moved = {} if found is None else {head: transition(found[0], found[1][:, *head]) for head in heads_of(model)}
+    return {head: when for head, when in moved.items() if when}
+
+
 def remarks(data: DataConfig) -> list[str]:
     """What a reader of this run's figures must know."""
     said = []
