@@ -49,7 +49,10 @@ class Arm(NamedTuple):
 
 STUDIES: dict[str, tuple[int, list[Arm]]] = {           # name → seeds, arms
     "toy": (5, [Arm(name, name) for name in ("toy_2l", "toy_1l", "toy_1l_smear", "toy_fixed_period")]),
-    "text": (3, [Arm(name, name) for name in ("text_mixed_2l", "text_mixed_1l", "text_only_2l", "text_smear")]),
+    "text": (3, [*(Arm(name, name) for name in ("text_mixed_2l", "text_mixed_1l", "text_only_2l", "text_smear")),
+                 Arm("text_unseen_tokens", "text_mixed_2l", (
+                     "data.repeats.held_out_tokens=0.1", "train.steps=3000",
+                     "data.mixture=[{corpus: stdlib, weight: 0.5}, {corpus: repeats, weight: 0.5}]"))]),
     "positions": (3, [Arm(f"position_{name}", "toy_2l", (f"model.position={name}",))
                       for name in ("rope", "learned", "sinusoidal", "none")]),
     "gqa": (3, [Arm(f"gqa_{kv}", "toy_2l", ("model.n_heads=8", f"model.n_kv_heads={kv}")) for kv in (8, 4, 2, 1)]),
