@@ -13,62 +13,96 @@ def main() -> None:
     if sys.argv[1:2] == ["verdict"]:
         return verdict(sys.argv[2:])
     args = parse_arguments()
-    from induction.ablation import effect
+    from induction.report import plots, write_movie
+    from training.device import choose_device
+    from training.run import load_run
+    run = load_run(args.run, args.step, choose_device(args.device, "--device "))
+    rows = given_rows(args, run)
+    if rows is not None:
+        page = look_at_rows(args, run, *rows)
+    else:
+        page, measured = look_at_probe(args, run)
+        print(f"plots    {', '.join(str(path) for path in plots(run.folder, run.config, run.records(), measured))}")
+    print(f"look     {page} in a browser")
+    if args.movie:
+        print(f"movie    {write_movie(run.folder, run.config, run.records())}")
+
+
+def look_at_probe(args, run):
+    """Scores on repeated random tokens, and what they are worth: printed, and in report.html. Returns its path and what was measured."""
+    from induction.ablation import alone
     from induction.phase import FORMED
-    from induction.report import head_transitions, icl_transition, model_transition, plots, write_movie, write_report
+    from induction.report import head_transitions, icl_transition, model_transition, write_report
     from induction.scores import copying_eigenvalues, measure
     from induction.verdict import aim, causal_set, induction_set
     from model.taps import heads_of
-    from training.device import choose_device
-    from training.logger import read_metrics
-    from training.run import load_run
+    probes, records, model = probes_for(run), run.records(), run.model
+    measured = measure(model, probes.held_out, probes.unrepeated)
+    cost = alone(model, probes.held_out.batch, probes.held_out.second_copy, progress)
+    scores = measured.scores | {"copying_eigenvalues": copying_eigenvalues(model)}
+    print(f"{args.run} at step {run.step}, on {probes.note}\n")
+    print_table(heads_of(model.config), scores, cost, "the second copy of random tokens", head_transitions(records, model.config))
 
-    run = load_run(args.run, args.step, choose_device(args.device, "--device "))
-    heads, records = heads_of(run.model.config), read_metrics(run.folder / "metrics.jsonl")
-    probes = probes_for(run)
-    rows = given_rows(args, run)
-    if rows is not None:
-        scores, shown = score_rows(run.model, *rows), "the given " + ("text" if args.tokens is None else "tokens")
-    else:
-        measured = measure(run.model, probes.held_out, probes.unrepeated)
-        scores, shown = measured.scores | {"copying_eigenvalues": copying_eigenvalues(run.model)}, probes.note
-    alone = {str(head): effect(run.model, [head], probes.held_out, kind="mean").second_copy for head in heads}
-    print(f"{args.run} at step {run.step}, on {shown}\n")
-    formed = head_transitions(records, run.model.config)
-    print_table(heads, scores, alone, formed)
-
-    if rows is None:
-        print(f"\nrandom tokens cost {measured.loss_first:.2f} nats, repeated {measured.loss_second:.2f}")
-        if found := induction_set(run.model, measured):
-            lost = causal_set(run.model, found, probes)
-            others = f"; other heads of those layers: {sum(lost.others) / len(lost.others):.0%}" if lost.others else ""
-            print(f"with {', '.join(map(str, found))} (prefix matching ≥ {FORMED}) at their means the second copy costs "
-                  f"{lost.lost.second_copy:+.2f} nats, {lost.lost.gain_removed:.0%} of what repeating is worth{others}")
-            if aimed := aim(run.model, measured, found, probes):
-                print(f"with {', '.join(map(str, aimed.heads))} (previous token) at their means {aimed.full.second_copy:+.2f}; with every "
-                      f"pattern kept as it was, {aimed.kept.second_copy:+.2f}")
-        for what, moved in (("prefix matching rose", model_transition(records)), ("the ICL score fell", icl_transition(records))):
-            if moved:
-                steps = [round(moment / run.config.train.batch_tokens) for moment in (moved.onset, moved.end)]
-                print(f"{what} by {moved.final:.2f} between steps {steps[0]:,} and {steps[1]:,} ({moved.onset / 1e6:.2f} to "
-                      f"{moved.end / 1e6:.2f} M tokens)")
+    print(f"\nrandom tokens cost {measured.loss_first:.2f} nats, repeated {measured.loss_second:.2f}")
+    if found := induction_set(model, measured):
+        lost = causal_set(model, found, probes)
+        others = f"; other heads of those layers: {sum(lost.others) / len(lost.others):.0%}" if lost.others else ""
+        print(f"with {', '.join(map(str, found))} (prefix matching ≥ {FORMED}) at their means the second copy costs "
+              f"{lost.lost.second_copy:+.2f} nats, {lost.lost.gain_removed:.0%} of what repeating is worth{others}")
+        if aimed := aim(model, measured, found, probes):
+            print(f"with {', '.join(map(str, aimed.heads))} (previous token) at their means {aimed.full:+.2f}; with every pattern kept "
+                  f"{aimed.kept:+.2f}; straight into their keys {aimed.by['k']:+.2f}, queries {aimed.by['q']:+.2f}, "
+                  f"values {aimed.by['v']:+.2f}")
+        print_composition(model, found[0])
+    for what, moved in (("prefix matching rose to", model_transition(records)), ("the ICL score fell by", icl_transition(records))):
+        if moved:
+            print(f"{what} {moved.final:.2f} between {moved.onset / 1e6:.2f} and {moved.end / 1e6:.2f} M tokens "
+                  f"(steps {step_at(records, moved.onset):,} to {step_at(records, moved.end):,})")
     if args.json:
-        write_json(args.json, heads, scores, alone)
-    page = write_report(run.folder, run.config, records, alone, **looked_at(args, run, rows))
-    print(f"\nlook     {page} in a browser")
-    if records and rows is None:
-        print(f"plots    {', '.join(str(path) for path in plots(run.folder, run.config, records, measured))}")
-    if args.movie:
-        print(f"movie    {write_movie(run.folder, run.config, records)}")
+        write_json(args.json, scores, cost)
+    print()
+    return write_report(run.folder, run.config, records, {str(head): nats for head, nats in cost.items()}, **pictures(args, run)), measured
+
+
+def look_at_rows(args, run, tokens, queries):
+    """Scores on given text or tokens: printed, and in report-text.html, whose path is returned."""
+    from data.batches import Batch
+    from induction.ablation import alone
+    from induction.report import write_report
+    from model.taps import heads_of
+    some = slice(0, BATCH)                                      # enough for a cost; the scores are of all rows
+    device = run.model.embed.weight.device
+    batch, counted = Batch(tokens[some, :-1], tokens[some, 1:]).to(device), queries[some, 1:].to(device)
+    scores, cost = score_rows(run.model, tokens, queries), alone(run.model, batch, counted, progress)
+    what = "the given " + ("text" if args.tokens is None else "tokens")
+    print(f"{args.run} at step {run.step}, on {what}\n")
+    print_table(heads_of(run.model.config), scores, cost, what, {})
+    if args.json:
+        write_json(args.json, scores, cost)
+    print()
+    return write_report(run.folder, run.config, run.records(), name="report-text.html",
+                        **pictures(args, run, tokens[0][:queries[0].sum() + 1], what))
 
 
 def probes_for(run):
-    """The probes of a run, on its model's device."""
+    """The probes of a run, on its model's device: 64 rows, fewer of a long context."""
     from induction.probes import probes_of
-    probes = probes_of(run.config.data, run.config.model.n_ctx, run.tokenizer, run.config.seed, rows=64)
+    n_ctx = run.config.model.n_ctx
+    probes = probes_of(run.config.data, n_ctx, run.tokenizer, run.config.seed, rows=min(64, max(8, 16384 // n_ctx)))
     if probes is None:
-        raise UserError(f"{run.folder}: model.n_ctx={run.config.model.n_ctx} is too short to show anything twice (7 tokens at least)")
+        raise UserError(f"{run.folder}: model.n_ctx={n_ctx} is too short to show anything twice (7 tokens at least)")
     return probes.to(run.model.embed.weight.device)
+
+
+def progress(heads):
+    """A bar while heads are ablated one by one, where that takes a while."""
+    from tqdm import tqdm
+    return tqdm(heads, "ablating", unit=" heads", delay=2, leave=False)
+
+
+def step_at(records: list[dict], tokens: float) -> int:
+    """The step by which a run had seen so many tokens."""
+    return next((record["step"] for record in records if record["tokens"] >= tokens), records[-1]["step"])
 
 
 def given_rows(args, run):
@@ -122,48 +156,61 @@ def score_rows(model, tokens, queries) -> dict:
     return total
 
 
-def print_table(heads, scores: dict, alone: dict[str, float], formed: dict) -> None:
+def print_table(heads, scores: dict, cost: dict, on: str, formed: dict) -> None:
     names = {"prefix_matching": "prefix", "latest_match": "latest", "previous_token": "previous", "duplicate_token": "duplicate",
-             "first_token": "first", "entropy": "entropy", "distance": "distance", "copying": "copying", "copying_eigenvalues": "eigen"}
-    columns = [name for name in names if name in scores]
-    print("head   " + "".join(f"{names[name]:>10}" for name in columns) + "     alone" + "    formed" * bool(formed))
+             "first_token": "first", "copying_eigenvalues": "eigen"}
+    print("head   " + "".join(f"{names.get(name, name):>10}" for name in scores) + "     alone" + "    formed" * bool(formed))
     for head in heads:
-        print(f"{head!s:7}" + "".join(f"{scores[name][head].item():10.3f}" for name in columns) + f"{alone[str(head)]:+10.2f}"
+        print(f"{head!s:7}" + "".join(f"{values[head].item():10.3f}" for values in scores.values()) + f"{cost[head]:+10.3f}"
               + (f"{formed[head].onset / 1e6:8.2f} M" if head in formed else ""))
     print("\nprefix … first: attention on tokens after an earlier copy of this one (all, the latest), on the token before, on earlier\n"
-          "copies, on the first. entropy: 0 one key, 1 all alike. distance in tokens. copying, eigen: whether what a head writes\n"
-          "raises what it reads, 1 to −1. alone: nats that the second copy of random tokens costs more with that head alone at\n"
-          "its mean; heads that do the same are hardly missed one by one." + " formed: tokens at the onset of its rise." * bool(formed))
+          "copies, on the first. entropy: 0 one key, 1 all alike. distance in tokens."
+          + (" copying, eigen: whether what a head\nwrites raises what it reads, 1 to −1." if "copying" in scores else "")
+          + f" alone: nats that {on}\ncosts more with that head alone at its mean; heads that do the same are hardly missed one by one."
+          + (" formed: tokens at\nthe onset of its rise." if formed else ""))
 
 
-def write_json(path: str, heads, scores: dict, alone: dict[str, float]) -> None:
+def print_composition(model, head) -> None:
+    """From the weights: which earlier head this one's keys read most."""
+    from induction.scores import composition, qk_trace
+    from model.taps import Head
+    found = [(composition(model, layer, head.layer), qk_trace(model, layer, head.layer)) for layer in range(head.layer)]
+    if not found:
+        return
+    by_keys = {Head(layer, index): one.k[head.index, index].item() for layer, (one, _) in enumerate(found) for index in range(len(one.k))}
+    best = max(by_keys, key=by_keys.get)
+    print(f"by its weights, {head}'s keys read most what {best} writes: K-composition {by_keys[best]:+.2f} above chance; together they "
+          f"look for the same token {found[best.layer][1][head.index, best.index]:.1f} deviations more than for others (at distance 0)")
+
+
+def write_json(path: str, scores: dict, cost: dict) -> None:
     from files import explain_disk_errors, whole_file
-    found = {str(head): {name: values[head].item() for name, values in scores.items()} | {"alone": alone[str(head)]} for head in heads}
+    found = {str(head): {name: values[head].item() for name, values in scores.items()} | {"alone": nats} for head, nats in cost.items()}
     with explain_disk_errors(f"--json {path}", "name a file in a folder that is there"), whole_file(Path(path), "w") as file:
         json.dump(found, file, indent=1)
 
 
-def looked_at(args, run, rows) -> dict:
-    """What the page shows: the run's own snapshots; or given text, or the probe, at this checkpoint or at all that are kept."""
-    from induction.snapshots import Snapshots, patterns, spelled
+def pictures(args, run, ids=None, what: str = "") -> dict:
+    """What the page shows: the run's own snapshots; or given tokens, or the probe, at this checkpoint or at all that are kept."""
+    from induction.snapshots import Snapshots, patterns, shown, spelled
     from induction.viewer import Passage, Snapshot
+    from training.checkpoint import read_state
     from training.run import load_run
-    if rows is None and not args.all_steps and args.step is None and len(Snapshots(run.folder / "heads")):
+    if ids is None and not args.all_steps and args.step is None and len(Snapshots(run.folder / "heads")):
         return {}
-    if rows is None:
-        ids, title = probes_for(run).held_out.example(run.config.model.n_ctx)
-    else:
-        ids, title = rows[0][0][:rows[1][0].sum() + 1], "the given " + ("text" if args.tokens is None else "tokens")
-    tokens_a_step = run.config.train.batch_tokens
-    steps = [int(path.name) for path in run.checkpoints()] if args.all_steps else [run.step]
-    device = run.model.embed.weight.device
+    if ids is None:
+        ids, what = probes_for(run).held_out.example(run.config.model.n_ctx)
+    fits, device = shown(run.config.model, len(ids)), run.model.embed.weight.device
+    title = what if fits == len(ids) else f"{what}, its first {fits} tokens"
+    separator = run.tokenizer.end_of_text if run.config.data.mask_documents else None
 
     def snapshots():
-        for step in steps:
-            model = run.model if step == run.step else load_run(run.folder, step, device).model
-            yield Snapshot(step, step * tokens_a_step, patterns(model, [ids.to(device)]))
+        for checkpoint in run.checkpoints() if args.all_steps else [run.checkpoint]:
+            model = run.model if checkpoint == run.checkpoint else load_run(checkpoint, device=device).model
+            state = read_state(checkpoint)
+            yield Snapshot(state["step"], state["tokens"], patterns(model, [ids[:fits].to(device)], separator))
 
-    return {"passages": [Passage(title, spelled(ids, run.tokenizer))], "snapshots": snapshots()}
+    return {"passages": [Passage(title, spelled(ids[:fits], run.tokenizer))], "snapshots": snapshots()}
 
 
 def verdict(arguments: list[str]) -> None:
@@ -182,31 +229,17 @@ def verdict(arguments: list[str]) -> None:
             file.write(found)
 
 
-def validation_rows(run):
-    """64 rows (N, T + 1) of the text held out of a run's training; None where it saw no text."""
-    import torch
-
-    from data.dataset import Dataset
-    from training.checkpoint import read_state
-    if not run.config.data.text_corpus:
-        return None
-    folder = read_state(run.folder / "checkpoints" / f"{run.step:06d}")["data"]["folder"]
-    windows = Dataset(run.config.data, run.config.seed, folder).validation(64 * run.config.model.n_ctx, run.config.model.n_ctx, 64)[0]
-    return torch.cat([windows.tokens, windows.targets[:, -1:]], dim=1).to(run.model.embed.weight.device)
-
-
 def examine_run(where: str, device: str = "auto"):
     """The verdict on the run at `where`."""
     from induction.report import kind_of_run, model_transition
     from induction.verdict import examine
     from training.device import choose_device
-    from training.logger import read_metrics
     from training.run import load_run
     run = load_run(where, device=choose_device(device, "--device "))
     config, shape = run.config.data, run.config.model
     fixed = "repeats" in config.corpora and config.repeats.period[0] == config.repeats.period[1]
     return examine(run.folder.name, kind_of_run(run.config), shape.n_layers == 1 and not shape.smear and not fixed, run.model,
-                   probes_for(run), model_transition(read_metrics(run.folder / "metrics.jsonl")), validation_rows(run))
+                   probes_for(run), model_transition(run.records()), run.validation(64))
 
 
 def parse_arguments():
@@ -216,7 +249,7 @@ def parse_arguments():
     parser.add_argument("run", help="runs/NAME, or a checkpoint in it: runs/NAME/checkpoints/000500")
     parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of that step (default: the newest)")
     parser.add_argument("--all-steps", action="store_true", help="show patterns at every checkpoint, for the page's time slider")
-    parser.add_argument("--text", metavar="T", help="look at this text instead of repeated random tokens")
+    parser.add_argument("--text", metavar="T", help="look at this text instead of repeated random tokens (in report-text.html)")
     parser.add_argument("--file", metavar="F", help="look at the text of a file")
     parser.add_argument("--tokens", metavar="F", help="look at sequences of token ids, one a line, taken as they are")
     parser.add_argument("--json", metavar="F", help='write every score there: {"L0H0": {"prefix_matching": …, …}, …}')

@@ -70,7 +70,7 @@ def train(config, folder: Path, changed: list[str]) -> None:
                     run.log(evaluate(model, validation, data))
                 if watch and (due(step, config.heads.every) or last):
                     run.log(watch(model, step, run.tokens))             # the same weights, uncompiled, tapped
-                    if due(step, config.heads.images_every) or last:
+                    if due(step, config.heads.images_every) or (last and config.heads.images_every):
                         run.show(lambda: watch.pictures(model))
                 run.end_step()
                 if (due(step, config.checkpoint.every) or step in config.checkpoint.steps
@@ -112,16 +112,16 @@ def build_model(config, tokenizer, new: bool):
 def watch_heads(run, validation):
     """What looks at the heads of `run` every `heads.every` steps, or None."""
     from induction.probes import probes_of
+    from induction.report import best_of_looks
     from induction.watch import HeadWatch
     config, data = run.config, run.data
     probes = config.heads.every and probes_of(config.data, config.model.n_ctx, data.tokenizer, config.seed)
     if not probes:
         return None
     text = validation[0].tokens[0].to(run.device) if data.shards else None
-    history = [(record["tokens"], max(value for key, value in record.items() if key.startswith("heads/prefix_matching/")))
-               for record in run.metrics.read() if "heads/prefix_matching/L0H0" in record]
-    return HeadWatch(probes.to(run.device), text, data.tokenizer, run.folder, every=config.heads.every, steps=config.train.steps,
-                     step=run.step, history=history)
+    return HeadWatch(run.model, probes.to(run.device), text, data.tokenizer, run.folder, every=config.heads.every,
+                     steps=config.train.steps, step=run.step, history=best_of_looks(run.metrics.read()),
+                     separator=data.end_of_text if config.data.mask_documents else None)
 
 
 def evaluate(model, validation, data) -> dict[str, float]:

@@ -16,7 +16,7 @@ from data.dataset import Dataset
 from errors import ArgumentParser, run_command
 from induction.probes import probes_of
 from induction.watch import HeadWatch
-from model.gpt import GPT
+from train import build_model
 from training.config import load_config
 from training.device import choose_attention, choose_device, choose_micro_batch, choose_precision, training_loss
 from training.optimizer import Optimizer
@@ -35,15 +35,14 @@ def main() -> None:
     data = Dataset(config.data, config.seed)
     batches = data.training(config.train.batch_tokens, config.model.n_ctx)
     text = data.validation(config.eval.tokens, config.model.n_ctx, 1)[0].tokens[0].to(device) if data.shards else None
-    model = GPT(config.model.model_copy(update={"vocab_size": data.tokenizer.n_vocab}), config.seed).to(device)
+    model = build_model(config, data.tokenizer, new=True).to(device)
     model.compute_dtype, model.attention_backend = precision, choose_attention(config.train.attention, device, config.model.head_size)
     optimizer, loss_of = Optimizer(model, config.optimizer, config.train.steps), training_loss(model, config.train.compile, device)
     probes = probes_of(config.data, config.model.n_ctx, data.tokenizer, config.seed).to(device)
 
     times: dict[str, list[float]] = {"steps": [], "look": [], "pictures": []}
     with tempfile.TemporaryDirectory() as folder:
-        watch = HeadWatch(probes, text, data.tokenizer, Path(folder), every=config.heads.every, steps=config.train.steps, step=0,
-                          history=[])
+        watch = HeadWatch(model, probes, text, data.tokenizer, Path(folder), every=config.heads.every, steps=config.train.steps)
 
         def timed(what: str, function) -> None:
             started = time.perf_counter()

@@ -18,15 +18,13 @@ from typing import NamedTuple
 
 from errors import ArgumentParser, UserError, run_command
 from files import whole_file
-from heads import probes_for, validation_rows
+from heads import examine_run
 from induction.phase import FORMED, Transition, band
-from induction.report import curve, figure, icl_transition, model_transition, score_curves
-from induction.scores import measure
-from induction.verdict import aim, causal_set, examine, induction_set
+from induction.report import curve, figure, icl_transition, score_curves
+from induction.verdict import Verdict
 from training.checkpoint import whole_checkpoints
-from training.config import load_config
+from training.config import differences, load_config
 from training.logger import read_metrics
-from training.run import load_run
 
 CONFIGS, PAGES = Path("configs/induction"), Path("docs/studies")
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
@@ -42,9 +40,8 @@ class Arm(NamedTuple):
     def run(self, seed: int) -> Path:
         return Path("runs") / f"{self.label}-s{seed}"
 
-    def train(self, seed: int) -> list[str]:
-        return [sys.executable, "train.py", str(CONFIGS / f"{self.config}.yaml"), *self.changes, f"run={self.run(seed).name}",
-                f"seed={seed}", "log.wandb=disabled"]
+    def overrides(self, seed: int) -> list[str]:
+        return [*self.changes, f"run={self.run(seed).name}", f"seed={seed}", "log.wandb=disabled"]
 
 
 STUDIES: dict[str, tuple[int, list[Arm]]] = {           # name → seeds, arms
@@ -63,13 +60,15 @@ STUDIES: dict[str, tuple[int, list[Arm]]] = {           # name → seeds, arms
 
 def train_missing(arms: list[Arm], seeds: int, at_once: int) -> None:
     """Train every arm with every seed, `at_once` side by side on one thread each; what is finished stays as it is."""
-    missing = [(arm, seed) for seed in range(seeds) for arm in arms if not finished(arm.run(seed))]
+    missing = [(arm, seed) for seed in range(seeds) for arm in arms if not finished(arm, seed)]
     started = time.monotonic()
 
     def train(job: tuple[Arm, int]) -> None:
-        done = subprocess.run(job[0].train(job[1]), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        arm, seed = job
+        done = subprocess.run([sys.executable, "train.py", str(CONFIGS / f"{arm.config}.yaml"), *arm.overrides(seed)],
+                              capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         if done.returncode:
-            raise UserError(f"{job[0].run(job[1])}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
+            raise UserError(f"{arm.run(seed)}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
 
     with ThreadPoolExecutor(at_once) as pool:
         for n, ((arm, seed), _) in enumerate(zip(missing, pool.map(train, missing)), 1):
@@ -78,73 +77,65 @@ def train_missing(arms: list[Arm], seeds: int, at_once: int) -> None:
             print(f"{n}/{len(missing)}  {arm.run(seed).name}  {passed:.0f} s, about {left:.0f} s left", flush=True)
 
 
-def finished(run: Path) -> bool:
+def finished(arm: Arm, seed: int) -> bool:
+    """Whether the run is there to its end; a UserError where it was trained as something else."""
+    run, wanted = arm.run(seed), load_config(CONFIGS / f"{arm.config}.yaml", arm.overrides(seed))
+    if not (run / "config.yaml").exists():
+        return False
+    if other := differences(load_config(run / "config.yaml"), wanted):
+        raise UserError(f"{run} was trained as another config says ({'; '.join(other[:3])})\n  move it away and run this again")
     whole = whole_checkpoints(run / "checkpoints")
-    return bool(whole) and int(whole[-1].name) >= load_config(run / "config.yaml").train.steps
+    return bool(whole) and int(whole[-1].name) >= wanted.train.steps
 
 
 # --- results --------------------------------------------------------------------------------------------------------------
 
 class Outcome(NamedTuple):
-    """What one run came to."""
+    """What one run came to: its verdict, its last measurements, and all of them."""
 
-    formed: bool                        # by the verdict
-    prefix: float                       # of the strongest head, on held-out periods
-    peak: float                         # the highest attention anywhere around the target
-    first: float                        # loss on random tokens
-    second: float                       # on the same, repeated
-    unseen: float | None                # prefix matching on tokens never repeated in training
-    moved: Transition | None
-    removed: float | None               # share of the gain that goes with the induction heads
-    others: float | None                # with matched sets of others
-    aimed: tuple[float, float] | None   # nats without the previous-token heads, and with patterns kept
-    text: float | None                  # validation loss on text
-    icl: float | None
-    icl_moved: Transition | None
-    cache: int                          # numbers of cache a token and layer
+    verdict: Verdict
+    last: dict[str, float]
+    icl: Transition | None
+    cache: int                  # numbers of cache a token and layer
     records: list[dict]
 
 
-def outcome(where: Path) -> Outcome:
-    run, records = load_run(where), read_metrics(where / "metrics.jsonl")
-    probes, moved, shape = probes_for(run), model_transition(records), run.config.model
-    measured = measure(run.model, probes.held_out, probes.unrepeated)
-    found = induction_set(run.model, measured)
-    lost, aimed = (causal_set(run.model, found, probes), aim(run.model, measured, found, probes)) if found else (None, None)
-    verdict = examine(where.name, where.name, False, run.model, probes, moved, validation_rows(run))
-    unseen = measure(run.model, probes.unseen_tokens, probes.unrepeated) if probes.unseen_tokens else None
+def outcome(run: Path) -> Outcome:
+    records, shape = read_metrics(run / "metrics.jsonl"), load_config(run / "config.yaml").model
     last = {key: value for record in records for key, value in record.items()}
-    text = run.config.data.text_corpus is not None
-    return Outcome(verdict.formed, measured.scores["prefix_matching"].max().item(), measured.offset_profile.max().item(),
-                   measured.loss_first, measured.loss_second, unseen and unseen.scores["prefix_matching"].max().item(), moved,
-                   lost and lost.lost.gain_removed, sum(lost.others) / len(lost.others) if lost and lost.others else None,
-                   aimed and (aimed.full.second_copy, aimed.kept.second_copy), last["val/loss"] if text else None,
-                   last.get("icl/score"), icl_transition(records), 2 * shape.kv_heads * shape.head_size, records)
+    return Outcome(examine_run(str(run)), last, icl_transition(records), 2 * shape.kv_heads * shape.head_size, records)
 
 
-COLUMNS = {             # heading → what of a run stands under it; a column that no run has is left out
-    "prefix matching": lambda o: f"{o.prefix:.2f}",
-    "peak near target": lambda o: f"{o.peak:.2f}",
-    "first copy": lambda o: f"{o.first:.2f}",
-    "second copy": lambda o: f"{o.second:.3f}",
-    "unseen tokens": lambda o: None if o.unseen is None else f"{o.unseen:.2f}",
-    "onset, M tokens": lambda o: o.moved and f"{o.moved.onset / 1e6:.2f}",
-    "end": lambda o: o.moved and f"{o.moved.end / 1e6:.2f}",
-    "gain removed": lambda o: None if o.removed is None else f"{o.removed:.0%}",
-    "by others": lambda o: None if o.others is None else f"{o.others:.0%}",
-    "previous-token heads": lambda o: o.aimed and f"{o.aimed[0]:+.2f}",
-    "patterns kept": lambda o: o.aimed and f"{o.aimed[1]:+.2f}",
-    "text loss": lambda o: None if o.text is None else f"{o.text:.3f}",
-    "ICL score": lambda o: None if o.icl is None else f"{o.icl:.3f}",
-    "its onset": lambda o: o.icl_moved and f"{o.icl_moved.onset / 1e6:.2f}",
-    "its end": lambda o: o.icl_moved and f"{o.icl_moved.end / 1e6:.2f}",
+def million(tokens: float | None) -> str | None:
+    return None if tokens is None else f"{tokens / 1e6:.2f}"
+
+
+COLUMNS = {             # heading → what of a run stands under it, None where there is no such thing; a column of nothing is left out
+    "prefix matching": lambda o: f"{o.verdict.best:.2f}",
+    "peak near target": lambda o: f"{o.verdict.measured.offset_profile.max():.2f}",
+    "first copy": lambda o: f"{o.verdict.measured.loss_first:.2f}",
+    "second copy": lambda o: f"{o.verdict.measured.loss_second:.3f}",
+    "on unseen tokens": lambda o: None if o.verdict.unseen is None else f"{o.verdict.unseen:.2f}",
+    "onset, M tokens": lambda o: o.verdict.moved and million(o.verdict.moved.onset),
+    "end": lambda o: o.verdict.moved and million(o.verdict.moved.end),
+    "gain removed": lambda o: o.verdict.cause and f"{o.verdict.cause.lost.gain_removed:.0%}",
+    "by other heads": lambda o: o.verdict.cause and o.verdict.cause.others and
+        f"{sum(o.verdict.cause.others) / len(o.verdict.cause.others):.0%}",
+    "previous-token heads": lambda o: o.verdict.aim and f"{o.verdict.aim.full:+.2f}",
+    "patterns kept": lambda o: o.verdict.aim and f"{o.verdict.aim.kept:+.2f}",
+    "into keys": lambda o: o.verdict.aim and f"{o.verdict.aim.by['k']:+.2f}",
+    "into queries": lambda o: o.verdict.aim and f"{o.verdict.aim.by['q']:+.2f}",
+    "text loss": lambda o: f"{o.last['val/loss']:.3f}" if "icl/score" in o.last else None,
+    "ICL score": lambda o: f"{o.last['icl/score']:.3f}" if "icl/score" in o.last else None,
+    "its onset": lambda o: o.icl and million(o.icl.onset),
+    "its end": lambda o: o.icl and million(o.icl.end),
 }
 
 
 def table(arms: list[Arm], results: dict[Arm, list[Outcome]]) -> str:
     """Markdown: a row an arm; of several seeds the median, and where they differ the range."""
-    rows = [{"": f"`{arm.label}`", "verdict": f"{sum(o.formed for o in results[arm])} of {len(results[arm])}"}
-            | {name: spread([value for o in results[arm] if (value := of(o))]) for name, of in COLUMNS.items()} for arm in arms]
+    rows = [{"": f"`{arm.label}`", "verdict": f"{sum(o.verdict.answer == 'yes' for o in results[arm])} of {len(results[arm])}"}
+            | {name: spread([of(o) for o in results[arm]]) for name, of in COLUMNS.items()} for arm in arms]
     if len({o.cache for found in results.values() for o in found}) > 1:
         for arm, row in zip(arms, rows):
             row["cache, numbers a token and layer"] = str(results[arm][0].cache)
@@ -153,13 +144,16 @@ def table(arms: list[Arm], results: dict[Arm, list[Outcome]]) -> str:
                       *("| " + " | ".join(row[name] or "–" for name in names) + " |" for row in rows)])
 
 
-def spread(values: Sequence[str]) -> str:
+def spread(found: Sequence[str | None]) -> str:
+    """The median and the range; how many there are, where some runs have none."""
+    values = [value for value in found if value]
     if not values:
         return ""
     number = {value: float(value.rstrip("%")) for value in values}
     middle = min(values, key=lambda value: abs(number[value] - median(number.values())))
     low, high = min(values, key=number.get), max(values, key=number.get)
-    return middle if low == high else f"{middle} ({low} … {high})"
+    few = "" if len(values) == len(found) else f", {len(values)} of {len(found)}"
+    return f"{middle}{few}" if low == high else f"{middle} ({low} … {high}{few})"
 
 
 def drawn(arms: list[Arm], results: dict[Arm, list[Outcome]]):

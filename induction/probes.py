@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import random_key, repeat_vocabulary
+from data.batches import Batch, random_key, repeat_vocabulary
 from data.config import DataConfig
 from data.tokenizer import Tokenizer
 
@@ -20,6 +20,11 @@ class Repeats(NamedTuple):
 
     tokens: Tensor          # (B, T)
     periods: Tensor         # (B,) length of each row's block
+
+    @property
+    def batch(self) -> Batch:
+        """What a model reads and what it is asked for."""
+        return Batch(self.tokens[:, :-1], self.tokens[:, 1:])
 
     @property
     def queries(self) -> Tensor:
@@ -73,7 +78,8 @@ def unrepeated(length: int, vocabulary: np.ndarray, begin: int, *, rows: int = R
 class Probes(NamedTuple):
     """The probes of a run: those it is scored on while it trains, and those the verdict asks for besides."""
 
-    held_out: Repeats               # periods that training never repeats
+    held_out: Repeats               # periods that training never repeats; where it repeats every one that fits, those
+    never_trained: bool             # which of the two
     trained: Repeats | None         # periods that it does, where it repeats any
     unseen_tokens: Repeats | None   # held-out periods of tokens that training never repeats, where some are held out
     unrepeated: Tensor
@@ -95,7 +101,8 @@ def probes_of(data: DataConfig, n_ctx: int, tokenizer: Tokenizer, seed: int, row
                    and p not in data.repeats.held_out_periods]
     held_out = [p for p in data.repeats.held_out_periods if p in fits]
     if not held_out:                                            # none named: four of the others, spread evenly
-        others = [p for p in fits if p not in in_training and (p >= 8 or n_ctx < 32)]
+        others = [p for p in fits if p not in in_training]
+        others = [p for p in others if p >= 8] or others        # the shortest say least: matches crowd there
         held_out = others[::-(-len(others) // 4)] if others else []
     note = (f"random tokens, periods {_listed(held_out)}" + (" (held out of training)" if in_training else " (training repeats nothing)")
             if held_out else f"random tokens, periods {_listed(in_training)}: every period that fits was trained on")
@@ -105,7 +112,7 @@ def probes_of(data: DataConfig, n_ctx: int, tokenizer: Tokenizer, seed: int, row
         periods = [p for p in periods if p <= len(vocabulary)]
         return repeats(periods, n_ctx, vocabulary, tokenizer.end_of_text, rows=rows, seed=seed) if periods else None
 
-    return Probes(of(shown, known), of(in_training, known), of(shown, unseen),
+    return Probes(of(shown, known), bool(held_out), of(in_training, known), of(shown, unseen),
                   unrepeated(n_ctx, known, tokenizer.end_of_text, rows=rows, seed=seed), note)
 
 

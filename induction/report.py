@@ -20,9 +20,9 @@ from model.taps import Head, heads_of
 CURVES = ("train/loss", "val/loss", "repeat/loss_first", "repeat/loss_second", "icl/score")
 
 
-def write_report(folder: Path, config, records: list[dict], causal: dict[str, float] | None = None, *,
+def write_report(folder: Path, config, records: list[dict], causal: dict[str, float] | None = None, *, name: str = "report.html",
                  passages: list[Passage] | None = None, snapshots: Iterable[Snapshot] | None = None) -> Path | None:
-    """Write `folder`/report.html from a run's config and its records of metrics.jsonl; its path, None if the run kept no snapshots.
+    """Write `folder`/`name` from a run's config and its records of metrics.jsonl; its path, None if the run kept no snapshots.
 
     causal       what ablating each head alone costs, in nats
     passages     texts other than those the run kept pictures of, with their `snapshots`
@@ -39,9 +39,8 @@ def write_report(folder: Path, config, records: list[dict], causal: dict[str, fl
         scores={name: found for name in SCORES if (found := score_curves(records, name, model)) is not None},
         curves={name: found for name in CURVES if (found := curve(records, name)) is not None},
         marks={"onset": moved.onset, "end": moved.end} if moved else {}, causal=causal or {}, notes=remarks(config.data))
-    path = folder / "report.html"
-    write_viewer(path, view)
-    return path
+    write_viewer(folder / name, view)
+    return folder / name
 
 
 def curve(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -56,21 +55,28 @@ def score_curves(records: list[dict], score: str, model: ModelConfig) -> tuple[n
     looks = [record for record in records if keys[0] in record]
     if not looks:
         return None
-    values = np.array([[record[key] for key in keys] for record in looks], dtype=float)
+    values = np.array([[record[key] for key in keys] for record in looks], dtype=float)      # a null becomes nan
     return np.array([record["tokens"] for record in looks], dtype=float), values.reshape(-1, model.n_layers, model.n_heads)
+
+
+def best_of_looks(records: list[dict]) -> list[tuple[int, float]]:
+    """(tokens, prefix matching of the best head) of every look at the heads."""
+    looks = [(record["tokens"], [value for key, value in record.items() if key.startswith("heads/prefix_matching/") and value is not None])
+             for record in records]
+    return [(tokens, max(found)) for tokens, found in looks if found]
 
 
 def model_transition(records: list[dict]) -> Transition | None:
     """When the model's best head of each moment rose to match prefixes, in tokens."""
-    looks = [(record["tokens"], max(found)) for record in records
-             if (found := [value for key, value in record.items() if key.startswith("heads/prefix_matching/")])]
+    looks = best_of_looks(records)
     return transition(*zip(*looks)) if looks else None
 
 
 def icl_transition(records: list[dict]) -> Transition | None:
-    """When the in-context-learning score fell from what it was first measured at, in tokens; its `final` is how far it fell, in nats."""
+    """When the in-context-learning score fell from what it was first measured at, in tokens; its `final` is how far it fell, in nats.
+    Less than 0.1 may be the noise of a small validation text."""
     found = curve(records, "icl/score")
-    return None if found is None else transition(found[0], found[1][0] - found[1], least=0.02)
+    return None if found is None else transition(found[0], found[1][0] - found[1], least=0.1)
 
 
 def head_transitions(records: list[dict], model: ModelConfig) -> dict[Head, Transition]:
@@ -108,8 +114,9 @@ GREY, INK = "#9aa0a8", "#30343a"
 
 def plots(folder: Path, config, records: list[dict], measured: Measured) -> list[Path]:
     """Figures of a run in `folder`/figures, PNG and SVG each; the paths of the PNGs."""
-    made = {"formation": formation(config.model, records), "scores": grids(config.model, measured),
-            "offsets": offsets(config.model, measured)}
+    made = {"scores": grids(config.model, measured), "offsets": offsets(config.model, measured)}
+    if score_curves(records, "prefix_matching", config.model):
+        made = {"formation": formation(config.model, records)} | made
     target = folder / "figures"
     target.mkdir(exist_ok=True)
     for name, figure in made.items():

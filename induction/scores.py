@@ -1,7 +1,7 @@
 """What each head attends to, what it copies, and which heads it is built on.
 
 Attention weights show what was averaged, not what was used: induction/ablation.py asks that. The scores that look at the pattern come
-from q, k and lse in O(T) memory (kernels/head_statistics.py); those that look at weights never hold a V × V or an E × E × H matrix.
+from q, k and lse in O(T) memory (kernels/head_statistics.py); those that look at weights never hold a V × V matrix.
 """
 
 from typing import NamedTuple
@@ -43,28 +43,25 @@ def attention_scores(model: GPT, tokens: Tensor, queries: Tensor) -> Look:
     Definitions: Olsson et al. 2022, "In-context Learning and Induction Heads", appendix. Entropy is divided by the log of the number of
     keys that its row sees. The offset profile is attention around the induction target, position by position.
     """
-    with taps(model, ["L*.q", "L*.k", "L*.lse"]) as cache:
+    share = queries.float() / queries.sum().clamp(min=1)
+    seen, layers = torch.arange(1, tokens.shape[1] + 1, device=tokens.device), []
+
+    def look(layer: int, window: int | None):
+        def at(lse: Tensor) -> None:                        # the last of the three: nothing of a layer is held once it is measured
+            q, k = cache.pop(f"L{layer}.q"), cache.pop(f"L{layer}.k")
+            rows = head_statistics(q, k, lse, tokens, window=window)                        # (B, H, T) each
+            keys = seen.clamp(max=window or len(seen))
+            entropy = torch.where(keys > 1, rows.entropy / keys.log(), 0)                   # a row that sees one key has none
+            layers.append({name: torch.einsum("bht...,bt->h...", row, share).cpu().double()
+                           for name, row in rows._replace(entropy=entropy)._asdict().items()})
+        return at
+
+    taken = {f"L{layer}.lse": look(layer, window) for layer, window in enumerate(model.config.windows)}
+    with taps(model, {"L*.q": None, "L*.k": None} | taken) as cache:
         final = model.hidden(tokens)
-    share = queries.cpu().double()
-    share = share / share.sum().clamp(min=1)
-    seen = torch.arange(1, tokens.shape[1] + 1).double()
-    layers, profiles = [], []
-    for layer, window in enumerate(model.config.windows):
-        of = head_statistics(cache[f"L{layer}.q"], cache[f"L{layer}.k"], cache[f"L{layer}.lse"], tokens, window=window)
-        rows = {name: row.cpu().double() for name, row in of._asdict().items()}         # (B, H, T), the profile's (B, H, T, offsets)
-        rows["entropy"] /= seen.clamp(max=window or len(seen)).log().clamp(min=1e-9)     # a row that sees one key has no entropy
-        means = {name: torch.einsum("bht...,bt->h...", row, share) for name, row in rows.items()}
-        profiles.append(means.pop("offset_profile"))
-        layers.append(means | {"latest_match": profiles[-1][:, REACH]})
-    scores = {name: torch.stack([means[name] for means in layers]) for name in SCORES if name in layers[0]}
-    return Look(scores, torch.stack(profiles), final)
-
-
-def score_text(model: GPT, tokens: Tensor) -> Look:
-    """`attention_scores` of any text (B, T), over all queries with at least one earlier key."""
-    queries = torch.ones_like(tokens, dtype=torch.bool)
-    queries[:, 0] = False
-    return attention_scores(model, tokens, queries)
+    scores = {name: torch.stack([means[name] for means in layers]) for name in layers[0]}
+    profile = scores.pop("offset_profile")
+    return Look({name: scores.get(name, profile[..., REACH]) for name in SCORES if name != "copying"}, profile, final)
 
 
 class Measured(NamedTuple):
@@ -87,21 +84,21 @@ def repeat_losses(model: GPT, probe: Repeats, final: Tensor | None = None) -> tu
     """Mean loss inside the first and the second copy, in nats; `final`: the last hidden state, where it is at hand."""
     final = model.hidden(probe.tokens) if final is None else final
     targets = probe.tokens[:, 1:]
-    losses = cross_entropies(final[:, :-1].flatten(0, 1), model.unembedding, targets.flatten()).view(targets.shape).double()
-    return losses[probe.first_copy].mean().item(), losses[probe.second_copy].mean().item()
+    losses = cross_entropies(final[:, :-1].flatten(0, 1), model.unembedding, targets.flatten()).view(targets.shape)
+    return tuple(losses[copy].cpu().double().mean().item() for copy in (probe.first_copy, probe.second_copy))
 
 
 def icl_score(losses: Tensor) -> float | None:
     """How much later tokens are easier than early ones: mean loss late minus mean loss early, in nats, of losses (N, T) on text.
 
-    Token 500 minus token 50 (Olsson et al. 2022) where there are so many; in a shorter context its last eighth minus its second
-    sixteenth, which average over several places. The more in-context learning, the more negative. None below 16 tokens.
+    Around token 500 minus around token 50 (Olsson et al. 2022; 17 tokens each: single ones are noise) where there are so many; in a
+    shorter context its last eighth minus its second sixteenth. The more in-context learning, the more negative. None below 16 tokens.
     """
-    T = losses.shape[1]
+    T, losses = losses.shape[1], losses.cpu().double()
     if T < 16:
         return None
-    early, late = (losses[:, 49:50], losses[:, 499:500]) if T >= 512 else (losses[:, T // 16:T // 8], losses[:, -(T // 8):])
-    return late.double().mean().item() - early.double().mean().item()
+    early, late = (losses[:, 41:58], losses[:, 491:508]) if T >= 512 else (losses[:, T // 16:T // 8], losses[:, -(T // 8):])
+    return late.mean().item() - early.mean().item()
 
 
 @torch.no_grad()
@@ -122,8 +119,8 @@ def copying(model: GPT, tokens: Tensor) -> Tensor:
         logits = v @ writers(model, layer) @ columns[:, None].mT                            # (B, H, n, n): read, raised
         raised = (logits - logits.mean(-1, keepdim=True)).relu()
         share = raised.diagonal(dim1=-2, dim2=-1) / raised.sum(-1).clamp(min=1e-30)
-        scores.append(2 * share.double().mean((0, 2)) - 1)
-    return torch.stack(scores).cpu()
+        scores.append(2 * share.cpu().double().mean((0, 2)) - 1)
+    return torch.stack(scores)
 
 
 # --- from the weights alone ---------------------------------------------------------------------------------------------
@@ -134,10 +131,15 @@ def copying_eigenvalues(model: GPT) -> Tensor:
 
     Its at most D eigenvalues that are not 0 are those of W_O W_U W_E W_V, a D × D matrix.
     """
-    through = (unembedding(model).double() @ embedding(model).double())                     # (E, E)
-    values = [torch.linalg.eigvals(writers(model, layer).double() @ through @ readers(model, layer)[2].double())
+    through = exactly(unembedding(model)) @ exactly(embedding(model))                       # (E, E)
+    values = [torch.linalg.eigvals(exactly(writers(model, layer)) @ through @ exactly(readers(model, layer)[2]))
               for layer in range(model.config.n_layers)]
-    return torch.stack([v.real.sum(-1) / v.abs().sum(-1).clamp(min=1e-30) for v in values]).cpu()
+    return torch.stack([v.real.sum(-1) / v.abs().sum(-1).clamp(min=1e-30) for v in values])
+
+
+def exactly(weights: Tensor) -> Tensor:
+    """In float64 on the CPU: no other device has all of its linear algebra, and some have no float64."""
+    return weights.detach().cpu().double()
 
 
 class Composition(NamedTuple):
@@ -149,18 +151,17 @@ class Composition(NamedTuple):
 
 
 @torch.no_grad()
-def composition(model: GPT, earlier: int, later: int, samples: int = 8) -> Composition:
+def composition(model: GPT, earlier: int, later: int, samples: int = 100) -> Composition:
     """‖W₁ W₂‖ / (‖W₁‖ ‖W₂‖) (Frobenius) of the earlier layer's OV and the later one's circuit, minus its mean over random matrices
     of the same shapes (Elhage et al. 2021, "Virtual weights and composition"). Under RoPE the QK circuit is the one at distance 0."""
-    _, _, v1 = (w.double() for w in readers(model, earlier))
-    o1 = writers(model, earlier).double()
-    q, k, v = (w.double() for w in readers(model, later))
-    draw = torch.Generator(device="cpu").manual_seed(0)
+    v1, o1 = exactly(readers(model, earlier)[2]), exactly(writers(model, earlier))
+    q, k, v = map(exactly, readers(model, later))
+    draw = torch.Generator().manual_seed(0)
     shapes = [v1.shape, o1.shape, q.shape, k.mT.shape]
     chance = torch.stack([_ratio(*(torch.randn(shape[1:], generator=draw, dtype=torch.float64)[None] for shape in shapes))
                           for _ in range(samples)]).mean().item()
-    return Composition(*(_ratio(v1, o1, reads, writes).cpu() - chance for reads, writes in
-                         ((q, k.mT), (k, q.mT), (v, writers(model, later).double()))))
+    return Composition(*(_ratio(v1, o1, reads, writes) - chance for reads, writes in
+                         ((q, k.mT), (k, q.mT), (v, exactly(writers(model, later))))))
 
 
 def _ratio(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
@@ -178,14 +179,14 @@ def qk_trace(model: GPT, earlier: int, later: int) -> Tensor:
     """Whether a later head looks for the token that an earlier head has copied, (H later, H earlier): the mean of the diagonal of
     W_E W_Q W_Kᵀ W_OVᵀ W_Eᵀ (V × V; query token by token copied to the key) above the mean of all its entries, in their standard
     deviations. Large for an induction head on a previous-token head. From E × E products, at distance 0 under RoPE."""
-    w_e, (q, k, _), (_, _, v) = embedding(model).double(), readers(model, later), readers(model, earlier)
+    w_e, (q, k, _), (_, _, v) = exactly(embedding(model)), map(exactly, readers(model, later)), map(exactly, readers(model, earlier))
     gram, total, V = w_e.T @ w_e, w_e.sum(0), len(w_e)
-    copied, found = v.double() @ writers(model, earlier).double(), []                   # (H earlier, E, E)
-    for q_head, k_head in zip(q.double(), k.double()):
+    copied, found = v @ exactly(writers(model, earlier)), []                            # (H earlier, E, E)
+    for q_head, k_head in zip(q, k):
         x = q_head @ (copied @ k_head).mT                                               # (H earlier, E, E)
         mean = total @ x.mT @ total / V ** 2
         variance = (x @ gram @ x.mT * gram).sum((-2, -1)) / V ** 2 - mean ** 2
         found.append(((x * gram).sum((-2, -1)) / V - mean) / variance.clamp(min=1e-30).sqrt())
-    return torch.stack(found).cpu()
+    return torch.stack(found)
 
 

@@ -16,20 +16,35 @@ from torch import Tensor
 from data.tokenizer import END_OF_TEXT, Tokenizer
 from files import whole_file
 from induction.viewer import Passage, Snapshot
+from model.config import ModelConfig
 from model.gpt import GPT
 from model.taps import taps
 
 LONGEST = 128           # tokens of a passage that are kept while training: patterns grow with its square
 MOST = 64               # snapshots a run
+PAGE_BYTES = 40e6       # of patterns in a page; they are deflated to about a half, and written in base64
+
+
+def shown(config: ModelConfig, length: int) -> int:
+    """How many of `length` tokens a page can show at once: 512 for 24 heads, fewer for more."""
+    return min(length, int((24 * 512 ** 2 / (config.n_layers * config.n_heads)) ** 0.5))
+
+
+def snapshots_of(config: ModelConfig, lengths: list[int]) -> int:
+    """How many snapshots of passages of those lengths a page holds, at most MOST."""
+    a_snapshot = config.n_layers * config.n_heads * sum(T * (T + 1) / 2 for T in lengths)
+    return max(2, min(MOST, int(2 * PAGE_BYTES / a_snapshot)))
 
 
 @torch.no_grad()
-def patterns(model: GPT, passages: list[Tensor]) -> list[np.ndarray]:
-    """The patterns of all heads on passages (T,) of token ids: (L, H, T, T) uint8 each."""
+def patterns(model: GPT, passages: list[Tensor], separator: int | None = None) -> list[np.ndarray]:
+    """The patterns of all heads on passages (T,) of token ids: (L, H, T, T) uint8 each. `separator`: begins documents that must not see
+    each other."""
     found = []
     for passage in passages:
+        segments = None if separator is None else (passage == separator).cumsum(0)[None]
         with taps(model, "L*.pattern") as cache:
-            model.hidden(passage[None])
+            model.hidden(passage[None], segments=segments)
         stacked = torch.stack([cache[f"L{layer}.pattern"][0] for layer in range(model.config.n_layers)])
         found.append((stacked.float() * 255).round().byte().cpu().numpy())
     return found
@@ -40,6 +55,8 @@ def spelled(ids: Tensor, tokenizer: Tokenizer) -> list[str]:
     def spell(token: int) -> str:
         if token == tokenizer.end_of_text:
             return END_OF_TEXT
+        if token >= len(tokenizer.token_bytes):             # a vocabulary may be larger than its tokenizer's
+            return f"<{token}>"
         text = tokenizer.token_bytes[token].decode("utf-8", "backslashreplace")
         return "".join(c if (c >= " " and c != "\x7f") or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 

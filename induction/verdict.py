@@ -1,15 +1,13 @@
 """Did induction heads form? What speaks for it and against it, run by run, and no more than that.
 
-A head is called an induction head here when its pattern says so on periods never trained, what it writes copies what it reads, *and*
-the model repeats worse without such heads, beyond what other heads of the same layers are worth. A pattern alone shows what was averaged,
-not what was used.
+Heads are called induction heads here when their patterns say so on periods never trained, what they write raises what they read, *and*
+the model repeats worse without them. A pattern alone shows what was averaged, not what was used.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from torch import Tensor
-
-from induction.ablation import Effect, effect, matched_sets
+from data.batches import Batch
+from induction.ablation import Effect, effect, losses_without, matched_sets, path_patch
 from induction.phase import FORMED, Transition
 from induction.probes import Probes
 from induction.scores import Measured, copying_eigenvalues, measure
@@ -18,9 +16,10 @@ from model.gpt import GPT
 from model.taps import Head, heads_of
 
 CONTROL = 0.15          # the most that a one-layer control may reach
+COPIES = 3.0            # how many times its share by chance the token read must have of what is raised
 REMOVED = 0.5           # the share of what repeating is worth that must go with the heads
-PREVIOUS = 0.25         # the previous-token score from which a head counts as looking one back
 BEYOND = 2.0            # how many times what matched sets of other heads are worth
+PREVIOUS = 0.25         # the previous-token score from which a head counts as looking one back
 
 
 class Finding(NamedTuple):
@@ -29,31 +28,39 @@ class Finding(NamedTuple):
     speaks: bool | None         # for induction heads, against them, or neither
 
 
-class Verdict(NamedTuple):
-    run: str
-    kind: str                   # runs of one kind differ by their seed alone
-    control: bool               # one layer that could only meet the probe without induction
-    heads: list[Head]           # those that look like induction heads, the strongest first
-    best: float                 # prefix matching of the strongest head of all
-    formed: bool
-    moved: Transition | None
-    findings: list[Finding]
-
-
 class CausalSet(NamedTuple):
     """What a set of heads is worth, beside matched sets of others; all of them replaced by their means."""
 
     heads: list[Head]
     lost: Effect
     others: list[float]         # the share of the gain that each matched set takes away
+    sizes: set[int]             # of the matched sets
 
 
 class Aim(NamedTuple):
-    """What earlier heads that look one token back are worth: altogether, and with every pattern kept as it was."""
+    """What earlier heads that look one token back are worth to induction heads, in nats of the second copy; replaced by their means."""
 
     heads: list[Head]
-    full: Effect
-    kept: Effect
+    full: float                 # altogether
+    kept: float                 # with every pattern kept as it was
+    by: dict[str, float]        # on the direct path into the induction heads' q, k or v alone
+
+
+class Verdict(NamedTuple):
+    run: str
+    kind: str                   # runs of one kind differ by their seed alone
+    control: bool               # one layer that could only meet the probe without induction
+    answer: Literal["yes", "no", "not shown"]
+    measured: Measured
+    moved: Transition | None
+    cause: CausalSet | None
+    aim: Aim | None
+    unseen: float | None        # prefix matching on tokens that training never repeated
+    findings: list[Finding]
+
+    @property
+    def best(self) -> float:
+        return self.measured.scores["prefix_matching"].max().item()
 
 
 def induction_set(model: GPT, measured: Measured) -> list[Head]:
@@ -62,62 +69,73 @@ def induction_set(model: GPT, measured: Measured) -> list[Head]:
     return sorted((head for head in heads_of(model.config) if score[head] >= FORMED), key=lambda head: -score[head])
 
 
-def causal_set(model: GPT, heads: list[Head], probes: Probes, text: Tensor | None = None) -> CausalSet:
+def causal_set(model: GPT, heads: list[Head], probes: Probes, text: Batch | None = None) -> CausalSet:
     """Ablate `heads` together (one of several that do the same is hardly missed), and matched sets of others."""
-    others = [effect(model, some, probes.held_out, kind="mean").gain_removed for some in matched_sets(model.config, heads)]
-    return CausalSet(heads, effect(model, heads, probes.held_out, text, "mean"), others)
+    others = matched_sets(model.config, heads)
+    return CausalSet(heads, effect(model, heads, probes.held_out, text, "mean"),
+                     [effect(model, some, probes.held_out, kind="mean").gain_removed for some in others], set(map(len, others)))
 
 
 def aim(model: GPT, measured: Measured, heads: list[Head], probes: Probes) -> Aim | None:
-    """Ablate the previous-token heads below `heads` (K-composition: they tell each key what stood before it; Elhage et al. 2021). What
-    their loss costs with the patterns kept is what they carry themselves; the rest is where they make later heads look."""
-    score = measured.scores["previous_token"]
-    below = [head for head in heads_of(model.config) if heads and head.layer < heads[0].layer]
-    if not below:
+    """Ablate the previous-token heads below the strongest of `heads`; None where there are none.
+
+    What their loss costs with the patterns kept is what they carry themselves; the rest is where they make later heads look. On the
+    direct path into the keys alone it is K-composition (Elhage et al. 2021): they tell each key what stood before it.
+    """
+    score, layer = measured.scores["previous_token"], heads[0].layer if heads else 0
+    found = [head for head in heads_of(model.config) if head.layer < layer and score[head] >= PREVIOUS]
+    if not found:
         return None
-    found = [head for head in below if score[head] >= PREVIOUS] or [max(below, key=lambda head: score[head].item())]
-    return Aim(found, *(effect(model, found, probes.held_out, kind="mean", patterns_kept=kept) for kept in (False, True)))
+    probe, receivers = probes.held_out, [head for head in heads if head.layer == layer]
+
+    def second_copy(losses) -> float:
+        return losses[probe.second_copy].cpu().double().mean().item()
+
+    intact = second_copy(losses_without(model, probe.batch, []))
+    full, kept = (second_copy(losses_without(model, probe.batch, found, "mean", patterns_kept=keep)) - intact for keep in (False, True))
+    by = {part: second_copy(path_patch(model, probe.batch, found, receivers, part, "mean")) - intact for part in ("q", "k", "v")}
+    return Aim(found, full, kept, by)
 
 
-def examine(run: str, kind: str, control: bool, model: GPT, probes: Probes, moved: Transition | None,
-            text: Tensor | None = None) -> Verdict:
-    """Weigh one run; `moved` is its transition in tokens, if it had one, `text` rows (N, T + 1) of held-out text."""
+def examine(run: str, kind: str, control: bool, model: GPT, probes: Probes, moved: Transition | None, text: Batch | None = None) -> Verdict:
+    """Weigh one run; `moved` is its transition in tokens, if it had one, `text` held-out text."""
     measured = measure(model, probes.held_out, probes.unrepeated)
-    heads, best = induction_set(model, measured), measured.scores["prefix_matching"].max().item()
-    strongest = max(heads_of(model.config), key=lambda head: measured.scores["prefix_matching"][head].item())
+    heads, score = induction_set(model, measured), measured.scores["prefix_matching"]
+    strongest = max(heads_of(model.config), key=lambda head: score[head].item())
     gain = measured.loss_first - measured.loss_second
     findings = [
-        Finding("Do heads attend to what followed before, on periods never trained?",
-                f"prefix matching {best:.2f} ({strongest}), {len(heads)} of {len(heads_of(model.config))} heads ≥ {FORMED}", bool(heads)),
-        _on_trained_periods(model, probes, best),
+        Finding(f"Do heads attend to what followed before, on {'periods never trained' if probes.never_trained else 'trained periods'}?",
+                f"prefix matching {score[strongest]:.2f} ({strongest}), {len(heads)} of {len(heads_of(model.config))} heads ≥ {FORMED}",
+                bool(heads)),
+        _on_trained_periods(model, probes, score[strongest].item()),
         Finding("Is repeating worth something there?", f"first copy {measured.loss_first:.2f} nats, second {measured.loss_second:.2f}",
                 None if gain > 0 else False),
         _offsets(measured, strongest, bool(heads), gain)]
+    cause, aimed, unseen = None, None, None
     if heads:
-        copies = [measured.scores["copying"][head].item() for head in heads]
-        eigen = [copying_eigenvalues(model)[head].item() for head in heads]
-        blind = 2 / (probes.unrepeated.shape[1] - 1) - 1
-        findings.append(Finding("Does what they write raise what they read?",
-                                f"copying {_range(copies)} (a head that ignores its input: {blind:.2f}), eigenvalues {_range(eigen)}",
-                                max(copies) > blind and max(eigen) > 0))
-        findings += _causes(causal_set(model, heads, probes, text))
-        if aimed := aim(model, measured, heads, probes):
-            findings.append(Finding("Are they aimed by heads that look one token back?",
-                                    f"with {', '.join(map(str, aimed.heads))} at their means the second copy costs "
-                                    f"{aimed.full.second_copy:+.2f} nats; "
-                                    f"with every pattern kept as it was, {aimed.kept.second_copy:+.2f}", None))
+        cause, aimed = causal_set(model, heads, probes, text), aim(model, measured, heads, probes)
+        findings += [_copies(model, measured, strongest, probes.unrepeated.shape[1] - 1), *_causes(cause)]
+    if aimed:
+        findings.append(Finding("Are they aimed by heads that look one token back?",
+                                f"without {_listed(aimed.heads)} the second copy costs {aimed.full:+.2f} nats; with every pattern kept "
+                                f"{aimed.kept:+.2f}; on the direct path into their keys {aimed.by['k']:+.2f}, queries "
+                                f"{aimed.by['q']:+.2f}, values {aimed.by['v']:+.2f}", None))
     if probes.unseen_tokens is not None:
-        unseen = measure(model, probes.unseen_tokens, probes.unrepeated)
-        findings.append(Finding("On tokens that training never repeated?", f"prefix matching {unseen.scores['prefix_matching'].max():.2f}, "
-                                f"second copy {unseen.loss_second:.2f} nats", None))
-    needed = [finding.speaks for finding in findings if finding.speaks is not None]
-    return Verdict(run, kind, control, heads, best, bool(heads) and all(needed), moved, findings)
+        there = measure(model, probes.unseen_tokens, probes.unrepeated)
+        unseen = there.scores["prefix_matching"].max().item()
+        findings.append(Finding("On tokens that training never repeated?", f"prefix matching {unseen:.2f}, first copy "
+                                f"{there.loss_first:.2f} nats, second {there.loss_second:.2f}", None))
+    speak = [finding.speaks for finding in findings if finding.speaks is not None]
+    answer = "no" if not all(speak) else "yes" if probes.never_trained else "not shown"
+    return Verdict(run, kind, control, answer, measured, moved, cause, aimed, unseen, findings)
 
 
 def _on_trained_periods(model: GPT, probes: Probes, best: float) -> Finding:
     question = "Or only on periods it was trained on, by counting back?"
     if probes.trained is None:
         return Finding(question, "training repeated nothing on purpose", None)
+    if not probes.never_trained:
+        return Finding(question, "cannot be told: every period that fits was trained on (name some in data.repeats.held_out_periods)", None)
     trained = measure(model, probes.trained, probes.unrepeated)
     there = trained.scores["prefix_matching"].max().item()
     return Finding(question, f"trained periods {there:.2f} (second copy {trained.loss_second:.2f} nats), held-out {best:.2f}",
@@ -132,23 +150,37 @@ def _offsets(measured: Measured, head: Head, matches: bool, gain: float) -> Find
         head = Head(flat // profile.shape[1], flat % profile.shape[1])
     at = int(profile[head].argmax()) - REACH
     figures = f"{head} peaks {'on it' if at == 0 else f'{at:+d} tokens from it'} with {profile[head].max():.2f}"
-    if not matches and gain > 1 and profile[head].max() >= FORMED:
+    if not matches and measured.loss_second < 0.5 * measured.loss_first:
         figures += "; the copy is predicted all the same: another circuit than the standard one is at work"
     return Finding("Where around the target do they look?", figures, at == 0 if matches else None)
 
 
+def _copies(model: GPT, measured: Measured, head: Head, n: int) -> Finding:
+    copies, eigen = measured.scores["copying"][head].item(), copying_eigenvalues(model)[head].item()
+    times = (copies + 1) / 2 * n
+    return Finding("Does what the strongest writes raise what it reads?", f"{times:.1f} times as much as another token would get by chance "
+                   f"(copying {copies:.2f}), eigenvalues {eigen:.2f}", times >= COPIES and eigen > 0)
+
+
 def _causes(found: CausalSet) -> list[Finding]:
-    others = sum(found.others) / len(found.others) if found.others else None
-    beside = "no other head in those layers to compare with" if others is None else \
-        f"{len(found.others)} matched sets of other heads: {_range(found.others, '{:.0%}')}, mean {others:.0%}"
     lost = found.lost
-    findings = [Finding("Does the model need them?", f"with {', '.join(map(str, found.heads))} at their means the second copy costs "
-                        f"{lost.second_copy:+.2f} nats, {lost.gain_removed:.0%} of what repeating is worth; {beside}",
-                        lost.gain_removed >= REMOVED and (others is None or lost.gain_removed >= BEYOND * max(others, 0)))]
+    findings = [Finding("Does the model need them?", f"with {_listed(found.heads)} at their means the second copy costs "
+                        f"{lost.second_copy:+.2f} nats, {lost.gain_removed:.0%} of what repeating is worth", lost.gain_removed >= REMOVED)]
+    if found.others:
+        mean = sum(found.others) / len(found.others)
+        sizes = "" if found.sizes == {len(found.heads)} else f" (of {min(found.sizes)} heads, not {len(found.heads)}: there are no more)"
+        findings.append(Finding("More than other heads of the same layers?", f"{len(found.others)} other sets{sizes}: "
+                                f"{_range(found.others, '{:.0%}')}, mean {mean:.0%}", lost.gain_removed >= BEYOND * max(mean, 0)))
+    else:
+        findings.append(Finding("More than other heads of the same layers?", "there is none to compare with", None))
     if lost.validation is not None:
         findings.append(Finding("And on held-out text?", f"validation loss {lost.validation:+.3f} nats"
                                 + ("" if lost.icl is None else f", ICL score {lost.icl:+.3f}"), None))
     return findings
+
+
+def _listed(heads: list[Head]) -> str:
+    return ", ".join(map(str, heads))
 
 
 def _range(values: list[float], form: str = "{:.2f}") -> str:
@@ -161,15 +193,15 @@ def page(verdicts: list[Verdict]) -> str:
     lines = ["# Did induction heads form?", ""]
     for kind in dict.fromkeys(verdict.kind for verdict in verdicts):
         runs = [verdict for verdict in verdicts if verdict.kind == kind]
-        yes = [verdict for verdict in runs if verdict.formed]
+        yes = [verdict for verdict in runs if verdict.answer == "yes"]
         when = sorted(verdict.moved.onset / 1e6 for verdict in yes if verdict.moved)
-        lines.append(f"**{'Yes' if len(yes) == len(runs) else 'No' if not yes else 'In some'}: in {len(yes)} of {len(runs)} "
-                     f"run{'s'[:len(runs) > 1]} of {kind}**"
+        lines.append(f"**{'Yes' if len(yes) == len(runs) else 'In some' if yes else runs[0].answer.capitalize()}: in {len(yes)} of "
+                     f"{len(runs)} run{'s'[:len(runs) > 1]} of {kind}**"
                      + (f", from {_range(when)} M tokens on" if when else "")
                      + f"; the strongest head's prefix matching is {_range([verdict.best for verdict in runs])}.")
     lines += ["", _control([verdict for verdict in verdicts if verdict.control]), ""]
     for verdict in verdicts:
-        lines += [f"## {verdict.run}: {'yes' if verdict.formed else 'no'}", ""]
+        lines += [f"## {verdict.run}: {verdict.answer}", ""]
         if verdict.moved:
             marks = ", ".join(f"{level:g} at {at / 1e6:.2f}" for level, at in verdict.moved.crossings.items() if at is not None)
             lines += [f"Prefix matching rose between {verdict.moved.onset / 1e6:.2f} and {verdict.moved.end / 1e6:.2f} M tokens "

@@ -13,7 +13,7 @@ from induction.phase import transition
 from induction.pictures import mosaic, portrait
 from induction.probes import Probes
 from induction.scores import Measured, measure
-from induction.snapshots import LONGEST, MOST, Snapshots, patterns, spelled
+from induction.snapshots import LONGEST, Snapshots, patterns, shown, snapshots_of, spelled
 from induction.viewer import Passage, Snapshot
 from model.gpt import GPT
 from model.taps import heads_of
@@ -24,26 +24,27 @@ STRONGEST = 3           # heads whose patterns are shown as pictures of their ow
 class HeadWatch:
     """Measures all heads of a model as it trains, and keeps small pictures of their patterns in the run's folder."""
 
-    def __init__(self, probes: Probes, text: Tensor | None, tokenizer: Tokenizer, folder: Path, *, every: int, steps: int, step: int,
-                 history: list[tuple[int, float]]):
-        """text      (T,) ids of a passage of held-out text, for the pictures
+    def __init__(self, model: GPT, probes: Probes, text: Tensor | None, tokenizer: Tokenizer, folder: Path, *, every: int, steps: int,
+                 step: int = 0, history: list[tuple[int, float]] = (), separator: int | None = None):
+        """text      (T,) ids of a passage of held-out text, for the pictures; `separator`: begins documents that do not see each other
         every     steps between two looks at a run of `steps`, of which `step` are completed
         history   (tokens, prefix matching of the best head) of the looks before
         """
-        self.probes, self.history, self.last = probes, history, steps
-        example, title = probes.held_out.example(LONGEST)
-        self.ids = [example] + ([] if text is None else [text[:LONGEST]])
+        self.probes, self.history, self.last, self.separator = probes, list(history), steps, separator
+        example, title = probes.held_out.example(shown(model.config, LONGEST))
+        self.ids = [example] + ([] if text is None else [text[:shown(model.config, LONGEST)]])
         self.passages = [Passage(name, spelled(ids, tokenizer)) for name, ids in zip((title, "held-out text"), self.ids)]
         self.snapshots = Snapshots(folder / "heads")
         self.snapshots.begin(self.passages, self.ids, step)
-        self.between = every * -(-steps // (every * MOST))              # steps between two snapshots
+        most = snapshots_of(model.config, [len(ids) for ids in self.ids])
+        self.between = every * -(-steps // (every * most))              # steps between two snapshots
 
     def __call__(self, model: GPT, step: int, tokens: int) -> dict[str, float | list[float]]:
         """Measurements for the run's record; now and then a snapshot of the patterns."""
         self.measured = measure(model, self.probes.held_out, self.probes.unrepeated)
         self.history.append((tokens, float(self.measured.scores["prefix_matching"].max())))
         if step % self.between == 0 or step == self.last:
-            self.snapshots.save(Snapshot(step, tokens, patterns(model, self.ids)))
+            self.snapshots.save(Snapshot(step, tokens, patterns(model, self.ids, self.separator)))
         found = as_metrics(model, self.measured)
         if moved := transition(*zip(*self.history)):
             found["phase/onset_tokens"] = round(moved.onset)
@@ -51,7 +52,7 @@ class HeadWatch:
 
     def pictures(self, model: GPT) -> dict[str, np.ndarray | tuple[list[str], list[list]]]:
         """What the heads look at: all of them in one picture, the strongest one by one, and the table of all scores."""
-        found = patterns(model, self.ids)
+        found = patterns(model, self.ids, self.separator)
         score = self.measured.scores["prefix_matching"]
         strongest = sorted(heads_of(model.config), key=lambda head: -score[head])[:STRONGEST]
         return {f"heads/patterns/{passage.title.split(',')[0]}": mosaic(pattern) for passage, pattern in zip(self.passages, found)} | {
@@ -69,6 +70,6 @@ def as_metrics(model: GPT, measured: Measured) -> dict[str, float | list[float]]
     """Flat names, as in metrics.jsonl: heads/prefix_matching/L1H3."""
     found: dict[str, float | list[float]] = {"repeat/loss_first": measured.loss_first, "repeat/loss_second": measured.loss_second}
     for name, values in measured.scores.items():
-        found |= {f"heads/{name}/{head}": round(values[head].item(), 6) for head in heads_of(model.config)}
-    return found | {f"heads/offset_profile/{head}": [round(value, 6) for value in measured.offset_profile[head].tolist()]
+        found |= {f"heads/{name}/{head}": round(values[head].item(), 4) for head in heads_of(model.config)}
+    return found | {f"heads/offset_profile/{head}": [round(value, 4) for value in measured.offset_profile[head].tolist()]
                     for head in heads_of(model.config)}

@@ -120,7 +120,7 @@ class _Block:
                 raise ValueError(f"taps: {name} can only be read (replace q, k or the pattern)")
             if new.shape != x.shape or new.dtype != x.dtype:
                 raise ValueError(f"taps: {name} is {tuple(x.shape)} {x.dtype}, its replacement {tuple(new.shape)} {new.dtype}")
-            x = new
+            x = new.view_as(new) if new is x else new       # edited in place and returned, it is a replacement all the same
         self.cache[name] = x
         return x
 

@@ -7,38 +7,39 @@ import pytest
 import torch
 from test_scores import make_model
 
-from induction.ablation import effect, losses_without, matched_sets, path_patch
+from data.batches import Batch
+from induction.ablation import alone, effect, losses_without, matched_sets, path_patch
 from induction.phase import band, transition
 from induction.probes import repeats
 from model.config import ModelConfig
 from model.taps import Head, heads_of, taps
 
 PROBE = repeats([8, 11], 40, np.arange(59), 59, rows=6)
-ROWS = PROBE.tokens
+BATCH = PROBE.batch
 TWO = [Head(0, 1), Head(1, 3)]
 
 
 def test_no_heads_no_change():
     model = make_model()
-    intact = model.losses(ROWS[:, :-1], ROWS[:, 1:])
-    assert torch.equal(losses_without(model, ROWS, []), intact)
+    intact = model.losses(*BATCH)
+    assert torch.equal(losses_without(model, BATCH, []), intact)
     assert effect(model, [], PROBE).second_copy == 0
 
 
 @torch.no_grad()
 def test_zero_is_the_model_without_those_rows_of_w_o():
     model = make_model(mlp="swiglu")
-    found = losses_without(model, ROWS, TWO)
+    found = losses_without(model, BATCH, TWO)
     for layer, head in TWO:
         model.blocks[layer].attn.w_o.weight[:, head * 8:(head + 1) * 8] = 0
-    assert torch.allclose(found, model.losses(ROWS[:, :-1], ROWS[:, 1:]), atol=1e-5)
+    assert torch.allclose(found, model.losses(*BATCH), atol=1e-5)
 
 
 @torch.no_grad()
 def test_mean_and_resample_put_in_what_the_intact_model_wrote():
     model = make_model()
     with taps(model, "L*.z") as cache:
-        model.hidden(ROWS[:, :-1])
+        model.hidden(BATCH.tokens)
     z = {name: value.clone() for name, value in cache.items()}
 
     def with_(replacement) -> torch.Tensor:
@@ -49,10 +50,10 @@ def test_mean_and_resample_put_in_what_the_intact_model_wrote():
                 return x
             return put
         with taps(model, {f"L{layer}.z": at(layer, head) for layer, head in TWO}):
-            return model.losses(ROWS[:, :-1], ROWS[:, 1:])
+            return model.losses(*BATCH)
 
-    mean = losses_without(model, ROWS, TWO, "mean")
-    resampled = losses_without(model, ROWS, TWO, "resample")
+    mean = losses_without(model, BATCH, TWO, "mean")
+    resampled = losses_without(model, BATCH, TWO, "resample")
     assert torch.allclose(mean, with_(lambda x: x.mean((0, 1))), atol=1e-6)
     assert torch.allclose(resampled, with_(lambda x: torch.cat([x[1:], x[:1]])), atol=1e-6)
     assert not torch.allclose(mean, resampled, atol=1e-3)
@@ -62,26 +63,47 @@ def test_patterns_kept_are_the_intact_models():
     """The same pattern in every layer, and so another loss than where later heads look elsewhere."""
     model = make_model()
     with taps(model, "L*.pattern") as cache, torch.no_grad():
-        model.hidden(ROWS[:, :-1])
+        model.hidden(BATCH.tokens)
     intact = dict(cache)
     with taps(model, "L*.pattern") as seen:
-        kept = losses_without(model, ROWS, [Head(0, 1)], patterns_kept=True)
+        kept = losses_without(model, BATCH, [Head(0, 1)], patterns_kept=True)
     assert all(torch.allclose(seen[name], intact[name], atol=1e-6) for name in intact)
     with taps(model, "L*.pattern") as seen:
-        full = losses_without(model, ROWS, [Head(0, 1)])
+        full = losses_without(model, BATCH, [Head(0, 1)])
     assert not torch.allclose(seen["L1.pattern"], intact["L1.pattern"], atol=1e-2) and not torch.allclose(kept, full, atol=1e-2)
     last = [Head(1, 0)]                                         # nothing looks after the last layer
-    assert torch.allclose(losses_without(model, ROWS, last, patterns_kept=True), losses_without(model, ROWS, last), atol=1e-5)
+    assert torch.allclose(losses_without(model, BATCH, last, patterns_kept=True), losses_without(model, BATCH, last), atol=1e-5)
 
 
 def test_an_effect_is_the_change_in_the_second_copy():
     model = make_model()
-    lost = effect(model, TWO, PROBE, text=ROWS)
-    before, after = losses_without(model, ROWS, []), losses_without(model, ROWS, TWO)
+    lost = effect(model, TWO, PROBE, text=BATCH)
+    before, after = losses_without(model, BATCH, []), losses_without(model, BATCH, TWO)
     change = (after - before)[PROBE.second_copy].mean().item()
     gain = (before[PROBE.first_copy].mean() - before[PROBE.second_copy].mean()).item()
     assert lost.second_copy == pytest.approx(change, abs=1e-5) and lost.gain_removed == pytest.approx(change / gain, rel=1e-4)
     assert lost.validation == pytest.approx((after - before).mean().item(), abs=1e-5) and lost.icl is not None
+
+
+def test_alone_is_each_heads_mean_in_its_place():
+    model = make_model(mlp="swiglu")
+    counted = PROBE.second_copy
+    found, intact = alone(model, BATCH, counted), model.losses(*BATCH)[counted].mean()
+    assert list(found) == heads_of(model.config)
+    for head, cost in found.items():
+        without = losses_without(model, BATCH, [head], "mean")[counted].mean()
+        assert cost == pytest.approx((without - intact).item(), abs=1e-5)
+
+
+def test_documents_do_not_see_each_other_when_a_head_is_silent():
+    """With segments a document's losses are those it has on its own."""
+    model = make_model()
+    tokens, targets = (torch.cat([part[:1, :15], part[1:2, :15]], dim=1) for part in BATCH[:2])
+    both = Batch(tokens, targets, torch.tensor([[0] * 15 + [1] * 15]))
+    first = Batch(BATCH.tokens[:1, :15], BATCH.targets[:1, :15])
+    assert torch.allclose(losses_without(model, both, TWO)[:, :15], losses_without(model, first, TWO), atol=1e-5)
+    unmasked = losses_without(model, Batch(both.tokens, both.targets), TWO)
+    assert not torch.allclose(unmasked[:, 15:], losses_without(model, both, TWO)[:, 15:], atol=1e-3)
 
 
 def test_matched_sets_are_others_of_the_same_layers():
@@ -94,6 +116,8 @@ def test_matched_sets_are_others_of_the_same_layers():
     assert matched_sets(config, [Head(0, h) for h in range(6)]) == []
     assert [len(some) for some in matched_sets(config, [Head(0, h) for h in range(4)])] == [2]          # all the others that there are
     assert matched_sets(config, heads) == sets
+    many = matched_sets(ModelConfig(n_layers=1, n_heads=17, d_model=34), [Head(0, 0), Head(0, 1), Head(0, 2)])
+    assert len(many) == len(set(many)) == 10
 
 
 @torch.no_grad()
@@ -101,7 +125,7 @@ def test_matched_sets_are_others_of_the_same_layers():
 def test_path_patching_changes_one_input_of_one_head(by):
     """By the model's own modules: the receiver's input without what the sender wrote, everything else untouched."""
     model, sender, receiver = make_model(), Head(0, 2), Head(1, 1)
-    tokens = ROWS[:, :-1]
+    tokens = BATCH.tokens
     with taps(model, ["L1.resid_pre", "L0.z", f"L1.{by}"]) as cache:
         model.hidden(tokens)
     intact = dict(cache)
@@ -114,22 +138,22 @@ def test_path_patching_changes_one_input_of_one_head(by):
     patched = intact[f"L1.{by}"].clone()
     patched[:, slot] = cache[f"L1.{by}"][:, slot]
     with taps(model, {f"L1.{by}": lambda x: patched}):
-        expected = model.losses(tokens, ROWS[:, 1:])
-    found = path_patch(model, ROWS, sender, receiver, by)
-    assert torch.allclose(found, expected, atol=1e-5) and not torch.allclose(found, model.losses(tokens, ROWS[:, 1:]), atol=1e-4)
-    with pytest.raises(ValueError, match="does not come before"):
-        path_patch(model, ROWS, receiver, sender, by)
+        expected = model.losses(*BATCH)
+    found = path_patch(model, BATCH, [sender], [receiver], by)
+    assert torch.allclose(found, expected, atol=1e-5) and not torch.allclose(found, model.losses(*BATCH), atol=1e-4)
+    with pytest.raises(ValueError, match="layers before it"):
+        path_patch(model, BATCH, [receiver], [sender], by)
 
 
 def test_path_patching_leaves_what_lies_between_as_it_was():
     """Through a layer between the two nothing changes but what goes straight on: with the layer's heads silent, it is the same."""
     model = make_model(n_layers=3, mlp="swiglu")
-    found = path_patch(model, ROWS, Head(0, 0), Head(2, 3), "k")
+    found = path_patch(model, BATCH, [Head(0, 0)], [Head(2, 3)], "k")
     with taps(model, ["L1.z", "L1.mlp_out", "L0.mlp_out"]) as cache, torch.no_grad():
-        model.hidden(ROWS[:, :-1])
+        model.hidden(BATCH.tokens)
     held = {name: partial(lambda value, _: value, value) for name, value in cache.items()}
     with taps(model, held):
-        again = path_patch(model, ROWS, Head(0, 0), Head(2, 3), "k")
+        again = path_patch(model, BATCH, [Head(0, 0)], [Head(2, 3)], "k")
     assert torch.allclose(found, again, atol=1e-6)
 
 

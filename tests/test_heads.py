@@ -44,7 +44,7 @@ def test_the_readme_command(run):
     assert list(scores) == [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
     row = lines[next(n for n, line in enumerate(lines) if line.startswith("L1H2"))].split()
     assert float(row[1]) == pytest.approx(scores["L1H2"]["prefix_matching"], abs=1e-3)
-    assert float(row[-1]) == pytest.approx(scores["L1H2"]["alone"], abs=0.01)
+    assert float(row[-1]) == pytest.approx(scores["L1H2"]["alone"], abs=0.001)
     page = (run / "report.html").read_text()
     assert "L1H3" in page and '"causal"' in page
 
@@ -55,9 +55,9 @@ def test_alone_is_the_loss_without_that_head(run):
     opened = load_run(run)
     from heads import probes_for
     probe = probes_for(opened).held_out
-    intact = losses_without(opened.model, probe.tokens, [])[probe.second_copy].mean().item()
+    intact = losses_without(opened.model, probe.batch, [])[probe.second_copy].mean().item()
     for head in heads_of(opened.model.config):
-        without = losses_without(opened.model, probe.tokens, [head], "mean")[probe.second_copy].mean().item()
+        without = losses_without(opened.model, probe.batch, [head], "mean")[probe.second_copy].mean().item()
         assert found[str(head)]["alone"] == pytest.approx(without - intact, abs=1e-5)
 
 
@@ -89,12 +89,32 @@ def test_given_tokens_are_taken_as_they_are(run):
 def test_text_and_files_are_shown_token_by_token(run):
     text = "def f(x):\n    return f(x) + '</script><script>alert(1)</script>'\n"
     assert heads(run, "--text", text).returncode == 0
-    page = (run / "report.html").read_text()
+    page = (run / "report-text.html").read_text()
     assert "the given text" in page and "<script>alert(1)" not in page
     (run / "f.py").write_text(text * 20)
     done = heads(run, "--file", run / "f.py", "--all-steps")
     assert done.returncode == 0 and "the given text" in done.stdout, done.stderr
     assert heads(run, "--step", "8").returncode == 0
+
+
+def test_a_run_that_was_never_looked_at_and_a_checkpoint_outside_a_run(trained, workplace):
+    assert command("train.py", "tiny.yaml", "run=unseen", "heads.every=0").returncode == 0
+    done = heads("runs/unseen")
+    assert done.returncode == 0 and "formation" not in done.stdout and Path("runs/unseen/report.html").exists(), done.stderr
+    shutil.copytree(trained / "checkpoints" / "000012", "mine")
+    done = heads("mine")
+    assert done.returncode == 0 and "at step 12" in done.stdout and Path("mine/report.html").exists(), done.stderr
+    done = heads("verdict", "mine")
+    assert done.returncode == 0 and "## mine: no" in done.stdout, done.stderr
+
+
+def test_tokens_beyond_the_tokenizer_are_looked_at(workplace):
+    """A vocabulary larger than the tokenizer's, and a context too short for any probe."""
+    assert command("train.py", "tiny.yaml", "model.vocab_size=320", "model.n_ctx=4", "train.batch_tokens=64").returncode == 0
+    Path("ids.txt").write_text("310 5 310 5")
+    done = heads("runs/tiny", "--tokens", "ids.txt")
+    assert done.returncode == 0 and "<310>" in Path("runs/tiny/report-text.html").read_text().replace("\\u003c", "<"), done.stderr
+    fails(heads("runs/tiny"), "too short")
 
 
 def test_mistakes_are_two_lines(run):
@@ -116,22 +136,23 @@ def test_mistakes_are_two_lines(run):
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory) -> Path:
-    """Short real runs: smeared keys, which form within seconds, the trap, and a one-layer control."""
+    """Short real runs: two layers, which just form; their one-layer control, as long; smeared keys; the trap."""
     folder = tmp_path_factory.mktemp("studied")
-    for name, steps in (("toy_1l_smear", 400), ("toy_fixed_period", 400), ("toy_1l", 200)):
-        done = command("train.py", ROOT / f"configs/induction/{name}.yaml", f"train.steps={steps}", "log.wandb=disabled",
-                       "checkpoint.every=0", "checkpoint.steps=[400]" if steps == 400 else "checkpoint.steps=[200]", cwd=folder)
+    for name, steps in (("toy_2l", 700), ("toy_1l", 700), ("toy_1l_smear", 400), ("toy_fixed_period", 400)):
+        done = command("train.py", ROOT / f"configs/induction/{name}.yaml", f"train.steps={steps}", "log.wandb=disabled", cwd=folder,
+                       timeout=300)
         assert done.returncode == 0, done.stderr
     return folder
 
 
 def test_the_verdict(studied):
     """Yes where heads formed and the model needs them; no for the trap, though it looks perfect on its own period; no for one layer."""
-    done = heads("verdict", "runs/toy_1l_smear", "runs/toy_fixed_period", "runs/toy_1l", "--out", "verdict.md", cwd=studied)
+    done = heads("verdict", *(f"runs/{name}" for name in ("toy_2l", "toy_1l_smear", "toy_fixed_period", "toy_1l")), "--out", "verdict.md",
+                 cwd=studied)
     assert done.returncode == 0, done.stderr
     page = (studied / "verdict.md").read_text()
     assert page.strip() == done.stdout.strip()
-    assert "## toy_1l_smear: yes" in page and "## toy_fixed_period: no" in page and "## toy_1l: no" in page
+    assert "## toy_2l: yes" in page and "## toy_1l_smear: yes" in page and "## toy_fixed_period: no" in page and "## toy_1l: no" in page
     trap = page[page.index("## toy_fixed_period"):page.index("## toy_1l: no")]
     trained = float(trap.split("trained periods ")[1].split(" ")[0])
     assert trained > 0.8 and "**against**" in trap                     # it looks like induction, on the period it knows

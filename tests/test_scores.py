@@ -18,7 +18,6 @@ from induction.scores import (
     icl_score,
     measure,
     qk_trace,
-    score_text,
 )
 from kernels.attention import attention
 from kernels.head_statistics import head_statistics
@@ -82,6 +81,10 @@ def test_a_run_is_probed_on_what_it_never_trained_on():
     assert 16 not in unnamed.held_out.periods and len(unnamed.held_out.periods.unique()) >= 3
     assert of().trained is None and of().unseen_tokens is None and "training repeats nothing" in of().note
     assert of(n_ctx=6) is None
+    short = of(corpus="repeats", repeats={"period": [8, 32]})                       # all from 8 on are trained: the shortest are left
+    assert short.never_trained and set(short.held_out.periods.tolist()) == {3, 5, 7}
+    every = of(corpus="repeats", repeats={"period": [2, 32]})
+    assert not every.never_trained and "every period that fits was trained on" in every.note
 
 
 # --- attention --------------------------------------------------------------------------------------------------------------
@@ -109,6 +112,8 @@ def dense_scores(pattern: torch.Tensor, tokens: torch.Tensor, queries: torch.Ten
     ({}, torch.float32, 1e-5),
     ({"window": [None, 9], "position": "learned"}, torch.float32, 1e-5),
     ({"n_kv_heads": 1, "mlp": "swiglu", "smear": True, "qk_norm": True}, torch.float32, 1e-5),
+    ({"window": 1}, torch.float32, 1e-5),
+    ({"n_heads": 1, "n_kv_heads": 1, "n_layers": 1}, torch.float32, 1e-5),
     ({}, torch.bfloat16, 5e-3),
 ])
 def test_scores_are_those_of_the_dense_pattern(shape, dtype, tolerance):
@@ -124,13 +129,13 @@ def test_scores_are_those_of_the_dense_pattern(shape, dtype, tolerance):
             assert torch.allclose(found.scores[name][layer], values, atol=scale * tolerance, rtol=0), (name, layer)
 
 
-def test_any_text_is_scored_over_all_queries_with_an_earlier_key():
+def test_any_text_is_scored():
     model, tokens = make_model(), torch.randint(0, 9, (3, 30), generator=torch.Generator().manual_seed(0))
     queries = torch.ones(3, 30, dtype=torch.bool)
     queries[:, 0] = False
     with taps(model, "L*.pattern") as cache, torch.no_grad():
         model.hidden(tokens)
-    found = score_text(model, tokens).scores
+    found = attention_scores(model, tokens, queries).scores
     for name, values in dense_scores(cache["L1.pattern"], tokens, queries, None).items():
         assert torch.allclose(found[name][1], values, atol=1e-4), name
 
@@ -193,7 +198,7 @@ def test_repeating_is_measured_inside_the_copies():
 
 def test_the_icl_score_is_late_minus_early():
     losses = torch.zeros(3, 600)
-    losses[:, 49], losses[:, 499] = 5.0, 3.0
+    losses[:, 41:58], losses[:, 491:508] = 5.0, 3.0                  # 17 tokens around the fiftieth and the five-hundredth
     assert icl_score(losses) == -2.0
     short = torch.arange(64.0).repeat(2, 1)
     assert icl_score(short) == pytest.approx(59.5 - 5.5)            # means of 56 … 63 and of 4 … 7
@@ -261,6 +266,16 @@ def test_eigenvalues_are_those_of_the_token_to_token_matrix():
         assert found[layer, head].item() == pytest.approx((values.real.sum() / values.abs().sum()).item(), abs=1e-5)
 
 
+def by_chance(pairs: int = 200) -> float:
+    """The ratio of random matrices of rank 8, 32 × 32, drawn anew."""
+    draw = torch.Generator().manual_seed(7)
+    found = []
+    for _ in range(pairs):
+        one, two = (torch.randn(32, 8, generator=draw) @ torch.randn(8, 32, generator=draw) for _ in range(2))
+        found.append(((one @ two).norm() / (one.norm() * two.norm())).item())
+    return float(np.mean(found))
+
+
 @torch.no_grad()
 def test_composition_is_the_ratio_of_norms_above_chance():
     model = make_model()
@@ -273,9 +288,8 @@ def test_composition_is_the_ratio_of_norms_above_chance():
                                           ("v", one @ two["ov"], two["ov"])):
                 ratios[name][later, earlier] = product.norm() / (one.norm() * second.norm())
     for name, matrix in zip("qkv", found):
-        chance = (ratios[name] - matrix)
-        assert chance.std() < 1e-7 and torch.allclose(matrix, ratios[name] - chance.mean(), atol=1e-5)
-        assert 0.1 < chance.mean() < 0.3                                        # ~ 1 / √E
+        chance = ratios[name] - matrix
+        assert chance.std() < 1e-7 and chance.mean().item() == pytest.approx(by_chance(), abs=0.01)
     model = make_model(1, d_model=64, n_kv_heads=4)
     with torch.no_grad():
         for block in model.blocks:

@@ -82,6 +82,14 @@ def test_a_head_without_output_is_a_head_without_its_rows_of_w_o(model):
     torch.testing.assert_close(tapped, model(TOKENS))
 
 
+def test_what_is_edited_in_place_and_returned_is_replaced(model):
+    for name in ("L0.pattern", "L0.z"):
+        with taps(model, {name: lambda x: x.zero_()}):
+            edited = model(TOKENS)
+        with taps(model, {name: lambda x: x * 0}):
+            assert torch.allclose(model(TOKENS), edited, atol=1e-6)
+
+
 def test_names_by_wildcard_list_and_function(model):
     for what in ("L*.q", ["L0.q", "L1.q"], lambda name: name.endswith(".q"), {"L*.q": None}):
         with taps(model, what) as cache:

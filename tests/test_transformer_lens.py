@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from test_huggingface import checkpoint_of
 from test_model import make
 
+from data.batches import Batch
 from induction.ablation import losses_without
 from induction.probes import repeats
 from induction.scores import attention_scores
@@ -85,8 +86,8 @@ def silencing(head: Head):
 def test_each_head_matters_as_much_to_them(pair):
     model, bridge = pair
     rows, asked = PROBE.tokens, {"return_type": "loss", "loss_per_token": True}
-    intact, theirs_intact = losses_without(model, rows, ()), bridge(rows, **asked)
+    intact, theirs_intact = losses_without(model, Batch(rows[:, :-1], rows[:, 1:]), ()), bridge(rows, **asked)
     for head in heads_of(model.config):
         theirs = bridge.run_with_hooks(rows, fwd_hooks=[silencing(head)], **asked) - theirs_intact      # (B, T)
         assert theirs.abs().mean() > 0.05
-        close(losses_without(model, rows, [head]) - intact, theirs, 1e-4)
+        close(losses_without(model, Batch(rows[:, :-1], rows[:, 1:]), [head]) - intact, theirs, 1e-4)

@@ -29,9 +29,9 @@ def train(*arguments: str):
 
 
 def test_training_is_the_same_bit_for_bit_with_probes_and_without(workplace):
-    """Random rows in the mixture, dropout-free but with windows and document masks: whatever could draw a number or keep a state."""
+    """With random rows, a window, smeared keys and document masks: whatever could draw a number or keep a state."""
     options = ["data.mixture=[{corpus: files, weight: 0.5}, {corpus: repeats, weight: 0.5}]", "data.corpus=null",
-               "data.repeats={period: [4, 12], held_out_periods: [6]}", "model.smear=true", "data.mask_documents=true"]
+               "data.repeats={period: [4, 12], held_out_periods: [6]}", "model.smear=true", "model.window=9", "data.mask_documents=true"]
     train("run=watched", "heads.every=1", *options)
     train("run=alone", "heads.every=0", *options)
     assert same_bits(*(Path(f"runs/{run}/checkpoints/000012") for run in ("watched", "alone")))
@@ -50,8 +50,8 @@ def test_what_is_logged_is_what_the_checkpoint_measures(workplace):
     measured = measure(run.model, probes.held_out, probes.unrepeated)
     for name in SCORES:
         for head in heads_of(run.model.config):
-            assert records[12][f"heads/{name}/{head}"] == pytest.approx(measured.scores[name][head].item(), abs=1e-6)
-    assert records[12]["heads/offset_profile/L1H3"] == pytest.approx(measured.offset_profile[1, 3].tolist(), abs=1e-6)
+            assert records[12][f"heads/{name}/{head}"] == pytest.approx(measured.scores[name][head].item(), abs=1e-4)
+    assert records[12]["heads/offset_profile/L1H3"] == pytest.approx(measured.offset_profile[1, 3].tolist(), abs=1e-4)
     assert records[12]["repeat/loss_second"] == pytest.approx(measured.loss_second) and "icl/score" in records[12]
 
 

@@ -95,7 +95,11 @@ class Config(Settings):
             near = min((m for m in range(1, windows + 1) if windows % m == 0), key=lambda m: abs(m - micro))
             yield ("train.micro_batch", "train.batch_tokens", "model.n_ctx"), (
                 f"train.micro_batch={micro} must divide the {windows} windows of train.batch_tokens={tokens} (try {near})")
-        longest = self.data.repeats.period[-1]
+        longest, held_out = self.data.repeats.period[-1], self.data.repeats.held_out_periods
+        if held_out and all(2 * period >= n_ctx for period in held_out):
+            yield ("data.repeats.held_out_periods", "model.n_ctx"), (
+                f"data.repeats.held_out_periods={held_out}: none fits twice behind the first token of model.n_ctx={n_ctx} "
+                f"(shortest to name: 3, longest {(n_ctx - 1) // 2})")
         if "repeats" in self.data.corpora and 2 * longest > n_ctx:
             yield ("data.repeats.period", "model.n_ctx"), (f"data.repeats.period={self.data.repeats.period} does not fit twice into "
                                       f"model.n_ctx={n_ctx} (longest: {n_ctx // 2})")

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from data.batches import Batch
 from data.dataset import Dataset
 from data.tokenizer import Tokenizer
 from errors import UserError
@@ -35,7 +36,7 @@ from training.checkpoint import (
     whole_checkpoints,
 )
 from training.config import Config, differences, dump_config, load_config
-from training.logger import Console, Metrics, Wandb, short
+from training.logger import Console, Metrics, Wandb, read_metrics, short
 from training.optimizer import Optimizer
 
 FIXED = ("run:", "seed:", "init_from:", "model.", "data.", "optimizer.kind:")       # what a run cannot be continued without
@@ -76,15 +77,32 @@ def newest_state(folder: Path) -> dict:
 class LoadedRun(NamedTuple):
     """A run to look at: its model at one checkpoint, and what goes with it."""
 
-    folder: Path
-    step: int
+    folder: Path            # of the run; of the checkpoint itself where it lies outside a run
+    checkpoint: Path
+    state: dict             # step, tokens, seconds … when it was saved
     config: Config
     model: GPT
     tokenizer: Tokenizer
 
+    @property
+    def step(self) -> int:
+        return self.state["step"]
+
     def checkpoints(self) -> list[Path]:
-        """All that are kept, oldest first."""
-        return whole_checkpoints(self.folder / "checkpoints")
+        """All that the run keeps, oldest first."""
+        return whole_checkpoints(self.checkpoint.parent) or [self.checkpoint]
+
+    def records(self) -> list[dict]:
+        """Its measurements up to this checkpoint, oldest first."""
+        return [record for record in read_metrics(self.folder / "metrics.jsonl") if record["step"] <= self.step]
+
+    def validation(self, windows: int) -> Batch | None:
+        """So many windows of the text held out of its training, on the model's device; None where it saw no text."""
+        data, n_ctx = self.config.data, self.config.model.n_ctx
+        if not data.text_corpus:
+            return None
+        opened = Dataset(data, self.config.seed, self.state["data"].get("folder"))
+        return opened.validation(windows * n_ctx, n_ctx, windows)[0].to(self.model.embed.weight.device)
 
 
 def load_run(where: str | Path, step: int | None = None, device: torch.device | str = "cpu") -> LoadedRun:
@@ -102,7 +120,8 @@ def load_run(where: str | Path, step: int | None = None, device: torch.device | 
         checkpoint = kept[step]
     model, tokenizer = load_model(checkpoint, device)
     config = load_config(checkpoint / "training_state" / "config.yaml")
-    return LoadedRun(checkpoint.parent.parent, int(checkpoint.name), config, model, tokenizer)
+    folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+    return LoadedRun(folder, checkpoint, read_state(checkpoint), config, model.requires_grad_(False), tokenizer)
 
 
 class Run:
