@@ -13,24 +13,26 @@ STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 
 class Transition(NamedTuple):
     """Moments in the units of the x axis it was found on (tokens, or steps)."""
 
-    onset: float                        # where the last rise above 10% of the final score begins
-    end: float                          # where 90% is reached
-    final: float                        # the score it comes to, the mean of its last tenth
+    onset: float                        # where it leaves the first tenth of its rise for good
+    end: float                          # where it first enters the last
+    final: float                        # the score it comes to, the mean of its last tenth of looks
     crossings: dict[float, float | None]        # where it first reaches each of LEVELS
 
 
 def transition(x: Sequence[float], scores: Sequence[float], least: float = FORMED) -> Transition | None:
-    """The transition of a curve from near 0 to at least `least`; None where it never gets there. Linear between measurements."""
+    """The transition of a curve to at least `least`; None where it never gets there. Its rise is from the first measurement to the
+    final score; linear between measurements."""
     x, y = np.asarray(x, float), np.asarray(scores, float)
     if len(y) == 0:
         return None
     final = float(y[-max(1, len(y) // 10):].mean())
-    end = crossing(x, y, 0.9 * final)
+    at = [y[0] + share * (final - y[0]) for share in (0.1, 0.9)]
+    end = crossing(x, y, at[1])
     if final < least or end is None:
         return None
-    before = np.flatnonzero((x <= end) & (y < 0.1 * final))
+    before = np.flatnonzero((x <= end) & (y < at[0]))
     start = int(before[-1]) if len(before) else 0           # the last measurement still below: earlier blips are noise
-    onset = crossing(x[start:], y[start:], 0.1 * final)
+    onset = crossing(x[start:], y[start:], at[0])
     return Transition(onset, end, final, {level: crossing(x, y, level) for level in LEVELS})
 
 

@@ -205,7 +205,7 @@ def page(verdicts: list[Verdict]) -> str:
         if verdict.moved:
             marks = ", ".join(f"{level:g} at {at / 1e6:.2f}" for level, at in verdict.moved.crossings.items() if at is not None)
             lines += [f"Prefix matching rose between {verdict.moved.onset / 1e6:.2f} and {verdict.moved.end / 1e6:.2f} M tokens "
-                      f"(10% to 90% of {verdict.moved.final:.2f}; {marks} M).", ""]
+                      f"(10% to 90% of its way to {verdict.moved.final:.2f}; {marks} M).", ""]
         lines += ["| question | measured | speaks |", "|---|---|---|"]
         lines += [f"| {f.question} | {f.figures} | {'–' if f.speaks is None else 'for' if f.speaks else '**against**'} |"
                   for f in verdict.findings]

@@ -168,7 +168,7 @@ def test_a_transition_is_found_where_it_was_put():
         return 40000 + (level - 0.03) / 0.9 * 20000
 
     assert found.final == pytest.approx(0.93)
-    assert found.onset == pytest.approx(at(0.093)) and found.end == pytest.approx(at(0.837))
+    assert found.onset == pytest.approx(at(0.12)) and found.end == pytest.approx(at(0.84))
     assert found.crossings == {level: pytest.approx(at(level)) for level in (0.3, 0.4, 0.5)}
 
 
