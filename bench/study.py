@@ -110,7 +110,8 @@ def million(tokens: float | None) -> str | None:
     return None if tokens is None else f"{tokens / 1e6:.2f}"
 
 
-COLUMNS = {             # heading → what of a run stands under it, None where there is no such thing; a column of nothing is left out
+# Heading → what of a run stands under it, None where there is no such thing. A column of nothing is left out, and so is a row.
+FORMED_WHEN = {
     "prefix matching": lambda o: f"{o.verdict.best:.2f}",
     "peak near target": lambda o: f"{o.verdict.measured.offset_profile.max():.2f}",
     "first copy": lambda o: f"{o.verdict.measured.loss_first:.2f}",
@@ -118,6 +119,12 @@ COLUMNS = {             # heading → what of a run stands under it, None where 
     "on unseen tokens": lambda o: None if o.verdict.unseen is None else f"{o.verdict.unseen:.2f}",
     "onset, M tokens": lambda o: o.verdict.moved and million(o.verdict.moved.onset),
     "end": lambda o: o.verdict.moved and million(o.verdict.moved.end),
+    "text loss": lambda o: f"{o.last['val/loss']:.3f}" if "icl/score" in o.last else None,
+    "ICL score": lambda o: f"{o.last['icl/score']:.3f}" if "icl/score" in o.last else None,
+    "its onset": lambda o: o.icl and million(o.icl.onset),
+    "its end": lambda o: o.icl and million(o.icl.end),
+}
+NEEDED = {
     "gain removed": lambda o: o.verdict.cause and f"{o.verdict.cause.lost.gain_removed:.0%}",
     "by other heads": lambda o: o.verdict.cause and o.verdict.cause.others and
         f"{sum(o.verdict.cause.others) / len(o.verdict.cause.others):.0%}",
@@ -125,23 +132,27 @@ COLUMNS = {             # heading → what of a run stands under it, None where 
     "patterns kept": lambda o: o.verdict.aim and f"{o.verdict.aim.kept:+.2f}",
     "into keys": lambda o: o.verdict.aim and f"{o.verdict.aim.by['k']:+.2f}",
     "into queries": lambda o: o.verdict.aim and f"{o.verdict.aim.by['q']:+.2f}",
-    "text loss": lambda o: f"{o.last['val/loss']:.3f}" if "icl/score" in o.last else None,
-    "ICL score": lambda o: f"{o.last['icl/score']:.3f}" if "icl/score" in o.last else None,
-    "its onset": lambda o: o.icl and million(o.icl.onset),
-    "its end": lambda o: o.icl and million(o.icl.end),
 }
 
 
-def table(arms: list[Arm], results: dict[Arm, list[Outcome]]) -> str:
-    """Markdown: a row an arm; of several seeds the median, and where they differ the range."""
-    rows = [{"": f"`{arm.label}`", "verdict": f"{sum(o.verdict.answer == 'yes' for o in results[arm])} of {len(results[arm])}"}
-            | {name: spread([of(o) for o in results[arm]]) for name, of in COLUMNS.items()} for arm in arms]
-    if len({o.cache for found in results.values() for o in found}) > 1:
-        for arm, row in zip(arms, rows):
-            row["cache, numbers a token and layer"] = str(results[arm][0].cache)
-    names = [name for name in rows[0] if name in ("", "verdict") or any(row[name] for row in rows)]
-    return "\n".join(["| " + " | ".join(names) + " |", "|" + "---|" * len(names),
-                      *("| " + " | ".join(row[name] or "–" for name in names) + " |" for row in rows)])
+def tables(arms: list[Arm], results: dict[Arm, list[Outcome]]) -> str:
+    """Markdown: what formed and when, and what it is worth. A row an arm; of several seeds the median and the range."""
+    yes = {arm: sum(o.verdict.answer == "yes" for o in results[arm]) for arm in arms}
+    caches = {arm: results[arm][0].cache for arm in arms}
+    extra = {"verdict": {arm: f"{yes[arm]} of {len(results[arm])}" for arm in arms}}
+    if len(set(caches.values())) > 1:
+        extra["cache, numbers a token and layer"] = {arm: str(cache) for arm, cache in caches.items()}
+    return "\n\n".join(found for found in (table(arms, results, FORMED_WHEN, extra), table(arms, results, NEEDED, {})) if found)
+
+
+def table(arms: list[Arm], results: dict[Arm, list[Outcome]], columns: dict, extra: dict[str, dict[Arm, str]]) -> str:
+    cells = {**extra, **{name: {arm: spread([of(o) for o in results[arm]]) for arm in arms} for name, of in columns.items()}}
+    cells = {name: column for name, column in cells.items() if any(column.values())}
+    rows = [arm for arm in arms if any(column[arm] for column in cells.values())]
+    if not rows:
+        return ""
+    return "\n".join(["|  | " + " | ".join(cells) + " |", "|" + "---|" * (1 + len(cells)),
+                      *(f"| `{arm.label}` | " + " | ".join(column[arm] or "–" for column in cells.values()) + " |" for arm in rows)])
 
 
 def spread(found: Sequence[str | None]) -> str:
@@ -202,7 +213,7 @@ def main() -> None:
     seeds = args.seeds or whole
     train_missing(arms, seeds, args.at_once)
     results = {arm: [outcome(arm.run(seed)) for seed in range(seeds)] for arm in arms}
-    found = table(arms, results)
+    found = tables(arms, results)
     print(f"\n{found}")
     if seeds >= whole:
         print(f"\nwritten  {write_page(args.study, found, drawn(arms, results))}")

@@ -175,6 +175,12 @@ def test_the_score_colours_the_grid(show):
     assert "of our own" in page.locator("#plots text").all_text_contents()
 
 
+def test_ticks_are_round_numbers(show):
+    """Steps of 0.1 do not add up to 0: the axis must not say 2.8e-17."""
+    page = show(example(curves={"icl/score": (TOKENS_SEEN, np.array([-0.1, -0.15, -0.2, -0.3, -0.37]))}, marks={}, scores={}))
+    assert page.locator("#plots text[text-anchor=end]").all_text_contents() == ["-0.4", "-0.3", "-0.2", "-0.1", "0"]
+
+
 def test_another_passage(show):
     page = show(example())
     page.select_option("#passage", label="python")
