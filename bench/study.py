@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 from errors import ArgumentParser, UserError, run_command
@@ -26,7 +25,8 @@ from training.checkpoint import whole_checkpoints
 from training.config import differences, load_config
 from training.logger import read_metrics
 
-CONFIGS, PAGES = Path("configs/induction"), Path("docs/studies")
+ROOT = Path(__file__).parent.parent
+CONFIGS, PAGES = ROOT / "configs" / "induction", ROOT / "docs" / "studies"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 
@@ -65,7 +65,7 @@ def train_missing(arms: list[Arm], seeds: int, at_once: int) -> None:
 
     def train(job: tuple[Arm, int]) -> None:
         arm, seed = job
-        done = subprocess.run([sys.executable, "train.py", str(CONFIGS / f"{arm.config}.yaml"), *arm.overrides(seed)],
+        done = subprocess.run([sys.executable, str(ROOT / "train.py"), str(CONFIGS / f"{arm.config}.yaml"), *arm.overrides(seed)],
                               capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         if done.returncode:
             raise UserError(f"{arm.run(seed)}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
@@ -157,12 +157,10 @@ def table(arms: list[Arm], results: dict[Arm, list[Outcome]], columns: dict, ext
 
 def spread(found: Sequence[str | None]) -> str:
     """The median and the range; how many there are, where some runs have none."""
-    values = [value for value in found if value]
+    values = sorted((value for value in found if value), key=lambda value: float(value.rstrip("%")))
     if not values:
         return ""
-    number = {value: float(value.rstrip("%")) for value in values}
-    middle = min(values, key=lambda value: abs(number[value] - median(number.values())))
-    low, high = min(values, key=number.get), max(values, key=number.get)
+    low, middle, high = values[0], values[(len(values) - 1) // 2], values[-1]
     few = "" if len(values) == len(found) else f", {len(values)} of {len(found)}"
     return f"{middle}{few}" if low == high else f"{middle} ({low} … {high}{few})"
 

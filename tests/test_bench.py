@@ -1,8 +1,13 @@
 """The benches run, on shapes so small that nothing is measured."""
 
 import json
+import os
+import subprocess
+import sys
 
 from conftest import ROOT, command
+
+from bench.study import spread
 
 
 def test_time_to_loss(workplace):
@@ -41,3 +46,25 @@ def test_probe_overhead(workplace):
     assert done.returncode == 0, done.stderr
     result = json.loads((workplace / "results" / "probe_overhead.json").read_text())
     assert result["share"] > 0 and len(result["milliseconds"]["look"]) == 2
+
+
+def test_a_studys_cell_is_the_median_and_the_range():
+    assert spread(["0.02", "0.25", "0.02"]) == "0.02 (0.02 … 0.25)"
+    assert spread(["+9.00", "-1.5", "10.5", None]) == "+9.00 (-1.5 … 10.5, 3 of 4)"
+    assert spread(["101%", "101%"]) == "101%" and spread([None, None]) == ""
+
+
+def test_a_study(workplace):
+    """One seed each of a study's arms, for three steps: trained, weighed, and a second call trains nothing again."""
+    (workplace / "study.py").write_text("""
+import sys
+sys.argv = ["study", "toy", "--seeds", "1", "--at-once", "1"]
+from bench import study
+study.STUDIES["toy"] = (2, [study.Arm(name, name, ("train.steps=3", "heads.every=1")) for name in ("toy_2l", "toy_1l_smear")])
+study.main()
+""")
+    for trained in (2, 0):
+        done = subprocess.run([sys.executable, "study.py"], capture_output=True, text=True, timeout=120,
+                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(" left") == trained and "| `toy_1l_smear` | 0 of 1 |" in done.stdout, done.stdout
