@@ -21,22 +21,35 @@ def main() -> None:
     if rows is not None:
         page = look_at_rows(args, run, *rows)
     else:
-        page, measured = look_at_probe(args, run)
-        print(f"plots    {', '.join(str(path) for path in plots(run.folder, run.config, run.records(), measured))}")
+        page, measured, records = look_at_probe(args, run)
+        print(f"plots    {', '.join(str(path) for path in plots(run.folder, run.config, records, measured))}")
     print(f"look     {page} in a browser")
     if args.movie:
         print(f"movie    {write_movie(run.folder, run.config, run.records())}")
 
 
+def looks_back(run, probes) -> list[dict]:
+    """What the trainer would have logged at every checkpoint that is kept."""
+    from induction.scores import measure
+    from induction.watch import as_metrics
+    from training.run import load_run
+    then = [load_run(checkpoint, device=run.model.embed.weight.device) for checkpoint in run.checkpoints()]
+    return [{key: one.state[key] for key in ("step", "tokens")}
+            | as_metrics(one.model, measure(one.model, probes.held_out, probes.unrepeated)) for one in then]
+
+
 def look_at_probe(args, run):
-    """Scores on repeated random tokens, and what they are worth: printed, and in report.html. Returns its path and what was measured."""
+    """Scores on repeated random tokens, and what they are worth: printed, and in report.html. Returns its path, what was measured, and
+    the run's records."""
     from induction.ablation import alone
     from induction.phase import FORMED
-    from induction.report import head_transitions, icl_transition, model_transition, write_report
+    from induction.report import best_of_looks, head_transitions, icl_transition, model_transition, write_report
     from induction.scores import copying_eigenvalues, measure
     from induction.verdict import aim, causal_set, induction_set
     from model.taps import heads_of
     probes, records, model = probes_for(run), run.records(), run.model
+    if args.all_steps and not best_of_looks(records):               # it was not watched: look back at what it has kept
+        records = sorted([*records, *looks_back(run, probes)], key=lambda record: record["tokens"])
     measured = measure(model, probes.held_out, probes.unrepeated)
     cost = alone(model, probes.held_out.batch, probes.held_out.second_copy, progress)
     scores = measured.scores | {"copying_eigenvalues": copying_eigenvalues(model)}
@@ -51,7 +64,7 @@ def look_at_probe(args, run):
               f"{lost.lost.second_copy:+.2f} nats, {lost.lost.gain_removed:.0%} of what repeating is worth{others}")
         if aimed := aim(model, measured, found, probes):
             print(f"with {', '.join(map(str, aimed.heads))} (previous token) at their means {aimed.full:+.2f}; with every pattern kept "
-                  f"{aimed.kept:+.2f}; straight into their keys {aimed.by['k']:+.2f}, queries {aimed.by['q']:+.2f}, "
+                  f"{aimed.kept:+.2f};\nout of the induction heads' keys alone {aimed.by['k']:+.2f}, queries {aimed.by['q']:+.2f}, "
                   f"values {aimed.by['v']:+.2f}")
         print_composition(model, found[0])
     for what, moved in (("prefix matching rose to", model_transition(records)), ("the ICL score fell by", icl_transition(records))):
@@ -61,7 +74,8 @@ def look_at_probe(args, run):
     if args.json:
         write_json(args.json, scores, cost)
     print()
-    return write_report(run.folder, run.config, records, {str(head): nats for head, nats in cost.items()}, **pictures(args, run)), measured
+    causal = {str(head): nats for head, nats in cost.items()}
+    return write_report(run.folder, run.config, records, causal, **pictures(args, run)), measured, records
 
 
 def look_at_rows(args, run, tokens, queries):
@@ -179,8 +193,8 @@ def print_composition(model, head) -> None:
         return
     by_keys = {Head(layer, index): one.k[head.index, index].item() for layer, (one, _) in enumerate(found) for index in range(len(one.k))}
     best = max(by_keys, key=by_keys.get)
-    print(f"by its weights, {head}'s keys read most what {best} writes: K-composition {by_keys[best]:+.2f} above chance; together they "
-          f"look for the same token {found[best.layer][1][head.index, best.index]:.1f} deviations more than for others (at distance 0)")
+    print(f"by its weights {head}'s keys read most what {best} writes (K-composition {by_keys[best]:+.2f} above chance), and look for the\n"
+          f"same token {found[best.layer][1][head.index, best.index]:.1f} deviations more than for others (at distance 0)")
 
 
 def write_json(path: str, scores: dict, cost: dict) -> None:

@@ -101,6 +101,9 @@ def test_a_run_that_was_never_looked_at_and_a_checkpoint_outside_a_run(trained, 
     assert command("train.py", "tiny.yaml", "run=unseen", "heads.every=0").returncode == 0
     done = heads("runs/unseen")
     assert done.returncode == 0 and "formation" not in done.stdout and Path("runs/unseen/report.html").exists(), done.stderr
+    done = heads("runs/unseen", "--all-steps")                                      # two checkpoints are kept, and are looked back at
+    assert done.returncode == 0 and "formation" in done.stdout, done.stderr
+    assert '"tokens": [2048.0, 3072.0]' in Path("runs/unseen/report.html").read_text()
     shutil.copytree(trained / "checkpoints" / "000012", "mine")
     done = heads("mine")
     assert done.returncode == 0 and "at step 12" in done.stdout and Path("mine/report.html").exists(), done.stderr
