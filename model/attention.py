@@ -100,7 +100,8 @@ class CausalSelfAttention(nn.Module):
             return context.cache.attend(self.layer, q, k, v)
         if taps.wants("pattern", self.layer):
             pattern = attention_pattern(q.float(), k.float(), **masks)[0].to(q.dtype)       # (B, H, T, T)
-            if (seen := taps("pattern", pattern, self.layer)) is not pattern:
+            as_made = pattern.clone()                           # a tap may edit in place, as it may everything else
+            if not torch.equal(seen := taps("pattern", pattern, self.layer), as_made):
                 taps.refuse("lse", "has no meaning beside a replaced pattern", self.layer)
                 return seen @ v.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1)
         if taps.wants("lse", self.layer):

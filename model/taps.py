@@ -59,7 +59,7 @@ def heads_of(config: ModelConfig) -> list[Head]:
 
 def names(config: ModelConfig) -> list[str]:
     """The names of a model's activations, in the order in which they are computed."""
-    parts = ["resid_pre", "q", "k", "v", "lse", "pattern", "z", "attn_out", *(["mlp_out"] if config.mlp != "none" else []), "resid_post"]
+    parts = ["resid_pre", "q", "k", "v", "pattern", "lse", "z", "attn_out", *(["mlp_out"] if config.mlp != "none" else []), "resid_post"]
     return ["embed", *(f"L{layer}.{part}" for layer in range(config.n_layers) for part in parts), "final", "logits"]
 
 
@@ -120,7 +120,7 @@ class _Block:
                 raise ValueError(f"taps: {name} can only be read (replace q, k or the pattern)")
             if new.shape != x.shape or new.dtype != x.dtype:
                 raise ValueError(f"taps: {name} is {tuple(x.shape)} {x.dtype}, its replacement {tuple(new.shape)} {new.dtype}")
-            x = new.view_as(new) if new is x else new       # edited in place and returned, it is a replacement all the same
+            x = new
         self.cache[name] = x
         return x
 
