@@ -182,7 +182,7 @@ def drawn(arms: list[Arm], results: dict[Arm, list[Outcome]]):
     left.axhline(FORMED, color="#9aa0a8", lw=0.8, ls=":")
     left.set(xlabel="million tokens", ylabel="prefix matching, best head", ylim=(-0.02, 1.02))
     right.set(xlabel="million tokens", ylabel="loss in the second copy, nats", ylim=(0, min(right.get_ylim()[1], 8)))
-    left.legend(frameon=False, fontsize=8)
+    picture.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=len(arms), frameon=False, fontsize=8)
     return picture
 
 
