@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from errors import ArgumentParser, UserError, run_command
+from files import explain_disk_errors, whole_file
 
 BATCH = 16              # rows in one pass
 
@@ -18,14 +19,15 @@ def main() -> None:
     from training.run import load_run
     run = load_run(args.run, args.step, choose_device(args.device, "--device "))
     rows = given_rows(args, run)
-    if rows is not None:
-        page = look_at_rows(args, run, *rows)
-    else:
-        page, measured, records = look_at_probe(args, run)
-        print(f"plots    {', '.join(str(path) for path in plots(run.folder, run.config, records, measured))}")
-    print(f"look     {page} in a browser")
-    if args.movie:
-        print(f"movie    {write_movie(run.folder, run.config, run.records())}")
+    with explain_disk_errors(f"writing into {run.folder}", "make room, or copy the run to where you may write"):
+        if rows is not None:
+            page = look_at_rows(args, run, *rows)
+        else:
+            page, measured, records = look_at_probe(args, run)
+            print(f"plots    {', '.join(str(path) for path in plots(run.folder, run.config, records, measured))}")
+        print(f"look     {page} in a browser")
+        if args.movie:
+            print(f"movie    {write_movie(run.folder, run.config, run.records())}")
 
 
 def looks_back(run, probes) -> list[dict]:
@@ -99,10 +101,10 @@ def look_at_rows(args, run, tokens, queries):
 
 
 def probes_for(run):
-    """The probes of a run, on its model's device: 64 rows, fewer of a long context."""
+    """The probes of a run, on its model's device: more rows than while training."""
     from induction.probes import probes_of
     n_ctx = run.config.model.n_ctx
-    probes = probes_of(run.config.data, n_ctx, run.tokenizer, run.config.seed, rows=min(64, max(8, 16384 // n_ctx)))
+    probes = probes_of(run.config.data, n_ctx, run.tokenizer, run.config.seed, most=64)
     if probes is None:
         raise UserError(f"{run.folder}: model.n_ctx={n_ctx} is too short to show anything twice (7 tokens at least)")
     return probes.to(run.model.embed.weight.device)
@@ -198,7 +200,6 @@ def print_composition(model, head) -> None:
 
 
 def write_json(path: str, scores: dict, cost: dict) -> None:
-    from files import explain_disk_errors, whole_file
     found = {str(head): {name: values[head].item() for name, values in scores.items()} | {"alone": nats} for head, nats in cost.items()}
     with explain_disk_errors(f"--json {path}", "name a file in a folder that is there"), whole_file(Path(path), "w") as file:
         json.dump(found, file, indent=1)
@@ -234,7 +235,6 @@ def verdict(arguments: list[str]) -> None:
     parser.add_argument("--out", metavar="FILE", help="write the page (Markdown) there too")
     parser.add_argument("--device", default="auto", help="cuda, cpu, mps (default: the first there is)")
     args = parser.parse_args(arguments)
-    from files import explain_disk_errors, whole_file
     from induction.verdict import page
     found = page([examine_run(where, args.device) for where in args.runs])
     print(found)

@@ -65,7 +65,7 @@ def train(config, folder: Path, changed: list[str]) -> None:
             run.count(step, loss / config.train.batch_tokens, grad_norm)
 
             last = step == config.train.steps
-            with run.untimed():
+            with run.untimed(), run.explained("saving what was measured of"):
                 if due(step, config.eval.every) or (last and config.eval.every):
                     run.log(evaluate(model, validation, data))
                 if watch and (due(step, config.heads.every) or last):
@@ -79,8 +79,11 @@ def train(config, folder: Path, changed: list[str]) -> None:
             if run.stop_requested:
                 break
         run.wait_for_checkpoint()
-        if watch and (page := write_report(folder, config, run.metrics.read())):
-            run.show(lambda: {"heads/report": page})
+        if watch:
+            with run.explained("writing the report of"):
+                page = write_report(folder, config, run.metrics.read())
+            if page:
+                run.show(lambda: {"heads/report": page})
         run.say(run.summary())
         if run.step < config.train.steps:
             run.say(f"continue   python train.py {folder}")

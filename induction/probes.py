@@ -89,8 +89,10 @@ class Probes(NamedTuple):
         return Probes(*(part.to(device) if isinstance(part, (Repeats, Tensor)) else part for part in self))
 
 
-def probes_of(data: DataConfig, n_ctx: int, tokenizer: Tokenizer, seed: int, rows: int = ROWS) -> Probes | None:
-    """The probes for a run with this data; None where its context is too short to repeat anything (fewer than 7 tokens)."""
+def probes_of(data: DataConfig, n_ctx: int, tokenizer: Tokenizer, seed: int, most: int = ROWS) -> Probes | None:
+    """The probes for a run with this data, `most` rows or about 256 tokens for each, at least four; None where its context is too short
+    to repeat anything (fewer than 7 tokens)."""
+    rows = min(most, max(4, 256 * most // n_ctx))               # of a long context few say as much, and each costs more
     fits = range(3, (n_ctx - 1) // 2 + 1)                       # the periods that fit twice behind the first token
     known, unseen = repeat_vocabulary(data.repeats, tokenizer.end_of_text, seed)
     fits = [period for period in fits if period <= len(known)]
