@@ -1,5 +1,6 @@
 """What a run's heads came to: the page report.html, plots for a paper, the movie. All from files that the run has left."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -174,7 +175,7 @@ def grids(model: ModelConfig, measured: Measured):
         place.imshow(values, cmap="RdBu_r" if low < 0 else "Blues", vmin=low, vmax=high, origin="lower", aspect="auto")
         for layer, index in heads_of(model) if model.n_heads <= 8 else ():
             dark = abs(values[layer, index] - (low + high) / 2 * (low < 0)) > 0.6 * high
-            place.text(index, layer, f"{values[layer, index]:.2f}".replace("0.", "."), ha="center", va="center", fontsize=7,
+            place.text(index, layer, re.sub(r"^(-?)0\.", r"\1.", f"{values[layer, index]:.2f}"), ha="center", va="center", fontsize=7,
                        color="white" if dark else "black")
         titled(place, name.replace("_", " "))
         place.set(xticks=range(model.n_heads), yticks=range(model.n_layers))
@@ -238,7 +239,7 @@ def _frame(snapshot: Snapshot, head: Head, tokens: np.ndarray, scores: np.ndarra
     for name, colour, label in (("repeat/loss_first", "#e0a458", "first copy"), ("repeat/loss_second", "#c8553d", "second copy")):
         x, y = curve(records, name)
         lower.plot(x / 1e6, y, color=colour, lw=1.5, label=label)
-    lower.legend(frameon=False, fontsize=7)
+    lower.legend(frameon=False, fontsize=7, loc="lower left")
     lower.set(xlabel="million tokens trained on")
     titled(lower, "loss on random tokens")
     for place in (upper, lower):

@@ -13,8 +13,10 @@ from test_train import same_bits
 from data.config import DataConfig
 from data.tokenizer import make_tokenizer
 from induction.probes import probes_of
-from induction.scores import measure
+from induction.report import grids
+from induction.scores import Measured, measure
 from induction.snapshots import Snapshots, spelled
+from model.config import ModelConfig
 from model.taps import heads_of, taps
 from training.run import load_run
 
@@ -109,3 +111,10 @@ def test_tokens_are_spelled_so_that_each_can_be_seen():
 def test_a_context_too_short_to_repeat_is_not_probed(workplace):
     train("model.n_ctx=4", "heads.every=2", "train.batch_tokens=64")
     assert not any("repeat/loss_first" in record for record in metrics(Path("runs/tiny")).values())
+
+
+def test_a_figures_numbers_are_the_scores():
+    """Without the zero before the point, and with every other digit: 10.36 is not 1.36."""
+    values = torch.tensor([[10.36, -0.33, 0.5, 20.1]], dtype=torch.float64)
+    drawn = grids(ModelConfig(n_layers=1, n_heads=4, vocab_size=9), Measured({"distance": values}, torch.zeros(1, 4, 17), 0, 0))
+    assert [text.get_text() for text in drawn.axes[0].texts] == ["10.36", "-.33", ".50", "20.10"]
