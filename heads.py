@@ -61,7 +61,7 @@ def look_at_probe(args, run):
     print(f"\nrandom tokens cost {measured.loss_first:.2f} nats, repeated {measured.loss_second:.2f}")
     if found := induction_set(model, measured):
         lost = causal_set(model, found, probes)
-        others = f"; other heads of those layers: {sum(lost.others) / len(lost.others):.0%}" if lost.others else ""
+        others = "" if lost.beside is None else f"; other heads of those layers: {lost.beside:.0%}"
         print(f"with {', '.join(map(str, found))} (prefix matching ≥ {FORMED}) at their means the second copy costs "
               f"{lost.lost.second_copy:+.2f} nats, {lost.lost.gain_removed:.0%} of what repeating is worth{others}")
         if aimed := aim(model, measured, found, probes):

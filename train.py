@@ -19,7 +19,6 @@ def train(config, folder: Path, changed: list[str]) -> None:
 
     from data.dataset import Dataset
     from induction.report import write_report
-    from model.huggingface import obstacles
     from training.checkpoint import point_at_newest
     from training.device import choose_attention, choose_device, choose_micro_batch, choose_precision, training_loss
     from training.optimizer import Optimizer
@@ -48,13 +47,7 @@ def train(config, folder: Path, changed: list[str]) -> None:
 
     with Run(config, folder, model, optimizer, data) as run:
         watch = watch_heads(run, validation)
-        run.say(f"{'continuing' if run.step else 'training  '} {folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-                f"{str(precision).removeprefix('torch.')} on {device}, {batches.windows // micro_batch} × {micro_batch} windows a step "
-                f"of {data.identity.get('folder', 'synthetic rows')}")
-        if changed:
-            run.say(f"changed    {'; '.join(changed)} (from step {run.step + 1})")
-        if reasons := obstacles(model.config):
-            run.say(f"note       transformers has no model of this shape ({'; '.join(reasons)}): its checkpoints open here alone")
+        announce(run, device, micro_batch, changed)
         for step, batch in enumerate(batches.ahead(run.step, config.train.steps, device), run.step + 1):
             loss = torch.zeros((), device=device)
             for part in batch.split(micro_batch):
@@ -87,6 +80,19 @@ def train(config, folder: Path, changed: list[str]) -> None:
         run.say(run.summary())
         if run.step < config.train.steps:
             run.say(f"continue   python train.py {folder}")
+
+
+def announce(run, device, micro_batch: int, changed: list[str]) -> None:
+    """Say what is trained, on what, and what is out of the ordinary."""
+    from model.huggingface import obstacles
+    model = run.model
+    run.say(f"{'continuing' if run.step else 'training  '} {run.folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+            f"{str(model.compute_dtype).removeprefix('torch.')} on {device}, {run.config.windows_per_step // micro_batch} × "
+            f"{micro_batch} windows a step of {run.data.identity.get('folder', 'synthetic rows')}")
+    if changed:
+        run.say(f"changed    {'; '.join(changed)} (from step {run.step + 1})")
+    if reasons := obstacles(model.config):
+        run.say(f"note       transformers has no model of this shape ({'; '.join(reasons)}): its checkpoints open here alone")
 
 
 def due(step: int, every: int) -> bool:

@@ -19,7 +19,7 @@ from errors import ArgumentParser, UserError, run_command
 from files import whole_file
 from heads import examine_run
 from induction.phase import FORMED, Transition, band
-from induction.report import curve, figure, icl_transition, score_curves
+from induction.report import GREY, best_of_looks, curve, figure, icl_transition
 from induction.verdict import Verdict
 from training.checkpoint import whole_checkpoints
 from training.config import differences, load_config
@@ -126,8 +126,7 @@ FORMED_WHEN = {
 }
 NEEDED = {
     "gain removed": lambda o: o.verdict.cause and f"{o.verdict.cause.lost.gain_removed:.0%}",
-    "by other heads": lambda o: o.verdict.cause and o.verdict.cause.others and
-        f"{sum(o.verdict.cause.others) / len(o.verdict.cause.others):.0%}",
+    "by other heads": lambda o: f"{o.verdict.cause.beside:.0%}" if o.verdict.cause and o.verdict.cause.others else None,
     "previous-token heads": lambda o: o.verdict.aim and f"{o.verdict.aim.full:+.2f}",
     "patterns kept": lambda o: o.verdict.aim and f"{o.verdict.aim.kept:+.2f}",
     "into keys": lambda o: o.verdict.aim and f"{o.verdict.aim.by['k']:+.2f}",
@@ -169,17 +168,13 @@ def drawn(arms: list[Arm], results: dict[Arm, list[Outcome]]):
     """Prefix matching and the loss of the second copy over tokens, an arm a colour, mean and 95% band over seeds."""
     picture, ((left, right),) = figure(9.0, 3.2, 1, 2)
     for arm in arms:
-        best, second = [], []
-        for o, seed in zip(results[arm], range(99)):
-            tokens, scores = score_curves(o.records, "prefix_matching", load_config(arm.run(seed) / "config.yaml").model)
-            best.append((tokens / 1e6, scores.max((1, 2))))
-            x, y = curve(o.records, "repeat/loss_second")
-            second.append((x / 1e6, y))
+        best = [tuple(zip(*best_of_looks(o.records))) for o in results[arm]]
+        second = [curve(o.records, "repeat/loss_second") for o in results[arm]]
         for axes, curves in ((left, best), (right, second)):
             found = band(curves)
-            line, = axes.plot(found.x, found.mean, lw=1.5, label=arm.label)
-            axes.fill_between(found.x, found.low, found.high, color=line.get_color(), alpha=0.15, lw=0)
-    left.axhline(FORMED, color="#9aa0a8", lw=0.8, ls=":")
+            line, = axes.plot(found.x / 1e6, found.mean, lw=1.5, label=arm.label)
+            axes.fill_between(found.x / 1e6, found.low, found.high, color=line.get_color(), alpha=0.15, lw=0)
+    left.axhline(FORMED, color=GREY, lw=0.8, ls=":")
     left.set(xlabel="million tokens", ylabel="prefix matching, best head", ylim=(-0.02, 1.02))
     right.set(xlabel="million tokens", ylabel="loss in the second copy, nats", ylim=(0, min(right.get_ylim()[1], 8)))
     picture.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=len(arms), frameon=False, fontsize=8)

@@ -82,8 +82,12 @@ def as_batch(rows: np.ndarray, end_of_text: int | None = None) -> Batch:
     """(B, T + 1) tokens as inputs and the targets one to the right."""
     rows = torch.from_numpy(rows)
     tokens = rows[:, :-1].contiguous()
-    segments = None if end_of_text is None else (tokens == end_of_text).cumsum(dim=1)
-    return Batch(tokens, rows[:, 1:].contiguous(), segments)
+    return Batch(tokens, rows[:, 1:].contiguous(), documents(tokens, end_of_text))
+
+
+def documents(tokens: Tensor, end_of_text: int | None) -> Tensor | None:
+    """The numbers of the documents that tokens (B, T) belong to, each beginning with `end_of_text`; None where that is None."""
+    return None if end_of_text is None else (tokens == end_of_text).cumsum(dim=1)
 
 
 # --- sources: row n of each is a pure function of (seed, n) -----------------------------------------------------------
@@ -135,7 +139,12 @@ class RepeatRows:
     def row(self, n: int) -> np.ndarray:
         draw = np.random.Generator(np.random.Philox(key=random_key(self.seed, self.stream, n)))
         block = draw.choice(self.vocabulary, size=draw.choice(self.periods), replace=False)
-        return np.array([self.end_of_text, *np.resize(block, self.n_ctx)], dtype=np.int64)
+        return repeat_row(self.end_of_text, block, self.n_ctx)
+
+
+def repeat_row(begin: int, block: np.ndarray, length: int) -> np.ndarray:
+    """[begin] + `block` again and again for `length` tokens: (1 + length,) int64."""
+    return np.array([begin, *np.resize(block, length)], dtype=np.int64)
 
 
 def repeat_vocabulary(config: RepeatsConfig, end_of_text: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.batches import Batch
 from induction.probes import Repeats
-from induction.scores import icl_score
+from induction.scores import icl_score, mean_of
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.taps import Head, heads_of, taps
@@ -51,11 +51,11 @@ def alone(model: GPT, batch: Batch, counted: Tensor, progress: Callable = iter) 
         return at
 
     with taps(model, {f"L{layer}.z": note_mean(layer) for layer in range(model.config.n_layers)}):
-        intact = model.losses(*batch)[counted].cpu().double().mean().item()
+        intact = mean_of(model.losses(*batch), counted)
     found = {}
     for head in progress(heads):
         with taps(model, {f"L{head.layer}.z": _with([head.index], z[head.layer])}):
-            found[head] = model.losses(*batch)[counted].cpu().double().mean().item() - intact
+            found[head] = mean_of(model.losses(*batch), counted) - intact
     return found
 
 
@@ -97,11 +97,9 @@ class Effect(NamedTuple):
 def effect(model: GPT, heads: Collection[Head], probe: Repeats, text: Batch | None = None, kind: Kind = "zero", *,
            patterns_kept: bool = False) -> Effect:
     """What the model loses without `heads`, on repeated random tokens and on text, if given."""
-    def second_copy(losses: Tensor) -> float:
-        return losses[probe.second_copy].cpu().double().mean().item()
-
     intact, without = (losses_without(model, probe.batch, some, kind, patterns_kept=patterns_kept) for some in ((), heads))
-    lost, gain = second_copy(without) - second_copy(intact), intact[probe.first_copy].cpu().double().mean().item() - second_copy(intact)
+    first, second = mean_of(intact, probe.first_copy), mean_of(intact, probe.second_copy)
+    lost, gain = mean_of(without, probe.second_copy) - second, first - second
     on_text = (None, None)
     if text is not None:
         before, after = (losses_without(model, text, some, kind, patterns_kept=patterns_kept).cpu() for some in ((), heads))

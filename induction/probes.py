@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import Batch, random_key, repeat_vocabulary
+from data.batches import Batch, random_key, repeat_row, repeat_vocabulary
 from data.config import DataConfig
 from data.tokenizer import Tokenizer
 
@@ -65,8 +65,8 @@ def repeats(periods: Sequence[int], length: int, vocabulary: np.ndarray, begin: 
     made = []
     for r, period in enumerate(chosen):
         draw = np.random.Generator(np.random.Philox(key=random_key(seed, f"probe {period}", r)))
-        made.append([begin, *np.resize(draw.choice(vocabulary, size=period, replace=False), length - 1)])
-    return Repeats(torch.from_numpy(np.array(made, dtype=np.int64)), torch.tensor(chosen))
+        made.append(repeat_row(begin, draw.choice(vocabulary, size=period, replace=False), length - 1))
+    return Repeats(torch.from_numpy(np.stack(made)), torch.tensor(chosen))
 
 
 def unrepeated(length: int, vocabulary: np.ndarray, begin: int, *, rows: int = ROWS, seed: int = 0) -> Tensor:

@@ -110,7 +110,8 @@ def kind_of_run(config) -> str:
 
 # --- figures --------------------------------------------------------------------------------------------------------------
 
-GREY, INK = "#9aa0a8", "#30343a"
+GREY, INK, BLUE = "#9aa0a8", "#30343a", "#2c69b0"
+FIRST, SECOND = "#e0a458", "#c8553d"            # the copies of a block
 
 
 def plots(folder: Path, config, records: list[dict], measured: Measured) -> list[Path]:
@@ -147,7 +148,7 @@ def formation(model: ModelConfig, records: list[dict]):
     """Losses above, prefix matching of every head below, on one axis of tokens."""
     drawn, ((above,), (below,)) = figure(6.4, 4.4, 2, 1, sharex=True)
     for name, label, colour in (("train/loss", "training", GREY), ("val/loss", "validation", INK),
-                                ("repeat/loss_first", "random tokens", "#e0a458"), ("repeat/loss_second", "the same, repeated", "#c8553d")):
+                                ("repeat/loss_first", "random tokens", FIRST), ("repeat/loss_second", "the same, repeated", SECOND)):
         if found := curve(records, name):
             above.plot(found[0] / 1e6, found[1], color=colour, lw=1.2, label=label)
     above.set_ylabel("loss, nats per token")
@@ -157,7 +158,7 @@ def formation(model: ModelConfig, records: list[dict]):
         strong = scores[-1][head] >= FORMED
         below.plot(tokens / 1e6, scores[:, *head], **_line(head, strong))
     for axes in (above, below) if moved else ():
-        axes.axvspan(moved.onset / 1e6, moved.end / 1e6, color="#2c69b0", alpha=0.10, lw=0)
+        axes.axvspan(moved.onset / 1e6, moved.end / 1e6, color=BLUE, alpha=0.10, lw=0)
     below.set(xlabel="million tokens", ylabel="prefix matching", ylim=(-0.02, 1.02))
     if (scores[-1] >= FORMED).any():
         below.legend(frameon=False, fontsize=8)
@@ -232,11 +233,11 @@ def _frame(snapshot: Snapshot, head: Head, tokens: np.ndarray, scores: np.ndarra
     titled(left, f"{head} on random tokens, repeated")
     upper, lower = axes[:, 1]
     for one in heads_of(model):
-        upper.plot(tokens / 1e6, scores[:, *one], color="#2c69b0" if one == head else "#cfd4da", lw=1.8 if one == head else 0.9,
+        upper.plot(tokens / 1e6, scores[:, *one], color=BLUE if one == head else "#cfd4da", lw=1.8 if one == head else 0.9,
                    zorder=3 if one == head else 1)
     upper.set(ylim=(-0.02, 1.02), xticklabels=[])
     titled(upper, "prefix matching, every head")
-    for name, colour, label in (("repeat/loss_first", "#e0a458", "first copy"), ("repeat/loss_second", "#c8553d", "second copy")):
+    for name, colour, label in (("repeat/loss_first", FIRST, "first copy"), ("repeat/loss_second", SECOND, "second copy")):
         x, y = curve(records, name)
         lower.plot(x / 1e6, y, color=colour, lw=1.5, label=label)
     lower.legend(frameon=False, fontsize=7, loc="lower left")

@@ -80,12 +80,16 @@ def measure(model: GPT, probe: Repeats, unrepeated: Tensor) -> Measured:
 
 
 @torch.no_grad()
-def repeat_losses(model: GPT, probe: Repeats, final: Tensor | None = None) -> tuple[float, float]:
-    """Mean loss inside the first and the second copy, in nats; `final`: the last hidden state, where it is at hand."""
-    final = model.hidden(probe.tokens) if final is None else final
+def repeat_losses(model: GPT, probe: Repeats, final: Tensor) -> tuple[float, float]:
+    """Mean loss inside the first and the second copy, in nats, from the last hidden state of a pass over the probe."""
     targets = probe.tokens[:, 1:]
     losses = cross_entropies(final[:, :-1].flatten(0, 1), model.unembedding, targets.flatten()).view(targets.shape)
-    return tuple(losses[copy].cpu().double().mean().item() for copy in (probe.first_copy, probe.second_copy))
+    return mean_of(losses, probe.first_copy), mean_of(losses, probe.second_copy)
+
+
+def mean_of(losses: Tensor, counted: Tensor) -> float:
+    """The mean of those losses (B, T) that `counted` (B, T) bool names, summed in float64 (on the CPU: some devices have none)."""
+    return losses[counted].cpu().double().mean().item()
 
 
 def icl_score(losses: Tensor) -> float | None:
@@ -188,5 +192,3 @@ def qk_trace(model: GPT, earlier: int, later: int) -> Tensor:
         variance = (x @ gram @ x.mT * gram).sum((-2, -1)) / V ** 2 - mean ** 2
         found.append(((x * gram).sum((-2, -1)) / V - mean) / variance.clamp(min=1e-30).sqrt())
     return torch.stack(found)
-
-

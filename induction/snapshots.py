@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.batches import documents
 from data.tokenizer import END_OF_TEXT, Tokenizer
 from files import whole_file
 from induction.viewer import Passage, Snapshot
@@ -42,9 +43,8 @@ def patterns(model: GPT, passages: list[Tensor], separator: int | None = None) -
     each other."""
     found = []
     for passage in passages:
-        segments = None if separator is None else (passage == separator).cumsum(0)[None]
         with taps(model, "L*.pattern") as cache:
-            model.hidden(passage[None], segments=segments)
+            model.hidden(passage[None], segments=documents(passage[None], separator))
         stacked = torch.stack([cache[f"L{layer}.pattern"][0] for layer in range(model.config.n_layers)])
         found.append((stacked.float() * 255).round().byte().cpu().numpy())
     return found

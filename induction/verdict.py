@@ -6,11 +6,13 @@ the model repeats worse without them. A pattern alone shows what was averaged, n
 
 from typing import Literal, NamedTuple
 
+from torch import Tensor
+
 from data.batches import Batch
 from induction.ablation import Effect, effect, losses_without, matched_sets, path_patch
 from induction.phase import FORMED, Transition
 from induction.probes import Probes
-from induction.scores import Measured, copying_eigenvalues, measure
+from induction.scores import Measured, copying_eigenvalues, mean_of, measure
 from kernels.head_statistics import REACH
 from model.gpt import GPT
 from model.taps import Head, heads_of
@@ -35,6 +37,11 @@ class CausalSet(NamedTuple):
     lost: Effect
     others: list[float]         # the share of the gain that each matched set takes away
     sizes: set[int]             # of the matched sets
+
+    @property
+    def beside(self) -> float | None:
+        """The mean of `others`, None where there are none."""
+        return sum(self.others) / len(self.others) if self.others else None
 
 
 class Aim(NamedTuple):
@@ -88,13 +95,13 @@ def aim(model: GPT, measured: Measured, heads: list[Head], probes: Probes) -> Ai
         return None
     probe, receivers = probes.held_out, [head for head in heads if head.layer == layer]
 
-    def second_copy(losses) -> float:
-        return losses[probe.second_copy].cpu().double().mean().item()
+    intact = mean_of(losses_without(model, probe.batch, []), probe.second_copy)
 
-    intact = second_copy(losses_without(model, probe.batch, []))
-    full, kept = (second_copy(losses_without(model, probe.batch, found, "mean", patterns_kept=keep)) - intact for keep in (False, True))
-    by = {part: second_copy(path_patch(model, probe.batch, found, receivers, part, "mean")) - intact for part in ("q", "k", "v")}
-    return Aim(found, full, kept, by)
+    def cost(losses: Tensor) -> float:
+        return mean_of(losses, probe.second_copy) - intact
+
+    full, kept = (cost(losses_without(model, probe.batch, found, "mean", patterns_kept=keep)) for keep in (False, True))
+    return Aim(found, full, kept, {part: cost(path_patch(model, probe.batch, found, receivers, part, "mean")) for part in ("q", "k", "v")})
 
 
 def examine(run: str, kind: str, control: bool, model: GPT, probes: Probes, moved: Transition | None, text: Batch | None = None) -> Verdict:
@@ -110,7 +117,7 @@ def examine(run: str, kind: str, control: bool, model: GPT, probes: Probes, move
         _on_trained_periods(model, probes, score[strongest].item()),
         Finding("Is repeating worth something there?", f"first copy {measured.loss_first:.2f} nats, second {measured.loss_second:.2f}",
                 None if gain > 0 else False),
-        _offsets(measured, strongest, bool(heads), gain)]
+        _offsets(measured, strongest, bool(heads))]
     cause, aimed, unseen = None, None, None
     if heads:
         cause, aimed = causal_set(model, heads, probes, text), aim(model, measured, heads, probes)
@@ -142,7 +149,7 @@ def _on_trained_periods(model: GPT, probes: Probes, best: float) -> Finding:
                    False if there >= FORMED and best < 0.5 * there else None)
 
 
-def _offsets(measured: Measured, head: Head, matches: bool, gain: float) -> Finding:
+def _offsets(measured: Measured, head: Head, matches: bool) -> Finding:
     """Attention around the target, of the strongest head; where no head matches, of whichever peaks highest."""
     profile = measured.offset_profile
     if not matches:
@@ -166,8 +173,7 @@ def _causes(found: CausalSet) -> list[Finding]:
     lost = found.lost
     findings = [Finding("Does the model need them?", f"with {_listed(found.heads)} at their means the second copy costs "
                         f"{lost.second_copy:+.2f} nats, {lost.gain_removed:.0%} of what repeating is worth", lost.gain_removed >= REMOVED)]
-    if found.others:
-        mean = sum(found.others) / len(found.others)
+    if (mean := found.beside) is not None:
         sizes = "" if found.sizes == {len(found.heads)} else f" (of {min(found.sizes)} heads, not {len(found.heads)}: there are no more)"
         findings.append(Finding("More than other heads of the same layers?", f"{len(found.others)} other sets{sizes}: "
                                 f"{_range(found.others, '{:.0%}')}, mean {mean:.0%}", lost.gain_removed >= BEYOND * max(mean, 0)))
