@@ -3,17 +3,16 @@
 A run directory in place of the file continues that run: `python train.py runs/quickstart`.
 """
 
-import os
 from math import log
 from pathlib import Path
 
 from errors import ArgumentParser, UserError, run_command
 
 
-def train(config, folder: Path, changed: list[str]) -> None:
+def train(config, folder: Path, changed: list[str], world) -> None:
     """Train a model as `config` says, in the run directory `folder`, continuing where its newest checkpoint is.
 
-    `changed` says how the config differs from the one the run was begun with.
+    `changed` says how the config differs from the one the run was begun with, `world` which processes train together.
     """
     import torch
 
@@ -24,52 +23,59 @@ def train(config, folder: Path, changed: list[str]) -> None:
     from training.optimizer import Optimizer
     from training.run import Run, newest_state
 
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("torchrun: training in several processes is not built yet; start one process: python train.py …")
     begun = newest_state(folder)
     if begun["step"] >= config.train.steps:
-        point_at_newest(folder / "checkpoints")
-        print(f"{folder} is finished: {begun['step']} steps; to go further: python train.py {folder} train.steps={2 * begun['step']}"
-              + (f"\n  nothing was changed ({'; '.join(changed)})" if changed else ""))
+        if world.first:
+            point_at_newest(folder / "checkpoints")
+            print(f"{folder} is finished: {begun['step']} steps; to go further: python train.py {folder} train.steps={2 * begun['step']}"
+                  + (f"\n  nothing was changed ({'; '.join(changed)})" if changed else ""))
         return
 
-    device = choose_device(config.train.device)
-    precision = choose_precision(config.train.precision, device)
-    micro_batch = choose_micro_batch(config, device, precision)             # windows per forward pass
-    data = Dataset(config.data, config.seed, begun["data"].get("folder"))
-    batches = data.training(config.train.batch_tokens, config.model.n_ctx)
-    validation = data.validation(config.eval.tokens, config.model.n_ctx, micro_batch)
-    model = build_model(config, data.tokenizer, new=begun["step"] == 0).to(device)
-    model.compute_dtype = precision
-    model.attention_backend = choose_attention(config.train.attention, device, config.model.head_size)
-    optimizer = Optimizer(model, config.optimizer, config.train.steps)
-    loss_of = training_loss(model, config.train.compile, device)
+    with world.together():
+        device = choose_device(config.train.device, local_rank=world.local_rank)
+        precision = choose_precision(config.train.precision, device)
+        attention = choose_attention(config.train.attention, device, config.model.head_size)
+    micro_batch = choose_micro_batch(config, device, precision, world)      # windows per forward pass
+    data = world.in_turn(lambda: Dataset(config.data, config.seed, begun["data"].get("folder")))
+    with world.together():
+        batches = data.training(config.train.batch_tokens, config.model.n_ctx)
+        validation = data.validation(config.eval.tokens, config.model.n_ctx, micro_batch)
+        model = shape_model(config, data.tokenizer, precision, attention)
+    world.choose(config.distributed, model, device)
+    world.place(model, device)
+    set_weights(model, config, data.tokenizer, world, new=begun["step"] == 0)
+    optimizer = Optimizer(model, config.optimizer, config.train.steps, world)
+    loss_of = world.replicate(model, training_loss(model, config.train.compile, device, world.sharded))
 
-    with Run(config, folder, model, optimizer, data) as run:
-        watch = watch_heads(run, validation)
+    with Run(config, folder, model, optimizer, data, world) as run:
+        watch = watch_heads(run, validation) if world.first else None
         announce(run, device, micro_batch, changed)
-        for step, batch in enumerate(batches.ahead(run.step, config.train.steps, device), run.step + 1):
+        steps = range(run.step + 1, config.train.steps + 1)
+        for step, batch in zip(steps, batches.ahead(run.step, config.train.steps, device, world.rank, world.size)):
             loss = torch.zeros((), device=device)
-            for part in batch.split(micro_batch):
+            for part in world.accumulate(list(batch.split(micro_batch)), model, loss_of):
                 part_loss = loss_of(*part)                  # a sum over tokens, so that accumulating equals one big batch
                 part_loss.backward()
                 loss += part_loss.detach()
-            grad_norm = optimizer.step(step, config.train.batch_tokens)     # its rate is a function of the step, nothing else
-            run.count(step, loss / config.train.batch_tokens, grad_norm)
+            grad_norm = optimizer.step(step, config.train.batch_tokens // world.size)   # its rate is a function of the step alone
+            run.count(step, world.sum(loss) / config.train.batch_tokens, grad_norm)
 
             last = step == config.train.steps
+            stopping = world.any(run.stop_requested)        # all end behind the same step
             with run.untimed(), run.explained("saving what was measured of"):
                 if due(step, config.eval.every) or (last and config.eval.every):
-                    run.log(evaluate(model, validation, data))
-                if watch and (due(step, config.heads.every) or last):
-                    run.log(watch(model, step, run.tokens))             # the same weights, uncompiled, tapped
-                    if due(step, config.heads.images_every) or (last and config.heads.images_every):
-                        run.show(lambda: watch.pictures(model))
+                    run.log(evaluate(model, validation, data, world))
+                if config.heads.every and (due(step, config.heads.every) or last):
+                    whole = world.whole(model)              # the same weights, uncompiled, tapped
+                    if watch:
+                        run.log(watch(whole, step, run.tokens))
+                        if due(step, config.heads.images_every) or (last and config.heads.images_every):
+                            run.show(lambda: watch.pictures(whole))     # noqa: B023  shown at once
                 run.end_step()
                 if (due(step, config.checkpoint.every) or step in config.checkpoint.steps
-                        or (last and config.checkpoint.every) or run.stop_requested):
+                        or (last and config.checkpoint.every) or stopping):
                     run.save()
-            if run.stop_requested:
+            if stopping:
                 break
         run.wait_for_checkpoint()
         if watch:
@@ -77,17 +83,18 @@ def train(config, folder: Path, changed: list[str]) -> None:
                 page = write_report(folder, config, run.metrics.read())
             if page:
                 run.show(lambda: {"heads/report": page})
-        run.say(run.summary())
-        if run.step < config.train.steps:
-            run.say(f"continue   python train.py {folder}")
+        if world.first:
+            run.say(run.summary())
 
 
 def announce(run, device, micro_batch: int, changed: list[str]) -> None:
     """Say what is trained, on what, and what is out of the ordinary."""
     from model.huggingface import obstacles
-    model = run.model
+    model, world = run.model, run.world
+    processes = f"{world.size} processes ({world.kind}) × " if world.size > 1 else ""
     run.say(f"{'continuing' if run.step else 'training  '} {run.folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-            f"{str(model.compute_dtype).removeprefix('torch.')} on {device}, {run.config.windows_per_step // micro_batch} × "
+            f"{str(model.compute_dtype).removeprefix('torch.')} on {device}, "
+            f"{processes}{run.config.windows_per_step // micro_batch // world.size} × "
             f"{micro_batch} windows a step of {run.data.identity.get('folder', 'synthetic rows')}")
     if changed:
         run.say(f"changed    {'; '.join(changed)} (from step {run.step + 1})")
@@ -100,22 +107,32 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def build_model(config, tokenizer, new: bool):
-    """A model for `tokenizer`'s vocabulary; a new one has the weights of `init_from` where the config names a run."""
-    from data.tokenizer import Tokenizer
+def shape_model(config, tokenizer, precision, attention: str):
+    """A model for `tokenizer`'s vocabulary, without memory yet."""
+    import torch
+
     from model.gpt import GPT
-    from training.checkpoint import find_checkpoint, load_weights
     size = config.model.vocab_size or tokenizer.n_vocab
     if size < tokenizer.n_vocab:
         raise UserError(f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer.n_vocab} (leave it out)")
-    model = GPT(config.model.model_copy(update={"vocab_size": size}), config.seed)
-    if config.init_from and new:
+    with torch.device("meta"):
+        model = GPT(config.model.model_copy(update={"vocab_size": size}))
+    model.compute_dtype, model.attention_backend, model.recompute = precision, attention, config.train.checkpoint_activations
+    return model
+
+
+def set_weights(model, config, tokenizer, world, new: bool) -> None:
+    """Initial weights: those of `init_from` for a new run whose config names one, else random ones."""
+    from data.tokenizer import Tokenizer
+    from training.checkpoint import find_checkpoint, load_weights
+    if not (config.init_from and new):
+        return model.init_weights(config.seed, world.fill)
+    with world.together():
         checkpoint = find_checkpoint(config.init_from)
         if Tokenizer.load(checkpoint / "tokenizer.json").hash != tokenizer.hash:
             raise UserError(f"init_from={config.init_from} was trained with another tokenizer, its weights mean other tokens\n"
                             f"  use its own: data.tokenizer={checkpoint}")
-        load_weights(model, checkpoint)
-    return model
+    load_weights(model, checkpoint, world)
 
 
 def watch_heads(run, validation):
@@ -133,12 +150,14 @@ def watch_heads(run, validation):
                      separator=data.end_of_text if config.data.mask_documents else None)
 
 
-def evaluate(model, validation, data) -> dict[str, float]:
+def evaluate(model, validation, data, world) -> dict[str, float]:
     """Loss on the validation windows, in nats per token and in bits per byte of their text, and how much the context helps."""
     import torch
 
     from induction.scores import icl_score
-    losses = torch.cat([model.losses(*batch.to(model.embed.weight.device)).cpu() for batch in validation])      # (windows, T)
+    rounds = range(0, len(validation), world.size)              # a batch each; who has none left does the last again, since all must gather
+    mine = [model.losses(*validation[min(n + world.rank, len(validation) - 1)].to(model.embed.weight.device)).cpu() for n in rounds]
+    losses = torch.cat([one for ones in zip(*world.gather(mine)) for one in ones][:len(validation)])            # (windows, T)
     text_bytes = sum(int(data.tokenizer.byte_lengths[batch.targets].sum()) for batch in validation)
     nats = losses.double().sum().item()
     found = {"val/loss": nats / losses.numel(), "val/bpb": nats / log(2) / max(1, text_bytes)}
@@ -155,8 +174,14 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value",
                         help="change values, for example optimizer.lr=0.01 train.steps=500")
     args = parser.parse_args()
+    from training.distributed import join
     from training.run import config_of
-    train(*config_of(args.config, args.overrides))
+    world = join()
+    with world.others_may_die(args.config):
+        with world.together():
+            chosen = config_of(args.config, args.overrides)
+        train(*chosen, world)
+    world.close()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """A decoder-only transformer, read top to bottom: tokens → embedding → L blocks → logits."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import CausalSelfAttention, Context, Linear, RMSNorm, for_decoding, joined
 from model.config import ModelConfig
@@ -14,7 +17,7 @@ from model.taps import eagerly, refuse, taps_of
 
 class GPT(nn.Module):
     """tokens (B, T) → logits (B, T, V). Parameters are float32; `compute_dtype` is what activations are kept in,
-    `attention_backend` one of `kernels.attention`'s."""
+    `attention_backend` one of `kernels.attention`'s, `recompute` keeps a block's input alone for the backward pass (Chen et al. 2016)."""
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         super().__init__()
@@ -23,6 +26,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.attention_backend = "auto"
+        self.recompute = False
         self.tapped: dict[int, tuple] = {}                  # who looks at activations, by thread: model/taps.py
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.embed_position = nn.Embedding(config.n_ctx, config.d_model) if config.position == "learned" else None
@@ -44,8 +48,8 @@ class GPT(nn.Module):
                 self.register_buffer("sinusoids", table, persistent=False)
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Every parameter's initial distribution, in one place; one that is named nowhere raises."""
+    def init_weights(self, seed: int, fill: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+        """Every parameter's initial distribution, in one place; one that is named nowhere raises. `fill` copies whole values into one."""
         draw = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             part = name.removesuffix(".weight").rsplit(".", 1)[-1]
@@ -57,11 +61,12 @@ class GPT(nn.Module):
                 std = 0.0 if self.config.zero_init else p.shape[1] ** -0.5
             elif part == "lm_head":
                 std = 0.0                                   # the first loss is ln V
-            elif part in ("gain", "smear_alpha"):
-                continue                                    # ones and zeros, as made
+            elif part in ("gain", "smear_alpha"):           # 1 is as it was without the gain, 0 mixes halves
+                fill(p, torch.full(p.shape, float(part == "gain")))
+                continue
             else:
                 raise ValueError(f"init_weights: no initial distribution for the parameter {name}")
-            p.copy_(torch.randn(p.shape, generator=draw) * std)
+            fill(p, torch.randn(p.shape, generator=draw) * std)
 
     def forward(self, tokens: Tensor, *, cache: KVCache | None = None, lengths: Tensor | None = None,
                 segments: Tensor | None = None) -> Tensor:
@@ -93,8 +98,9 @@ class GPT(nn.Module):
             case "sinusoidal":
                 x = x + self._at(self.sinusoids[None], positions)[0]
         x = context.taps("embed", x.to(self.compute_dtype))
+        recompute = self.recompute and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, context)
+            x = checkpoint(block, x, context, use_reentrant=False) if recompute else block(x, context)
         if cache is not None:
             cache.end()
         return context.taps("final", self.norm_final(x))

@@ -4,6 +4,7 @@ The exact ModelConfig is kept inside config.json under `gpt`, and is what our ow
 """
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -77,15 +78,15 @@ def hf_config(config: ModelConfig, end_of_text: int | None) -> dict:
 
 
 def hf_state(model: GPT) -> dict[str, Tensor]:
-    """The parameters under Hugging Face's names, contiguous and on the CPU. An attention-only model gets MLPs of one unit of zeros."""
-    state = {_rename(name, NAMES): p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    """The parameters under Hugging Face's names. An attention-only model gets MLPs of one unit of zeros."""
+    state = {_rename(name, NAMES): p.detach() for name, p in model.named_parameters()}
     if model.config.mlp == "none" and family(model.config) != OWN_TYPE:
         state |= {name: value.clone() for name, value in _empty_mlps(model.config).items()}
     return state
 
 
-def load_hf_state(model: GPT, state: dict[str, Tensor], source: str) -> None:
-    """Copy `state` into the model's parameters; a UserError where a name or a shape does not fit. `source` names it."""
+def load_hf_state(model: GPT, state: dict[str, Tensor], source: str, fill: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+    """Copy `state` into the model's parameters; a UserError where a name or a shape does not fit. `source` names it, `fill` copies."""
     theirs = {_rename(name, NAMES): p for name, p in model.named_parameters()}
     given = {name for name in state if not (model.config.mlp == "none" and name in _empty_mlps(model.config))}
     if different := sorted(given ^ set(theirs)):
@@ -95,7 +96,7 @@ def load_hf_state(model: GPT, state: dict[str, Tensor], source: str) -> None:
         for name, p in theirs.items():
             if p.shape != state[name].shape:
                 raise UserError(f"{source}: {name} is {tuple(state[name].shape)}, its config says {tuple(p.shape)}")
-            p.copy_(state[name])
+            fill(p, state[name])
 
 
 def _empty_mlps(config: ModelConfig) -> dict[str, Tensor]:

@@ -146,3 +146,18 @@ def test_more_tokens_than_n_ctx_are_refused():
     model(torch.zeros(1, 8, dtype=torch.long), cache=cache)
     with pytest.raises(ValueError, match="capacity of 8"):
         model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
+
+
+def test_activations_computed_again_give_the_same_gradients_from_fewer_numbers():
+    """train.checkpoint_activations: bit for bit, since it is the same arithmetic; what is kept for the backward pass is far less."""
+    kept, gradients = [], []
+    for recompute in (False, True):
+        model, total = make(n_layers=4), []
+        model.recompute = recompute
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: total.append(t.nbytes) or t, lambda t: t):      # noqa: B023  used at once
+            loss = model.loss(torch.arange(24).view(2, 12) % 50, torch.arange(24).view(2, 12) % 50)
+        kept.append(sum(total))
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert kept[1] < kept[0] / 3

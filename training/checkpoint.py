@@ -5,6 +5,9 @@
       training_state/optimizer.safetensors  state.json  config.yaml
       manifest.json                                       the SHA-256 of every file above, written last
     runs/NAME/checkpoints/latest → 000500,  best → …
+
+Processes that share a model each write the tensors that fall to them: model-00001-of-00004.safetensors …, with Hugging Face's index beside
+them, and the optimizer's likewise. However many wrote, any number can read.
 """
 
 import contextlib
@@ -29,65 +32,108 @@ from model.config import ModelConfig
 from model.gpt import GPT
 from model.huggingface import hf_config, hf_state, load_hf_state
 from settings import validate
+from training.distributed import ALONE, World, whole_tensor
+
+
+class Tensors(NamedTuple):
+    """Named tensors on the CPU, divided among the processes that write them."""
+
+    mine: dict[str, Tensor]
+    bytes: int                      # of everyone's
+    owner: dict[str, int]           # by rank
 
 
 class Snapshot(NamedTuple):
     """Everything a checkpoint holds, copied out of the running model."""
 
     model_config: ModelConfig
-    model: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    model: Tensors
+    optimizer: Tensors
     state: dict
     config_yaml: str
     tokenizer: Tokenizer
 
 
-def snapshot(model: GPT, optimizer: dict[str, Tensor], state: dict, config_yaml: str, tokenizer: Tokenizer, copy: bool) -> Snapshot:
+def snapshot(model: GPT, optimizer: dict[str, Tensor], state: dict, config_yaml: str, tokenizer: Tokenizer, copy: bool,
+             world: World = ALONE) -> Snapshot:
     """What to save. `copy`: its tensors stay as they are now while training goes on."""
-    def keep(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: t.detach().to("cpu", copy=copy) for name, t in tensors.items()}
+    def keep(tensors: dict[str, Tensor]) -> Tensors:
+        owner, load = {}, [0] * (world.size if world.sharded else 1)
+        for name, t in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):       # the largest to whoever has least
+            owner[name] = load.index(min(load))
+            load[owner[name]] += t.nbytes
+        mine = {}
+        for name, t in tensors.items():
+            whole = whole_tensor(t.detach())                # one at a time, so that no process ever holds them all
+            if owner[name] == world.rank:
+                mine[name] = whole.to("cpu", copy=copy).contiguous()
+        return Tensors(mine, sum(load), owner)
 
     return Snapshot(model.config, keep(hf_state(model)), keep(optimizer), state, config_yaml, tokenizer)
 
 
-def save_checkpoint(folder: Path, what: Snapshot) -> Path:
+def save_checkpoint(folder: Path, what: Snapshot, world: World = ALONE) -> Path:
     """Write `folder`/STEP under a temporary name, flush it to the disk, rename it, point `latest` at it; its path."""
     path = folder / f"{what.state['step']:06d}"
-    if (path / "manifest.json").exists():                   # continued from just here
+    if any(world.gather((path / "manifest.json").exists(), saving=True)):           # continued from just here
         return path
     temporary = folder / f".partial-{path.name}"
-    config = hf_config(what.model_config, what.tokenizer.end_of_text)
+    newest = whole_checkpoints(folder)
+    intact = f"{newest[-1]} is intact" if newest else "there is no earlier checkpoint"
+
+    @contextlib.contextmanager
+    def all_or_nothing():
+        try:
+            with world.together(saving=True), explain_disk_errors(
+                    f"saving {path}", f"{intact}; make room, then continue with: python train.py {folder.parent}"):
+                yield
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    with all_or_nothing():
+        if world.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "training_state").mkdir(parents=True)
+    with all_or_nothing():
+        files = _files(what, world)
+        for name, content in files.items():
+            _write(temporary / name, content)
+        written = {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)} for name in files}
+    everyones = world.gather(written, saving=True)
+    with all_or_nothing():
+        if world.first:
+            _write(temporary / "manifest.json", _json({name: noted for ones in everyones for name, noted in ones.items()}))
+            sync_folder(temporary)
+            shutil.rmtree(path, ignore_errors=True)         # one without a manifest was never whole
+            os.rename(temporary, path)
+            sync_folder(folder)
+            point_at_newest(folder)
+    return path
+
+
+def _files(what: Snapshot, world: World) -> dict[str, bytes | dict[str, Tensor]]:
+    """What this process writes of a checkpoint, by name."""
+    def tensors(stem: str, divided: Tensors) -> dict[str, dict[str, Tensor]]:
+        writers = max(divided.owner.values(), default=0) + 1
+        names = [f"{stem}.safetensors"] if writers == 1 else [f"{stem}-{n + 1:05d}-of-{writers:05d}.safetensors" for n in range(writers)]
+        if writers > 1 and stem == "model" and world.first:
+            files["model.safetensors.index.json"] = _json({
+                "metadata": {"total_size": divided.bytes}, "weight_map": {name: names[n] for name, n in divided.owner.items()}})
+        return {names[world.rank]: divided.mine} if world.rank < writers else {}
+
     end = what.tokenizer.end_of_text
-    files = {
-        "model.safetensors": what.model,
-        "config.json": _json(config),
+    files: dict[str, bytes | dict[str, Tensor]] = {
+        "config.json": _json(hf_config(what.model_config, end)),
         "generation_config.json": _json({"eos_token_id": end, "bos_token_id": end, "pad_token_id": end, "do_sample": True}),
         "tokenizer.json": what.tokenizer.json.encode(),
         "tokenizer_config.json": _json({
             "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT,
             "model_max_length": what.model_config.n_ctx, "clean_up_tokenization_spaces": False}),
-        "training_state/optimizer.safetensors": what.optimizer,
         "training_state/state.json": _json(what.state),
         "training_state/config.yaml": what.config_yaml.encode(),
-    }
-    newest = whole_checkpoints(folder)
-    intact = f"{newest[-1]} is intact" if newest else "there is no earlier checkpoint"
-    with explain_disk_errors(f"saving {path}", f"{intact}; make room, then continue with: python train.py {folder.parent}"):
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / "training_state").mkdir(parents=True)
-            for name, content in files.items():
-                _write(temporary / name, content)
-            _write(temporary / "manifest.json", _json({
-                name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)} for name in files}))
-            shutil.rmtree(path, ignore_errors=True)         # one without a manifest was never whole
-            os.rename(temporary, path)
-            sync_folder(folder)
-            point_at_newest(folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-    return path
+    } if world.first else {}
+    return files | tensors("model", what.model) | tensors("training_state/optimizer", what.optimizer)
 
 
 def _write(path: Path, content: bytes | dict[str, Tensor]) -> None:
@@ -177,25 +223,37 @@ def load_model(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[GP
     return model.to(device).eval(), Tokenizer.load(checkpoint / "tokenizer.json")
 
 
-def load_weights(model: GPT, checkpoint: Path) -> None:
+def load_weights(model: GPT, checkpoint: Path, world: World = ALONE) -> None:
     """Fill a model with the parameters of a checkpoint, after every file has passed its SHA-256."""
-    verify(checkpoint)
-    path = checkpoint / "model.safetensors"
-    with _damaged(checkpoint, path.name):
-        state = load_file(path)
-    load_hf_state(model, state, str(path))
+    with world.together():
+        verify(checkpoint, world)
+    load_hf_state(model, _load_tensors(checkpoint, "model"), str(checkpoint / "model.safetensors"), world.fill)
 
 
 def load_optimizer(checkpoint: Path) -> dict[str, Tensor]:
-    with _damaged(checkpoint, "training_state/optimizer.safetensors"):
-        return load_file(checkpoint / "training_state/optimizer.safetensors")
+    """The optimizer's tensors by name."""
+    return _load_tensors(checkpoint, "training_state/optimizer")
 
 
-def verify(checkpoint: Path) -> None:
-    """Raise a UserError unless every file is there with the bytes it was saved with."""
+def _load_tensors(checkpoint: Path, stem: str) -> dict[str, Tensor]:
+    """The tensors of `stem`.safetensors, or of all of stem-00001-of-….safetensors. They stay in the files until they are read."""
+    state: dict[str, Tensor] = {}
+    for name in _manifest(checkpoint):
+        if re.fullmatch(re.escape(stem) + r"(-\d+-of-\d+)?\.safetensors", name):
+            with _damaged(checkpoint, name):
+                state |= load_file(checkpoint / name)
+    return state
+
+
+def _manifest(checkpoint: Path) -> dict[str, dict]:
     with _damaged(checkpoint, "manifest.json"):
-        manifest = json.loads((checkpoint / "manifest.json").read_text("utf-8"))
-        for name, noted in manifest.items():
+        return dict(json.loads((checkpoint / "manifest.json").read_text("utf-8")))
+
+
+def verify(checkpoint: Path, world: World = ALONE) -> None:
+    """Raise a UserError unless every file is there with the bytes it was saved with. Several processes share the reading."""
+    with _damaged(checkpoint, "manifest.json"):
+        for name, noted in list(_manifest(checkpoint).items())[world.rank::world.size]:
             path = checkpoint / name
             with _damaged(checkpoint, name):
                 if path.stat().st_size != noted["bytes"]:

@@ -22,6 +22,7 @@ class TrainConfig(Settings):
     micro_batch: PositiveInt | None = None      # windows per forward pass; null: what fits
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"         # of activations; weights are float32. auto: bf16 on CUDA
     compile: bool | Literal["auto"] = "auto"    # auto: on CUDA
+    checkpoint_activations: bool = False        # keep each block's input alone and compute the rest again: less memory, a third more work
     attention: Literal["auto", "reference", "sdpa", "triton"] = "auto"  # auto: our Triton kernels on CUDA, PyTorch's elsewhere
     device: str = "auto"                        # cuda, cpu, mps; auto: the first there is
 
@@ -80,7 +81,7 @@ class Config(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     heads: HeadsConfig = HeadsConfig()
     log: LogConfig = LogConfig()
-    distributed: Literal["auto", "ddp", "fsdp"] = "auto"        # accepted already; several processes are not built yet
+    distributed: Literal["auto", "ddp", "fsdp"] = "auto"        # how torchrun's processes share a model; auto: fsdp where ddp does not fit
 
     @property
     def windows_per_step(self) -> int:

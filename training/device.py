@@ -10,14 +10,18 @@ from kernels.attention import use_triton
 from model.budget import activation_bytes_per_token
 from model.gpt import GPT
 from training.config import Config
+from training.distributed import ALONE, World
 
 CPU_TOKENS = 16384          # a micro-batch on the CPU: larger ones leave its caches without saving overhead
 
 
-def choose_device(name: str, key: str = "train.device=") -> torch.device:
-    """The device of that name, or the first there is; `key` is what a user wrote before the name."""
+def choose_device(name: str, key: str = "train.device=", local_rank: int = 0) -> torch.device:
+    """The device of that name, or the first there is; `key` is what a user wrote before the name. Each process of a machine takes
+    the GPU of its `local_rank`."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -46,21 +50,31 @@ def choose_attention(name: str, device: torch.device, d_head: int) -> str:
     return name
 
 
-def choose_micro_batch(config: Config, device: torch.device, precision: torch.dtype) -> int:
-    """Windows per forward pass: the largest divisor of the batch that fits."""
-    if config.train.micro_batch:
-        return config.train.micro_batch
+def choose_micro_batch(config: Config, device: torch.device, precision: torch.dtype, world: World = ALONE) -> int:
+    """Windows per forward pass: the largest divisor of a process's share of the batch that fits everywhere."""
+    windows, asked = config.windows_per_step // world.size, config.train.micro_batch
+    if config.windows_per_step % world.size:
+        nearest = max(1, round(config.windows_per_step / world.size)) * world.size * config.model.n_ctx
+        raise world.error(f"train.batch_tokens={config.train.batch_tokens} is {config.windows_per_step} windows, which {world.size} "
+                          f"processes cannot share evenly (try train.batch_tokens={nearest})")
+    if asked and windows % asked:
+        raise world.error(f"train.micro_batch={asked} must divide the {windows} windows of each of {world.size} processes (leave it out)")
+    if asked:
+        return asked
     if device.type == "cuda":
         tokens = 0.8 * torch.cuda.mem_get_info(device)[0] / activation_bytes_per_token(config.model, precision.itemsize)
     else:
         tokens = CPU_TOKENS
-    windows = config.windows_per_step
-    fits = max(1, int(tokens) // config.model.n_ctx)
+    fits = min(world.gather(max(1, int(tokens) // config.model.n_ctx)))
     return max(m for m in range(1, windows + 1) if windows % m == 0 and m <= fits)
 
 
-def training_loss(model: GPT, compile: bool | str, device: torch.device) -> Callable[..., Tensor]:
-    """`model.loss`, compiled where that pays. Alone and with fixed shapes, so that nothing else can change its kernels."""
+def training_loss(model: GPT, compile: bool | str, device: torch.device, sharded: bool = False) -> Callable[..., Tensor]:
+    """`model.loss`, compiled where that pays. Alone and with fixed shapes, so that nothing else can change its kernels.
+    A sharded model is compiled block by block, between whose gatherings the compiler cannot look."""
     if compile is True or (compile == "auto" and device.type == "cuda"):
-        return torch.compile(model.loss, dynamic=False)
+        if not sharded:
+            return torch.compile(model.loss, dynamic=False)
+        for block in model.blocks:
+            block.compile(dynamic=False)
     return model.loss

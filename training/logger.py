@@ -68,8 +68,9 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict]]:
 class Console:
     """The progress line: rewritten on a terminal, now and then a line of its own in a log file."""
 
-    def __init__(self, first: int, last: int):
-        self.first, self.last = first, last
+    def __init__(self, first: int, last: int, silent: bool = False):
+        """Of steps `first` + 1 to `last`. `silent`: another process speaks for this one."""
+        self.first, self.last, self.silent = first, last, silent
         self.started = self.printed = time.monotonic()
         self.terminal = sys.stdout.isatty()
 
@@ -92,6 +93,8 @@ class Console:
         self._print(text, "\n")
 
     def _print(self, text: str, end: str) -> None:
+        if self.silent:
+            return
         with contextlib.suppress(BrokenPipeError):              # nobody reads any more (`| head`): no reason to stop training
             print(f"\r\033[K{text}" if self.terminal else text, end=end, flush=True)
 

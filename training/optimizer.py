@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import OptimizerConfig
+from training.distributed import ALONE, World, local, over_whole_matrices
 
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5    # quintic coefficients that bring singular values near 1 fastest (Jordan 2024)
 MOMENTUM_START = 0.85
@@ -36,8 +37,8 @@ def momentum(config: OptimizerConfig, step: int) -> float:
 class Optimizer:
     """Every parameter of a model in exactly one group; `step` clips, sets the rates and updates."""
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, steps: int):
-        self.config, self.steps = config, steps
+    def __init__(self, model: nn.Module, config: OptimizerConfig, steps: int, world: World = ALONE):
+        self.config, self.steps, self.world = config, steps, world
         self.names = {p: name for name, p in model.named_parameters()}
         matrices = [p for p, name in self.names.items() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
         others = [p for p in self.names if all(p is not m for m in matrices)]
@@ -46,7 +47,7 @@ class Optimizer:
         device = next(iter(self.names)).device.type
         adam = {"betas": tuple(config.betas), "fused": device in ("cuda", "cpu", "mps")}
         if config.kind == "muon":
-            self.parts = {"muon": Muon([{"params": matrices, "height": config.lr, "weight_decay": decay}]),
+            self.parts = {"muon": Muon([{"params": matrices, "height": config.lr, "weight_decay": decay}], world),
                           "adam": torch.optim.AdamW([{"params": others, "height": config.adam_lr, "weight_decay": 0.0}], **adam)}
         else:
             self.parts = {"adam": torch.optim.AdamW(
@@ -57,10 +58,13 @@ class Optimizer:
     def step(self, step: int, tokens: int) -> Tensor:
         """Update `step` (1 for the first) with the gradients of a loss summed over `tokens` tokens; their mean's norm, ().
 
-        Dividing here and not in the loss keeps fp16 gradients in range without a loss scale to tune and to save.
+        Among several processes gradients are the mean of everyone's, so `tokens` are those of one. Dividing here and not in the loss
+        keeps fp16 gradients in range without a loss scale to tune and to save.
         """
-        gradients = [p.grad for p in self.names if p.grad is not None]
+        gradients = [local(p.grad) for p in self.names if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) / tokens
+        if self.world.sharded:
+            norm = self.world.sum(norm.square()).sqrt()
         shorten = (self.config.clip / (norm + 1e-6)).clamp(max=1.0) if self.config.clip else 1.0
         torch._foreach_mul_(gradients, torch.as_tensor(shorten / tokens, device=norm.device))
         share = learning_rate(self.config, step, self.steps)
@@ -79,7 +83,7 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the next step depends on, as tensors by name: `adam.exp_avg.blocks.0.…`."""
-        return {f"{kind}.{key}.{self.names[p]}": value.detach().contiguous()
+        return {f"{kind}.{key}.{self.names[p]}": value.detach()
                 for kind, part in self.parts.items() for p, state in part.state.items() for key, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -87,18 +91,22 @@ class Optimizer:
         for full_name, value in state.items():
             kind, key, name = full_name.split(".", 2)
             p = parameters[name]
-            self.parts[kind].state[p][key] = value.to(p.device, copy=True)
+            of_parameter = value.shape == p.shape               # the others count steps
+            held = torch.empty_like(p, dtype=value.dtype) if of_parameter else torch.empty_like(value, device=p.device)
+            self.world.fill(held, value)
+            self.parts[kind].state[p][key] = held
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised: every singular value of a matrix's update becomes about 1 (Jordan et al. 2024).
 
     torch.optim.Muon orthogonalises in bf16, six times slower than fp32 on a CPU without bf16 units; and one matrix at a
-    time, where here all of one shape go together.
+    time, where here all of one shape go together and several processes share the work.
     """
 
-    def __init__(self, groups: list[dict]):
+    def __init__(self, groups: list[dict], world: World = ALONE):
         super().__init__(groups, {"lr": 0.0, "momentum": 0.95, "weight_decay": 0.0})
+        self.world = world
 
     @torch.no_grad()
     def step(self) -> None:
@@ -111,15 +119,15 @@ class Muon(torch.optim.Optimizer):
                 for p in matrices:
                     if "momentum" not in self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
-                averages = [self.state[p]["momentum"] for p in matrices]
-                gradients = [p.grad for p in matrices]
+                averages = [local(self.state[p]["momentum"]) for p in matrices]
+                gradients, weights = [local(p.grad) for p in matrices], [local(p) for p in matrices]
                 torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(gradients, averages, group["momentum"])
-                updates = orthogonalise(torch.stack(nesterov))
+                updates = over_whole_matrices(orthogonalise, torch.stack(nesterov), rows, self.world)
                 # A tall matrix of orthonormal columns moves its outputs less than a wide one; this evens it out.
                 rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(matrices, list(updates.to(matrices[0].dtype).unbind()), alpha=-rate)
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, list(updates.to(weights[0].dtype).unbind()), alpha=-rate)
 
 
 def orthogonalise(g: Tensor) -> Tensor:

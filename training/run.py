@@ -36,6 +36,7 @@ from training.checkpoint import (
     whole_checkpoints,
 )
 from training.config import Config, differences, dump_config, load_config
+from training.distributed import ALONE, World
 from training.logger import Console, Metrics, Wandb, read_metrics, short
 from training.optimizer import Optimizer
 
@@ -127,54 +128,68 @@ def load_run(where: str | Path, step: int | None = None, device: torch.device | 
 class Run:
     """An open run directory. Leaving `with Run(…) as run` closes everything and frees the lock."""
 
-    def __init__(self, config: Config, folder: Path, model: GPT, optimizer: Optimizer, data: Dataset):
+    def __init__(self, config: Config, folder: Path, model: GPT, optimizer: Optimizer, data: Dataset, world: World = ALONE):
         """Load what the run's newest checkpoint holds into model and optimizer, then open its files.
 
+        Of several processes the first alone holds the lock, writes, speaks and logs.
         Raises UserError where another trainer holds the run, its checkpoint is damaged, or its data is not `data`.
         """
+        self.world = world
         self.config, self.folder, self.checkpoints = config, folder, folder / "checkpoints"
         self.model, self.optimizer, self.data = model, optimizer, data
         self.device = model.embed.weight.device
         self.stop_requested = False
         self.writer, self.writing = ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), None
         self.stack = ExitStack()
-        with self.explained("opening"):
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.stack.enter_context(only_one(folder / ".lock", f"{folder} is being trained by another process\n"
-                                              "  wait for it, stop it, or begin another run with: run=NEW"))
+        with world.together(), self.explained("opening"):
+            if world.first:
+                self._take()
         try:
+            with world.together(), self.explained("opening"):
+                if not (folder / ".lock").exists():
+                    raise UserError(f"{folder} is not where all processes can see it: several machines need a file system that they share")
             with self.explained("opening"):
                 self._restore()
+            with world.together(), self.explained("opening"):
                 self._open()
         except BaseException:
             self.stack.close()
             raise
 
-    def _restore(self) -> None:
+    def _take(self) -> None:
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.stack.enter_context(only_one(self.folder / ".lock", f"{self.folder} is being trained by another process\n"
+                                          "  wait for it, stop it, or begin another run with: run=NEW"))
         for unfinished in self.checkpoints.glob(".partial-*"):
             shutil.rmtree(unfinished, ignore_errors=True)
+
+    def _restore(self) -> None:
         state = newest_state(self.folder)
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         if self.step:
             if state["data"]["hash"] != self.data.identity["hash"]:
-                raise UserError(f"{self.folder} was trained on other data than is there now; it lay in {state['data'].get('folder')}\n"
-                                "  bring that back, or begin another run with: run=NEW")
+                raise self.world.error(
+                    f"{self.folder} was trained on other data than is there now; it lay in {state['data'].get('folder')}\n"
+                    "  bring that back, or begin another run with: run=NEW")
             checkpoint = whole_checkpoints(self.checkpoints)[-1]
-            load_weights(self.model, checkpoint)
+            load_weights(self.model, checkpoint, self.world)
             self.optimizer.load_state_dict(load_optimizer(checkpoint))
-            point_at_newest(self.checkpoints)
-            prune(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.steps)
+            self.world.gather(None)                         # all have read what is about to be pruned
+            if self.world.first:
+                point_at_newest(self.checkpoints)
+                prune(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.steps)
 
     def _open(self) -> None:
         self.git = git_revision()
-        with whole_file(self.folder / "config.yaml", "w") as file:
-            file.write(f"# git {self.git}, torch {torch.__version__}\n{dump_config(self.config)}")
-        self.metrics = Metrics(self.folder / "metrics.jsonl", self.step)
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
-        self.console = Console(self.step, self.config.train.steps)
+        self.console = Console(self.step, self.config.train.steps, silent=not self.world.first)
         self.say = self.console.say
-        self.wandb = Wandb(self.config.log, self.folder, self.config.run,
-                           self.config.model_dump() | {"git": self.git, "torch": torch.__version__, "device": device}, self.say)
+        if self.world.first:
+            with whole_file(self.folder / "config.yaml", "w") as file:
+                file.write(f"# git {self.git}, torch {torch.__version__}\n{dump_config(self.config)}")
+            self.metrics = Metrics(self.folder / "metrics.jsonl", self.step)
+            self.wandb = Wandb(self.config.log, self.folder, self.config.run, self.config.model_dump() | {
+                "git": self.git, "torch": torch.__version__, "device": device, "processes": self.world.size}, self.say)
         half = self.model.compute_dtype.itemsize == 2
         self.peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if half and name in device), None)
         self.flops_per_token = 3 * flops_per_token(self.model.config).total()
@@ -195,8 +210,9 @@ class Run:
         finally:
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
-            self.wandb.finish(exit_code=0 if kind is None else 1)
-            self.metrics.close()
+            if self.world.first:
+                self.wandb.finish(exit_code=0 if kind is None else 1)
+                self.metrics.close()
             self.writer.shutdown()
             self.stack.close()
 
@@ -212,7 +228,7 @@ class Run:
     # --- each step ---
 
     def count(self, step: int, loss: Tensor, grad_norm: Tensor) -> None:
-        """Note a completed update; `loss` and `grad_norm` () stay on the device until they are logged."""
+        """Note a completed update; its `loss`, everyone's, and `grad_norm` () stay on the device until they are logged."""
         self.check_finite()
         self.unchecked = (step, loss, grad_norm)
         self.step = step
@@ -224,7 +240,7 @@ class Run:
             self.log({"train/loss": loss.item(), "train/lr": self.optimizer.lr(step), "train/grad_norm": grad_norm.item(),
                       "train/tokens_per_second": round(speed, 1), "train/memory_gb": round(memory_gb(self.device), 4)})
             if self.peak_flops:
-                self.log({"train/mfu": round(speed * self.flops_per_token / self.peak_flops, 4)})
+                self.log({"train/mfu": round(speed * self.flops_per_token / self.peak_flops / self.world.size, 4)})
             self.console.progress(step, self.record)
             self.timed_from, self.timed_tokens = time.monotonic(), 0
 
@@ -239,7 +255,7 @@ class Run:
         for name, value in zip(("loss", "gradient norm"), values):
             if not math.isfinite(value.item()):
                 whole, windows = whole_checkpoints(self.checkpoints), self.config.windows_per_step
-                raise UserError(
+                raise self.world.error(
                     f"the {name} became {value.item()} at step {step} (batch {step - 1}: windows {(step - 1) * windows} to "
                     f"{step * windows - 1}); {f'the newest checkpoint is {whole[-1]}' if whole else 'no checkpoint was saved yet'}\n"
                     f"  try a lower optimizer.lr{', or train.precision=bf16' if self.config.train.precision == 'fp16' else ''}")
@@ -252,18 +268,18 @@ class Run:
 
     def end_step(self) -> None:
         """Write this step's record, if it has one, as one line."""
-        if self.record:
+        if self.record and self.world.first:
             with self.explained("writing metrics.jsonl of"):
                 self.metrics.write(self.record)
             self.wandb.log(self.record)
             self.latest |= self.record
             if "val/loss" in self.record:
                 self.validated = (self.step, self.record["val/loss"])
-            self.record = {}
+        self.record = {}
 
     def show(self, make: Callable[[], dict]) -> None:
         """Log pictures, tables and pages to wandb, if it is there to see them."""
-        if self.wandb.run is not None:
+        if self.world.first and self.wandb.run is not None:
             self.wandb.log({"step": self.step, "tokens": self.tokens} | make())
 
     @contextmanager
@@ -287,14 +303,15 @@ class Run:
         state = {"step": self.step, "tokens": self.tokens, "seconds": self.elapsed, "data": self.data.identity, "git": self.git,
                  "val_loss": self.validated[1] if self.validated[0] == self.step else None}
         what = snapshot(self.model, self.optimizer.state_dict(), state, dump_config(self.config), self.data.tokenizer,
-                        copy=self.config.checkpoint.background)
+                        copy=self.config.checkpoint.background, world=self.world)
         self.writing: Future | None = self.writer.submit(self._write, what)
         if not self.config.checkpoint.background:
             self.wait_for_checkpoint()
 
     def _write(self, what) -> None:
-        save_checkpoint(self.checkpoints, what)
-        prune(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.steps)
+        save_checkpoint(self.checkpoints, what, self.world)
+        if self.world.first:
+            prune(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.steps)
 
     def wait_for_checkpoint(self) -> None:
         """Until the checkpoint being written is on the disk; raises what went wrong with it."""
@@ -321,6 +338,8 @@ class Run:
         if (self.folder / "report.html").exists():
             lines.append(f"look       {self.folder}/report.html in a browser; python heads.py {self.folder}")
         lines.append(f"measured   {self.folder}/metrics.jsonl" + (f", {self.wandb.where}" if self.wandb.run else ""))
+        if self.step < self.config.train.steps:
+            lines.append(f"continue   {self.world.command} train.py {self.folder}")
         return "\n".join(lines)
 
 

@@ -1,0 +1,201 @@
+"""Real processes under torchrun: the same run as one process, whatever shares it out, and what happens when one of them dies."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, command, fails, metrics
+
+from training.checkpoint import find_checkpoint, load_model, load_optimizer
+
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+FOUR = pytest.param(4, marks=pytest.mark.faults)
+
+
+def torchrun(processes: int, *arguments: str, script: Path = ROOT / "train.py") -> subprocess.CompletedProcess:
+    return subprocess.run([*TORCHRUN, "--standalone", f"--nproc-per-node={processes}", str(script), *arguments],
+                          env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+
+
+def trained(processes: int, *arguments: str) -> str:
+    done = torchrun(processes, *arguments) if processes > 1 else command("train.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def same_run(a: Path, b: Path, first: int = 1) -> None:
+    """Both runs' measurements agree to 1e-5 of a nat over 20 steps, gradient norms to 1e-4."""
+    left, right = metrics(a), metrics(b)
+    assert list(left) == list(right) == list(range(1, 21))
+    for step in range(first, 21):
+        assert left[step].keys() == right[step].keys()
+        for key in left[step].keys() & {"train/loss", "val/loss", "repeat/loss_first", "repeat/loss_second"}:
+            assert left[step][key] == pytest.approx(right[step][key], abs=1e-5), (step, key)
+        assert left[step]["train/grad_norm"] == pytest.approx(right[step]["train/grad_norm"], rel=1e-4)
+
+
+def checkpoint_tensors(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = find_checkpoint(run)
+    return dict(load_model(checkpoint)[0].named_parameters()) | load_optimizer(checkpoint)
+
+
+@pytest.mark.parametrize("processes", [2, FOUR])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_several_processes_train_the_model_of_one(workplace, kind, processes):
+    """Muon and AdamW, accumulation, packed documents, evaluation and heads; fully sharded with activations computed again."""
+    shape = ["tiny.yaml", "train.steps=20", "train.micro_batch=1", "data.mask_documents=true", "model.d_mlp=40"]
+    trained(1, *shape, "run=one")
+    said = trained(processes, *shape, "run=many", f"distributed={kind}", f"train.checkpoint_activations={str(kind == 'fsdp').lower()}")
+    assert f"{processes} processes ({kind}) × {8 // processes} × 1 windows a step" in said
+    same_run(Path("runs/one"), Path("runs/many"))
+    one, many = checkpoint_tensors(Path("runs/one")), checkpoint_tensors(Path("runs/many"))
+    assert one.keys() == many.keys() and all(torch.allclose(one[name], many[name], atol=1e-4) for name in one)
+    assert len(list(find_checkpoint("runs/many").glob("model*.safetensors"))) == (processes if kind == "fsdp" else 1)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), *(pytest.param(*pair, marks=pytest.mark.faults) for pair in ((1, 2), (4, 2)))])
+def test_a_run_goes_on_in_another_number_of_processes(workplace, before, after):
+    trained(1, "tiny.yaml", "run=whole", "train.steps=20")
+    trained(before, "tiny.yaml", "run=changed", "train.steps=20", "distributed=fsdp", "checkpoint.background=true", "checkpoint.every=5",
+            "checkpoint.keep=9")
+    for step in (15, 20):                                           # as if it had been killed behind step 10
+        shutil.rmtree(f"runs/changed/checkpoints/{step:06d}")
+    assert "continuing" in trained(after, "runs/changed")
+    same_run(Path("runs/whole"), Path("runs/changed"))
+
+
+def test_shared_out_files_are_a_hugging_face_directory(workplace):
+    from transformers import AutoModelForCausalLM
+    trained(2, "tiny.yaml", "distributed=fsdp", "train.steps=4")
+    checkpoint = find_checkpoint("runs/tiny")
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
+    model, _ = load_model(checkpoint)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.allclose(AutoModelForCausalLM.from_pretrained(checkpoint)(tokens).logits, model(tokens), atol=1e-4)
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
+    sizes = [path.stat().st_size for path in checkpoint.glob("model-*.safetensors")]
+    assert max(sizes) < 0.7 * sum(sizes)
+    assert command("sample.py", "runs/tiny", "import", "--max-tokens", "3").returncode == 0
+    (checkpoint / "model-00002-of-00002.safetensors").unlink()
+    fails(command("sample.py", "runs/tiny"), "model-00002-of-00002.safetensors", "is damaged")
+
+
+def test_a_mistake_is_said_once(workplace):
+    done = torchrun(3, "tiny.yaml")
+    assert done.returncode != 0 and not Path("runs/tiny").exists()
+    assert done.stderr.count("error: train.batch_tokens=256 is 8 windows, which 3 processes cannot share evenly") == 1
+    assert "try train.batch_tokens=288" in done.stderr and "Traceback" not in done.stderr.split("elastic")[0]
+
+
+# --- processes that die ----------------------------------------------------------------------------------------------
+
+LONG = ("tiny.yaml", "train.steps=100000", "eval.every=0", "heads.every=0", "checkpoint.every=20")
+
+
+def start(*arguments: str, options: tuple[str, ...] = ("--standalone", "--nproc-per-node=2")) -> subprocess.Popen:
+    return subprocess.Popen([*TORCHRUN, *options, str(ROOT / "train.py"), *arguments], env=ENVIRONMENT,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def process_of(rank: int, launchers: list[subprocess.Popen]) -> int:
+    """The process id of a rank started by one of `launchers`."""
+    for launcher in launchers:
+        for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+            if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+                return int(child)
+    raise AssertionError(f"no process has rank {rank}")
+
+
+def await_file(path: str, processes: list[subprocess.Popen]) -> None:
+    end = time.monotonic() + 120
+    while not Path(path).exists():
+        assert time.monotonic() < end and all(process.poll() is None for process in processes), [p.stdout.read() for p in processes]
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.faults)])
+def test_when_one_dies_the_others_say_so_and_end(workplace, rank):
+    launcher = start(*LONG)
+    await_file("runs/tiny/checkpoints/000020/manifest.json", [launcher])
+    os.kill(process_of(rank, [launcher]), signal.SIGKILL)
+    began = time.monotonic()
+    output, _ = launcher.communicate(timeout=60)
+    assert time.monotonic() - began < 60 and launcher.returncode != 0
+    assert f"error: process {1 - rank} of 2 has lost another" in output and "torchrun … train.py tiny.yaml" in output
+    step = int(find_checkpoint("runs/tiny").name)
+    assert command("train.py", "runs/tiny", f"train.steps={step + 2}").returncode == 0         # its lock is free, its files are whole
+
+
+def test_torchrun_starts_all_again_from_the_newest_checkpoint(workplace):
+    launcher = start(*LONG[:1], "train.steps=300", *LONG[2:], "checkpoint.keep=99",
+                     options=("--standalone", "--nproc-per-node=2", "--max-restarts=1"))
+    await_file("runs/tiny/checkpoints/000020/manifest.json", [launcher])
+    os.kill(process_of(1, [launcher]), signal.SIGKILL)
+    output, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, output
+    assert "continuing runs/tiny" in output and list(metrics(Path("runs/tiny"))) == list(range(1, 301))
+
+
+def test_a_signal_ends_all_behind_the_same_step(workplace):
+    launcher = start(*LONG)
+    await_file("runs/tiny/checkpoints/000020/manifest.json", [launcher])
+    launcher.send_signal(signal.SIGTERM)                            # torchrun passes it on
+    output, _ = launcher.communicate(timeout=60)
+    assert "SIGTERM: finishing this step" in output and "continue   torchrun --nproc-per-node=2 train.py runs/tiny" in output
+    assert int(find_checkpoint("runs/tiny").name) == max(metrics(Path("runs/tiny")))
+
+
+def test_two_machines_meet(workplace, monkeypatch):
+    """Two launchers on the loopback, as SLURM would start one on each of two machines: docs/distributed.md's recipe."""
+    monkeypatch.setitem(ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet_at = f"127.0.0.1:{free.getsockname()[1]}"
+    recipe = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={meet_at}", "--rdzv-id=7", "--max-restarts=1")
+    arguments = (LONG[0], "train.steps=200", *LONG[2:], "distributed=fsdp")
+    machines = [start(*arguments, options=(*recipe, "--local-addr=127.0.0.1")) for _ in range(2)]
+    await_file("runs/tiny/checkpoints/000020/manifest.json", machines)
+    os.kill(process_of(1, machines), signal.SIGKILL)                # one machine loses its process: both start again
+    outputs = [machine.communicate(timeout=120)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    assert sum("continuing runs/tiny" in output for output in outputs) == 1
+    assert list(metrics(Path("runs/tiny"))) == list(range(1, 201))
+
+
+# --- the exchange of whole matrices ----------------------------------------------------------------------------------
+
+EXCHANGE = """
+import torch
+from training.distributed import join, over_whole_matrices
+from training.optimizer import orthogonalise
+world = join()
+for world.kind in ("ddp", "fsdp"):
+    for N, R, C in [(2, 8, 20), (4, 9, 9), (1, 5, 9), (5, 2, 7), (3, 33, 10)]:
+        whole = torch.randn(N, R, C, generator=torch.Generator().manual_seed(N * R * C))
+        rows = -(-R // world.size)
+        mine = slice(rows * world.rank, rows * world.rank + rows) if world.sharded else slice(None)
+        calls = []
+        got = over_whole_matrices(lambda g: calls.append(len(g)) or orthogonalise(g), whole[:, mine], R, world)
+        assert torch.allclose(got, orthogonalise(whole)[:, mine], atol=1e-6), (world.kind, N, R, C)
+        assert sum(calls) <= -(-N // world.size), "each process computes its share alone"
+print("agreed")
+world.close()
+"""
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.faults)])
+def test_whole_matrices_are_computed_once_among_all(tmp_path, processes):
+    """Odd rows, fewer matrices than processes, shares without a row."""
+    (tmp_path / "exchange.py").write_text(EXCHANGE)
+    done = torchrun(processes, script=tmp_path / "exchange.py")
+    assert done.stdout.count("agreed") == processes, done.stderr
