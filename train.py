@@ -19,7 +19,7 @@ def train(config, folder: Path, changed: list[str], world) -> None:
     from data.dataset import Dataset
     from induction.report import write_report
     from training.checkpoint import point_at_newest
-    from training.device import choose_attention, choose_device, choose_micro_batch, choose_precision, training_loss
+    from training.device import choose_hardware, choose_micro_batch, training_loss
     from training.optimizer import Optimizer
     from training.run import Run, newest_state
 
@@ -32,27 +32,22 @@ def train(config, folder: Path, changed: list[str], world) -> None:
         return
 
     with world.together():
-        device = choose_device(config.train.device, local_rank=world.local_rank)
-        precision = choose_precision(config.train.precision, device)
-        attention = choose_attention(config.train.attention, device, config.model.head_size)
-    micro_batch = choose_micro_batch(config, device, precision, world)      # windows per forward pass
+        hardware = choose_hardware(config, world)
     data = world.in_turn(lambda: Dataset(config.data, config.seed, begun["data"].get("folder")))
+    model = build_model(config, data.tokenizer, hardware, world, new=begun["step"] == 0)
+    micro_batch = choose_micro_batch(config, model, world)                  # windows per forward pass
     with world.together():
         batches = data.training(config.train.batch_tokens, config.model.n_ctx)
         validation = data.validation(config.eval.tokens, config.model.n_ctx, micro_batch)
-        model = shape_model(config, data.tokenizer, precision, attention)
-    world.choose(config.distributed, model, device)
-    world.place(model, device)
-    set_weights(model, config, data.tokenizer, world, new=begun["step"] == 0)
     optimizer = Optimizer(model, config.optimizer, config.train.steps, world)
-    loss_of = world.replicate(model, training_loss(model, config.train.compile, device, world.sharded))
+    loss_of = training_loss(model, config.train.compile, world)
 
     with Run(config, folder, model, optimizer, data, world) as run:
-        watch = watch_heads(run, validation) if world.first else None
-        announce(run, device, micro_batch, changed)
-        steps = range(run.step + 1, config.train.steps + 1)
-        for step, batch in zip(steps, batches.ahead(run.step, config.train.steps, device, world.rank, world.size)):
-            loss = torch.zeros((), device=device)
+        watch = watch_heads(run, validation)
+        announce(run, micro_batch, changed)
+        mine = batches.ahead(run.step, config.train.steps, run.device, world.rank, world.size)      # this process's windows of each batch
+        for step, batch in enumerate(mine, run.step + 1):
+            loss = torch.zeros((), device=run.device)
             for part in world.accumulate(list(batch.split(micro_batch)), model, loss_of):
                 part_loss = loss_of(*part)                  # a sum over tokens, so that accumulating equals one big batch
                 part_loss.backward()
@@ -60,20 +55,19 @@ def train(config, folder: Path, changed: list[str], world) -> None:
             grad_norm = optimizer.step(step, config.train.batch_tokens // world.size)   # its rate is a function of the step alone
             run.count(step, world.sum(loss) / config.train.batch_tokens, grad_norm)
 
-            last = step == config.train.steps
+            last = config.train.steps
             stopping = world.any(run.stop_requested)        # all end behind the same step
             with run.untimed(), run.explained("saving what was measured of"):
-                if due(step, config.eval.every) or (last and config.eval.every):
+                if due(step, config.eval.every, last):
                     run.log(evaluate(model, validation, data, world))
-                if config.heads.every and (due(step, config.heads.every) or last):
+                if due(step, config.heads.every, last):
                     whole = world.whole(model)              # the same weights, uncompiled, tapped
                     if watch:
                         run.log(watch(whole, step, run.tokens))
-                        if due(step, config.heads.images_every) or (last and config.heads.images_every):
+                        if due(step, config.heads.images_every, last):
                             run.show(lambda: watch.pictures(whole))     # noqa: B023  shown at once
                 run.end_step()
-                if (due(step, config.checkpoint.every) or step in config.checkpoint.steps
-                        or (last and config.checkpoint.every) or stopping):
+                if due(step, config.checkpoint.every, last) or step in config.checkpoint.steps or stopping:
                     run.save()
             if stopping:
                 break
@@ -87,13 +81,13 @@ def train(config, folder: Path, changed: list[str], world) -> None:
             run.say(run.summary())
 
 
-def announce(run, device, micro_batch: int, changed: list[str]) -> None:
+def announce(run, micro_batch: int, changed: list[str]) -> None:
     """Say what is trained, on what, and what is out of the ordinary."""
     from model.huggingface import obstacles
     model, world = run.model, run.world
     processes = f"{world.size} processes ({world.kind}) × " if world.size > 1 else ""
     run.say(f"{'continuing' if run.step else 'training  '} {run.folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-            f"{str(model.compute_dtype).removeprefix('torch.')} on {device}, "
+            f"{str(model.compute_dtype).removeprefix('torch.')} on {run.device}, "
             f"{processes}{run.config.windows_per_step // micro_batch // world.size} × "
             f"{micro_batch} windows a step of {run.data.identity.get('folder', 'synthetic rows')}")
     if changed:
@@ -102,46 +96,54 @@ def announce(run, device, micro_batch: int, changed: list[str]) -> None:
         run.say(f"note       transformers has no model of this shape ({'; '.join(reasons)}): its checkpoints open here alone")
 
 
-def due(step: int, every: int) -> bool:
-    """Whether something done every so many steps (0: never) is done after this one."""
-    return every > 0 and step % every == 0
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something done every so many steps (0: never) and after the `last` is done after this one."""
+    return every > 0 and (step % every == 0 or step == last)
 
 
-def shape_model(config, tokenizer, precision, attention: str):
-    """A model for `tokenizer`'s vocabulary, without memory yet."""
+def build_model(config, tokenizer, hardware, world, new: bool):
+    """A model for `tokenizer`'s vocabulary, where and as `hardware` and `world` want it; a new one has the weights of `init_from` where
+    the config names a run, else random ones."""
     import torch
 
     from model.gpt import GPT
-    size = config.model.vocab_size or tokenizer.n_vocab
-    if size < tokenizer.n_vocab:
-        raise UserError(f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer.n_vocab} (leave it out)")
-    with torch.device("meta"):
+    from training.checkpoint import load_weights
+    with world.together():
+        size = config.model.vocab_size or tokenizer.n_vocab
+        if size < tokenizer.n_vocab:
+            raise UserError(f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer.n_vocab} (leave it out)")
+        origin = origin_of(config, tokenizer) if config.init_from and new else None
+    with torch.device("meta"):                              # no memory yet
         model = GPT(config.model.model_copy(update={"vocab_size": size}))
-    model.compute_dtype, model.attention_backend, model.recompute = precision, attention, config.train.checkpoint_activations
+    model.compute_dtype, model.attention_backend, model.recompute = (
+        hardware.precision, hardware.attention, config.train.checkpoint_activations)
+    world.choose(config.distributed, model, hardware.device)
+    world.place(model, hardware.device)
+    if origin:
+        load_weights(model, origin, world)
+    else:
+        model.init_weights(config.seed, world.fill)
     return model
 
 
-def set_weights(model, config, tokenizer, world, new: bool) -> None:
-    """Initial weights: those of `init_from` for a new run whose config names one, else random ones."""
+def origin_of(config, tokenizer) -> Path:
+    """The checkpoint whose weights a new run starts from."""
     from data.tokenizer import Tokenizer
-    from training.checkpoint import find_checkpoint, load_weights
-    if not (config.init_from and new):
-        return model.init_weights(config.seed, world.fill)
-    with world.together():
-        checkpoint = find_checkpoint(config.init_from)
-        if Tokenizer.load(checkpoint / "tokenizer.json").hash != tokenizer.hash:
-            raise UserError(f"init_from={config.init_from} was trained with another tokenizer, its weights mean other tokens\n"
-                            f"  use its own: data.tokenizer={checkpoint}")
-    load_weights(model, checkpoint, world)
+    from training.checkpoint import find_checkpoint
+    checkpoint = find_checkpoint(config.init_from)
+    if Tokenizer.load(checkpoint / "tokenizer.json").hash != tokenizer.hash:
+        raise UserError(f"init_from={config.init_from} was trained with another tokenizer, its weights mean other tokens\n"
+                        f"  use its own: data.tokenizer={checkpoint}")
+    return checkpoint
 
 
 def watch_heads(run, validation):
-    """What looks at the heads of `run` every `heads.every` steps, or None."""
+    """What looks at the heads of `run` every `heads.every` steps, in the first process; else None."""
     from induction.probes import probes_of
     from induction.report import best_of_looks
     from induction.watch import HeadWatch
     config, data = run.config, run.data
-    probes = config.heads.every and probes_of(config.data, config.model.n_ctx, data.tokenizer, config.seed)
+    probes = run.world.first and config.heads.every and probes_of(config.data, config.model.n_ctx, data.tokenizer, config.seed)
     if not probes:
         return None
     text = validation[0].tokens[0].to(run.device) if data.shards else None

@@ -18,7 +18,8 @@ from induction.probes import probes_of
 from induction.watch import HeadWatch
 from train import build_model
 from training.config import load_config
-from training.device import choose_attention, choose_device, choose_micro_batch, choose_precision, training_loss
+from training.device import choose_hardware, choose_micro_batch, training_loss
+from training.distributed import ALONE
 from training.optimizer import Optimizer
 
 
@@ -29,15 +30,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, metavar="N", help="looks to time (default 8)")
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
-    device = choose_device(config.train.device)
-    precision = choose_precision(config.train.precision, device)
-    micro_batch = choose_micro_batch(config, device, precision)
+    hardware = choose_hardware(config)
+    device = hardware.device
     data = Dataset(config.data, config.seed)
     batches = data.training(config.train.batch_tokens, config.model.n_ctx)
     text = data.validation(config.eval.tokens, config.model.n_ctx, 1)[0].tokens[0].to(device) if data.shards else None
-    model = build_model(config, data.tokenizer, new=True).to(device)
-    model.compute_dtype, model.attention_backend = precision, choose_attention(config.train.attention, device, config.model.head_size)
-    optimizer, loss_of = Optimizer(model, config.optimizer, config.train.steps), training_loss(model, config.train.compile, device)
+    model = build_model(config, data.tokenizer, hardware, ALONE, new=True)
+    micro_batch = choose_micro_batch(config, model)
+    optimizer, loss_of = Optimizer(model, config.optimizer, config.train.steps), training_loss(model, config.train.compile)
     probes = probes_of(config.data, config.model.n_ctx, data.tokenizer, config.seed).to(device)
 
     times: dict[str, list[float]] = {"steps": [], "look": [], "pictures": []}

@@ -82,7 +82,7 @@ def train_ours(config: Config, data: Dataset, validation: list[Batch], target: f
     model = GPT(config.model.model_copy(update={"vocab_size": data.tokenizer.n_vocab}), config.seed)
     optimizer = Optimizer(model, config.optimizer, config.train.steps)
     batches = data.training(config.train.batch_tokens, config.model.n_ctx)
-    micro_batch = choose_micro_batch(config, torch.device("cpu"), torch.float32)
+    micro_batch = choose_micro_batch(config, model)
     seconds, loss, reached = 0.0, float("inf"), None
     for step in range(1, config.train.steps + 1):
         batch = batches[step - 1]

@@ -1,6 +1,7 @@
 """Where a model is trained, in which numbers, and how much of a batch fits at a time."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from kernels.attention import use_triton
 from model.budget import activation_bytes_per_token
 from model.gpt import GPT
 from training.config import Config
-from training.distributed import ALONE, World
+from training.distributed import ALONE, World, local
 
 CPU_TOKENS = 16384          # a micro-batch on the CPU: larger ones leave its caches without saving overhead
 
@@ -50,31 +51,53 @@ def choose_attention(name: str, device: torch.device, d_head: int) -> str:
     return name
 
 
-def choose_micro_batch(config: Config, device: torch.device, precision: torch.dtype, world: World = ALONE) -> int:
-    """Windows per forward pass: the largest divisor of a process's share of the batch that fits everywhere."""
-    windows, asked = config.windows_per_step // world.size, config.train.micro_batch
-    if config.windows_per_step % world.size:
-        nearest = max(1, round(config.windows_per_step / world.size)) * world.size * config.model.n_ctx
-        raise world.error(f"train.batch_tokens={config.train.batch_tokens} is {config.windows_per_step} windows, which {world.size} "
-                          f"processes cannot share evenly (try train.batch_tokens={nearest})")
-    if asked and windows % asked:
-        raise world.error(f"train.micro_batch={asked} must divide the {windows} windows of each of {world.size} processes (leave it out)")
-    if asked:
-        return asked
+class Hardware(NamedTuple):
+    """What a model is trained on."""
+
+    device: torch.device
+    precision: torch.dtype          # of activations
+    attention: str                  # backend of kernels.attention
+
+
+def choose_hardware(config: Config, world: World = ALONE) -> Hardware:
+    """What `config` asks for and is there; a UserError where it is not, or the processes could not share a batch evenly."""
+    windows, n_ctx = config.windows_per_step, config.model.n_ctx
+    if windows % world.size:
+        nearest = max(1, round(windows / world.size)) * world.size * n_ctx
+        raise UserError(f"train.batch_tokens={config.train.batch_tokens} is {windows} windows, which {world.size} processes cannot share "
+                        f"evenly (try train.batch_tokens={nearest})")
+    if (micro := config.train.micro_batch) and windows // world.size % micro:
+        raise UserError(f"train.micro_batch={micro} must divide the {windows // world.size} windows of each of {world.size} processes "
+                        "(leave it out: what fits is taken)")
+    device = choose_device(config.train.device, local_rank=world.local_rank)
+    return Hardware(device, choose_precision(config.train.precision, device),
+                    choose_attention(config.train.attention, device, config.model.head_size))
+
+
+def choose_micro_batch(config: Config, model: GPT, world: World = ALONE) -> int:
+    """Windows per forward pass: the largest divisor of a process's share of the batch that fits beside the model everywhere."""
+    if config.train.micro_batch:
+        return config.train.micro_batch
+    device = model.embed.weight.device
     if device.type == "cuda":
-        tokens = 0.8 * torch.cuda.mem_get_info(device)[0] / activation_bytes_per_token(config.model, precision.itemsize)
+        still_to_come = 12 * sum(local(p).numel() for p in model.parameters())         # a gradient and two moments in float32
+        free = 0.8 * torch.cuda.mem_get_info(device)[0] - still_to_come
+        tokens = free / activation_bytes_per_token(config.model, model.compute_dtype.itemsize)
     else:
         tokens = CPU_TOKENS
+    windows = config.windows_per_step // world.size
     fits = min(world.gather(max(1, int(tokens) // config.model.n_ctx)))
     return max(m for m in range(1, windows + 1) if windows % m == 0 and m <= fits)
 
 
-def training_loss(model: GPT, compile: bool | str, device: torch.device, sharded: bool = False) -> Callable[..., Tensor]:
-    """`model.loss`, compiled where that pays. Alone and with fixed shapes, so that nothing else can change its kernels.
-    A sharded model is compiled block by block, between whose gatherings the compiler cannot look."""
-    if compile is True or (compile == "auto" and device.type == "cuda"):
-        if not sharded:
-            return torch.compile(model.loss, dynamic=False)
-        for block in model.blocks:
-            block.compile(dynamic=False)
-    return model.loss
+def training_loss(model: GPT, compile: bool | str, world: World = ALONE) -> Callable[..., Tensor]:
+    """`model.loss`, compiled where that pays. Alone and with fixed shapes, so that nothing else can change its kernels; a sharded model
+    block by block, since the compiler cannot see through the gathering between them."""
+    loss = model.loss
+    if compile is True or (compile == "auto" and model.embed.weight.device.type == "cuda"):
+        if world.sharded:
+            for block in model.blocks:
+                block.compile(dynamic=False)
+        else:
+            loss = torch.compile(model.loss, dynamic=False)
+    return world.replicate(model, loss)

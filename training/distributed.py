@@ -15,8 +15,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from errors import UserError, first_line
@@ -140,6 +138,7 @@ class World:
     def place(self, model: GPT, device: torch.device) -> None:
         """Give a model that was made on the meta device its memory here: all of it, or this process's share. Weights are not set."""
         if self.sharded:
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # a second to import
             half = model.compute_dtype if model.compute_dtype.itemsize == 2 else None
             options = {"mesh": dist.init_device_mesh(device.type, (self.size,)),
                        "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)}
@@ -153,11 +152,11 @@ class World:
 
     def fill(self, p: Tensor, whole: Tensor) -> None:
         """Copy `whole` into p, or this process's rows of it where p is sharded."""
-        if not isinstance(p, DTensor):
-            p.copy_(whole)
-        else:
-            mine, rows = p.to_local(), -(-p.shape[0] // self.size)      # fully_shard gives every process as many, the last ones fewer
-            mine.copy_(whole[rows * self.rank:rows * self.rank + len(mine)])
+        mine = local(p)
+        if mine is not p:
+            rows = -(-p.shape[0] // self.size)                      # fully_shard gives every process as many, the last ones fewer
+            whole = whole[rows * self.rank:rows * self.rank + len(mine)]
+        mine.copy_(whole)
 
     def replicate(self, model: GPT, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """`loss` of the model, whose backward pass leaves the mean of everyone's gradients."""
@@ -225,12 +224,12 @@ class _Loss(nn.Module):
 
 def local(x: Tensor) -> Tensor:
     """The part of x that this process holds: all of it, unless it is sharded. In-place changes reach x."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if hasattr(x, "to_local") else x            # a DTensor; asked this way since its import takes a second
 
 
 def whole_tensor(x: Tensor) -> Tensor:
     """All of x. Every process must ask."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def over_whole_matrices(function: Callable[[Tensor], Tensor], pieces: Tensor, rows: int, world: World) -> Tensor:
