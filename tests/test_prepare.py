@@ -295,6 +295,25 @@ def test_two_preparations_at_once(workplace):
     assert command("-m data.prepare", "p.yaml", cwd=workplace).returncode == 0
 
 
+def test_a_file_that_another_process_renames_meanwhile_is_no_strangers(workplace, monkeypatch):
+    Path("out").mkdir()
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter([folder / ".tokenizer.json.partial"]))     # listed, and gone
+    prepare(data_config(folder="out"))
+
+
+def test_eight_preparations_of_one_folder_make_it_once(workplace):
+    Path("texts/long.txt").write_text("\n".join(f"line {n} of a long text, {n * n}" for n in range(100_000)))
+    whole = Shards(prepare(data_config(folder="whole")))
+    Path("p.yaml").write_text("data: {corpus: files, files: [texts/*.txt], tokenizer: bytes, folder: out, val_fraction: 0.2}")
+    processes = [subprocess.Popen([sys.executable, "-m", "data.prepare", "p.yaml"], env=os.environ | {"PYTHONPATH": str(ROOT)},
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(8)]
+    said = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
+    assert Shards("out", verify=True).hash == whole.hash
+    assert any(code == 0 for _, code in said)
+    for error, code in said:                                # too early, or it was there already
+        assert code == 0 or (code == 2 and "being prepared by another process (wait for it)" in error), error
+
+
 def test_offline_a_hub_name_fails_quickly(workplace):
     Path("h.yaml").write_text("data: {corpus: hub, hub: {dataset: someone/something}, tokenizer: bytes}")
     started = time.monotonic()
