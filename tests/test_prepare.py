@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, command, fails
 
 import data.prepare
+import data.shards
 from data.config import DataConfig
 from data.corpus import PIECE_BYTES, TextCorpus
 from data.prepare import is_validation, prepare
@@ -222,6 +223,25 @@ def test_parts_do_not_show(workplace, monkeypatch):
     assert len(parts.train.shards) > 4
     for a, b in ((whole.train, parts.train), (whole.val, parts.val)):
         assert (a.read(0, len(a)) == b.read(0, len(b))).all() and len(a) == len(b)
+
+
+def test_more_shards_than_files_may_be_open(workplace, monkeypatch):
+    resource = pytest.importorskip("resource")
+    for n in range(80):
+        Path(f"texts/short{n}.txt").write_text(f"line {n} of many short texts\n" * 40)
+    monkeypatch.setattr(data.prepare, "PART_BYTES", 1000)
+    folder = prepare(data_config())
+    plenty = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(os.listdir("/dev/fd"))
+    monkeypatch.setattr(data.shards, "MAPPED", 8)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 40, plenty[1]))
+    try:
+        shards = Shards(folder)
+        assert len(shards.train.shards) > 40
+        text = shards.train.read(0, len(shards.train))
+        assert (shards.train.read(100, 5000) == text[100:5100]).all() and text[0] == 256
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, plenty)
 
 
 def test_hub_datasets_go_through_the_same_code(workplace, monkeypatch):
