@@ -91,6 +91,6 @@ class TokenStream:
         while length > 0 and n < len(self.shards):
             offset = start - (self.ends[n] - len(self.shards[n]))
             part = self.shards[n][offset:offset + length]
-            parts.append(part)
+            parts.append(part.astype(np.int64))         # a copy: a view would keep the file open
             start, length, n = start + len(part), length - len(part), n + 1
-        return np.concatenate(parts).astype(np.int64)
+        return np.concatenate(parts)
