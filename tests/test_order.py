@@ -1,7 +1,10 @@
 """The order of batches at 10¹² tokens: the bench's quick form, and its tests of chance on orders that are none."""
 
+import json
+
 import numpy as np
 import pytest
+from conftest import command, fails
 
 from bench import order
 from data.batches import TextWindows
@@ -34,3 +37,12 @@ def test_the_order_of_a_trillion_looks_like_chance_and_a_plain_one_does_not(monk
 def test_the_cost_of_an_index_does_not_grow_with_the_corpus():
     small, large = (order.cost(tokens, 64, 50_000) for tokens in (10 ** 8, 10 ** 12))
     assert large["peak_bytes_an_index"] < 2 * small["peak_bytes_an_index"] < 1000
+
+
+def test_the_bench_runs(workplace):
+    done = command("-m bench.order", "--tokens", "1e10", "--epoch", "1e6", "--n-ctx", "16", "--batch-tokens", "16384", "--indices", "20000",
+                   cwd=workplace, env={"BENCH_RESULTS": str(workplace / "results")})
+    assert done.returncode == 0, done.stderr
+    result = json.loads((workplace / "results" / "order.json").read_text())
+    assert result["epoch_windows"] == 62499 and result["text"]["shares_compared"] == 2 * (1 + 8 + 1000 + 1024) and len(result["cost"]) == 7
+    fails(command("-m bench.order", "--batch-tokens", "64", cwd=workplace), "at least 1024 windows")
