@@ -22,8 +22,6 @@ from files import sha256
 
 FORMAT = 1
 VERIFY_BYTES = 2 ** 32          # shards are read through at opening up to this size (some seconds); larger ones on request
-
-
 MAPPED = 256                    # shards mapped at once: each holds a file descriptor, and 1,024 is all that many systems give
 
 
