@@ -27,6 +27,7 @@ from files import explain_disk_errors, only_one, sha256, whole_file
 PART_BYTES = 64 * 2 ** 20
 BATCH_BYTES = 2 ** 18           # what one thread encodes at a time
 BPE_BYTES = 32 * 2 ** 20        # text a tokenizer is trained on
+OWN_FILES = ("train-[0-9]*.npy", "val-[0-9]*.npy", "tokenizer.json", "journal.json", "manifest.json", ".lock", ".*.partial")
 
 
 def prepare(config: DataConfig, verify: bool = False) -> Path:
@@ -47,7 +48,7 @@ def prepare(config: DataConfig, verify: bool = False) -> Path:
         if begun not in (None, key):
             raise UserError(f"data.folder={folder} holds another corpus, tokenizer or val_fraction, or its text has changed since\n"
                             "  delete it to prepare again, or name another data.folder")
-        if begun is None and (others := [p.name for p in folder.iterdir() if p not in _own_files(folder)]):
+        if begun is None and (others := [p.name for p in folder.iterdir() if not _is_own(p)]):
             raise UserError(f"data.folder={folder} holds other files ({', '.join(others[:3])}): name a folder of its own")
         if not (folder / "manifest.json").exists():
             with only_one(folder / ".lock", f"{folder} is being prepared by another process (wait for it)"):
@@ -65,10 +66,14 @@ def prepare(config: DataConfig, verify: bool = False) -> Path:
     return folder
 
 
+def _is_own(path: Path) -> bool:
+    """Whether this module may have written `path`: by its name, since another process may rename it this moment."""
+    return any(path.match(pattern) for pattern in OWN_FILES)
+
+
 def _own_files(folder: Path) -> list[Path]:
     """What this module writes into a folder, and all that it ever deletes."""
-    patterns = ("train-[0-9]*.npy", "val-[0-9]*.npy", "tokenizer.json", "journal.json", "manifest.json", ".lock", ".*.partial")
-    return [path for pattern in patterns for path in folder.glob(pattern)]
+    return [path for path in folder.iterdir() if _is_own(path)]
 
 
 def _key_of(folder: Path) -> str | None:
@@ -86,7 +91,7 @@ def _prepare(corpus: TextCorpus, config: DataConfig, folder: Path, key: str) -> 
     if not journal:
         for stale in _own_files(folder):
             if stale.name != ".lock":
-                stale.unlink()
+                stale.unlink(missing_ok=True)
         print(f"tokenizer  {config.tokenizer.kind}", file=sys.stderr)
         tokenizer = make_tokenizer(config.tokenizer, _training_texts(corpus, config.val_fraction))
         with whole_file(folder / "tokenizer.json", "w") as file:

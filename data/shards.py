@@ -9,6 +9,8 @@
 
 import bisect
 import json
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from files import sha256
 
 FORMAT = 1
 VERIFY_BYTES = 2 ** 32          # shards are read through at opening up to this size (some seconds); larger ones on request
+MAPPED = 256                    # shards mapped at once: each holds a file descriptor, and 1,024 is all that many systems give
 
 
 class Shards:
@@ -41,25 +44,39 @@ class Shards:
         self.tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
         if self.tokenizer.hash != self.manifest["tokenizer"]:
             raise UserError(f"{self.folder}/tokenizer.json is not the tokenizer these shards were made with: prepare again")
+        self._map = lru_cache(MAPPED)(partial(np.load, mmap_mode="r", allow_pickle=False))
         self.train, self.val = (TokenStream([self._open(shard) for shard in listed[split]]) for split in ("train", "val"))
 
-    def _open(self, shard: dict) -> np.ndarray:
+    def _open(self, shard: dict) -> "Shard":
         path = self.folder / Path(shard["file"]).name           # a name alone: a manifest cannot point elsewhere
         try:
-            tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+            tokens = self._map(path)
             if tokens.shape != (shard["tokens"],) or tokens.dtype not in (np.uint16, np.uint32):
                 raise ValueError(f"{tokens.shape} {tokens.dtype}, not {shard['tokens']} tokens")
             if self.verify and sha256(path) != shard["sha256"]:
                 raise ValueError("its SHA-256 is not the manifest's")
         except (OSError, ValueError, EOFError, SyntaxError) as error:
             raise UserError(f"{path} is damaged ({error})\n  delete {self.folder} and run again to prepare it anew") from None
-        return tokens
+        return Shard(path, len(tokens), self._map)
+
+
+class Shard:
+    """The tokens of one file, mapped when they are read."""
+
+    def __init__(self, path: Path, tokens: int, mapped: Callable[[Path], np.ndarray]):
+        self.path, self.tokens, self.mapped = path, tokens, mapped
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self.mapped(self.path)[part]
 
 
 class TokenStream:
     """Several shards read as one long row of tokens."""
 
-    def __init__(self, shards: list[np.ndarray]):
+    def __init__(self, shards: Sequence[np.ndarray | Shard]):
         self.shards = [shard for shard in shards if len(shard)]
         self.ends = list(accumulate(len(shard) for shard in self.shards))
 
@@ -72,6 +89,6 @@ class TokenStream:
         while length > 0 and n < len(self.shards):
             offset = start - (self.ends[n] - len(self.shards[n]))
             part = self.shards[n][offset:offset + length]
-            parts.append(part)
+            parts.append(part.astype(np.int64))         # a copy: a view would keep the file open
             start, length, n = start + len(part), length - len(part), n + 1
-        return np.concatenate(parts).astype(np.int64)
+        return np.concatenate(parts)

@@ -1,9 +1,12 @@
-"""What a config costs before anything is allocated: `python -m model.budget CONFIG [key.path=value …]`."""
+"""What a config costs before anything is allocated: `python -m model.budget CONFIG [key.path=value …]`.
+
+With `--world-size N` what fits on N devices comes after it: model/fit.py.
+"""
 
 from collections import Counter
 from pathlib import Path
 
-from errors import ArgumentParser, run_command
+from errors import ArgumentParser, UserError, run_command
 from model.config import ModelConfig
 from settings import Settings, override, read_file, validate
 
@@ -22,7 +25,7 @@ def parameters(config: ModelConfig) -> Counter[str]:
     with torch.device("meta"):
         model = GPT(config)
     kinds = {"embed_position": "positions", "embed": "embedding", "lm_head": "head", ".w_q": "attention", ".w_k": "attention",
-             ".w_v": "attention", ".w_o": "attention", "mlp.": "MLP", "": "norms and gains"}
+             ".w_v": "attention", ".w_o": "attention", ".mlp.": "MLP", "": "norms and gains"}
     parts: Counter[str] = Counter()
     for name, p in model.named_parameters():
         parts[next(kind for part, kind in kinds.items() if part in name)] += p.numel()
@@ -61,12 +64,34 @@ def cache_bytes(config: ModelConfig, kv_heads: int, element: int = 2, context: i
     return sum(2 * kv_heads * config.head_size * min(window or T, T) * element for window in config.windows)
 
 
-def activation_bytes_per_token(config: ModelConfig, element: int) -> int:
-    """What training keeps per token for the backward pass, roughly: inputs of every matrix, norm and product."""
+def activation_bytes_per_token(config: ModelConfig, element: int, checkpointed: bool = False) -> int:
+    """What training keeps per token for the backward pass, in `element`-byte activations, run eagerly: what autograd saves.
+
+    `checkpointed`: each block keeps the residual stream it was given, and one block at a time is run again. Compiled code
+    keeps less. The copies of weights that are saved too do not grow with tokens: model/fit.py.
+    """
+    E = config.d_model
+    norm = (8 + element) * E + 4                # x and x / rms(x) in float32, what the next matrix reads, and the rms
+    outside = norm + element * E + 16           # the last norm; the gradient that the loss already knows; tokens and targets
+    block = block_activation_bytes_per_token(config, element)
+    if checkpointed:
+        return outside + block + element * E * config.n_layers
+    return outside + block * config.n_layers
+
+
+def block_activation_bytes_per_token(config: ModelConfig, element: int) -> int:
+    """The same for one block."""
     E, H, K, D, F = config.d_model, config.n_heads, config.kv_heads, config.head_size, config.mlp_size
-    attention = 5 * E + 6 * (H + 2 * K) * D + 3 * H * D
-    mlp = 3 * E + (5 if config.mlp == "swiglu" else 3) * F if F else 0
-    return element * (config.n_layers * (attention + mlp) + 6 * E) + 4 * 3 * min(config.vocab_size or 0, 1024)
+    norm = (8 + element) * E + 4
+    attention = element * ((H + 2 * K) * D + H * D) + 4 * H             # queries, keys, values; their result and its lse
+    if config.position == "rope":
+        attention += element * (H + K) * D                              # turned
+    if config.qk_norm:
+        attention += (8 if element < 4 else 4) * (H + K) * D + element * H * D      # as in norm; z once more, laid out anew
+    if config.smear:
+        attention += 2 * element * K * D
+    mlp = norm + element * F * (4 if config.mlp == "swiglu" else 2) if F else 0     # before and behind the nonlinearity
+    return norm + attention + mlp
 
 
 def report(config: ModelConfig, context: int | None = None) -> str:
@@ -83,39 +108,66 @@ def report(config: ModelConfig, context: int | None = None) -> str:
     lines += [f"  {name:28}{count:>18,}  {count / flops.total():6.1%}" for name, count in flops.most_common()]
     lines += [f"  {'together':28}{flops.total():>18,}  (training: three times that)", "",
               f"attention pattern at T = {T} in 16 bits, if it were held",
-              f"  {'one head':28}{_bytes(pattern['one head']):>18}  ({pattern['one head']:,} bytes)",
-              f"  {'all heads and layers':28}{_bytes(pattern['all heads and layers']):>18}",
-              f"  {'flash attention instead':28}{_bytes(pattern['flash']):>18}", "", f"KV cache of one sequence of {T} in 16 bits"]
+              f"  {'one head':28}{in_units(pattern['one head']):>18}  ({pattern['one head']:,} bytes)",
+              f"  {'all heads and layers':28}{in_units(pattern['all heads and layers']):>18}",
+              f"  {'flash attention instead':28}{in_units(pattern['flash']):>18}", "", f"KV cache of one sequence of {T} in 16 bits"]
     kinds = {"MHA": config.n_heads, f"GQA, {config.kv_heads} heads (this config)": config.kv_heads, "MQA": 1}
     if config.kv_heads in (1, config.n_heads):
         kinds = {"MHA": config.n_heads} | ({"GQA, 4 queries a head": config.n_heads // 4} if config.n_heads > 4 else {}) | {"MQA": 1}
-    lines += [f"  {kind:28}{_bytes(cache_bytes(config, heads, 2, T)):>18}" for kind, heads in kinds.items()]
+    lines += [f"  {kind:28}{in_units(cache_bytes(config, heads, 2, T)):>18}" for kind, heads in kinds.items()]
     return "\n".join(lines)
 
 
-def _bytes(n: float) -> str:
+def in_units(n: float) -> str:
+    """A number of bytes, short."""
     for unit in ("B", "KB", "MB", "GB", "TB"):
         if n < 1000 or unit == "TB":
             return f"{n:,.1f} {unit}" if unit != "B" else f"{n:.0f} B"
         n /= 1000
 
 
+def with_vocabulary(config: ModelConfig, tokenizer: str | dict) -> ModelConfig:
+    """`config` with the vocabulary size that its tokenizer will have, where that is known without making it."""
+    if config.vocab_size is not None:
+        return config
+    known = {"bytes": 257, "gpt2": 50257, "r50k_base": 50257, "cl100k_base": 100277, "o200k_base": 200019}
+    kind = tokenizer if isinstance(tokenizer, str) else tokenizer.get("kind", "bytes")
+    size = known.get(kind) or (tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None) or 50257
+    return config.model_copy(update={"vocab_size": size})
+
+
+def positive(text: str) -> float:
+    """An argument above zero."""
+    if not (number := float(text)) > 0:
+        raise ValueError(text)
+    return number
+
+
 def main() -> None:
-    parser = ArgumentParser("python -m model.budget", description="Parameters, FLOPs and memory of a config, without allocating it.")
+    parser = ArgumentParser("python -m model.budget", description="Parameters, FLOPs and memory of a config, without allocating it; "
+                            "with --world-size, what fits on so many devices and how long a step takes.")
     parser.add_argument("config", help="a YAML file of configs/, or runs/NAME")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="change a value, for example model.n_ctx=4096")
-    args = parser.parse_args()
+    parser.add_argument("--world-size", type=int, metavar="N", help="devices to train on")
+    parser.add_argument("--device-memory", type=positive, default=80, metavar="GB", help="of one device, in 10⁹ bytes (default 80)")
+    parser.add_argument("--bandwidth", type=positive, default=50, metavar="GB/s", help="that one device sends and receives (default 50)")
+    parser.add_argument("--tflops", type=positive, default=989, metavar="T", help="bf16 peak of one device (default 989, an H100's)")
+    parser.add_argument("--mfu", type=positive, default=0.4, help="the share of the peak that is reached (default 0.4, an assumption)")
+    args = parser.parse_intermixed_args()
     path = Path(args.config) / "config.yaml" if Path(args.config).is_dir() else Path(args.config)
     tree = read_file(path)
     overridden = override(tree, args.overrides)
     tokenizer = (tree.get("data") or {}).get("tokenizer") or {}
-    config = validate(ModelPart, {"model": tree.get("model") or {}}, str(path), overridden).model
-    if config.vocab_size is None:
-        known = {"bytes": 257, "gpt2": 50257, "r50k_base": 50257, "cl100k_base": 100277, "o200k_base": 200019}
-        kind = tokenizer if isinstance(tokenizer, str) else tokenizer.get("kind", "bytes")
-        size = known.get(kind) or (tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None) or 50257
-        config = config.model_copy(update={"vocab_size": size})
+    config = with_vocabulary(validate(ModelPart, {"model": tree.get("model") or {}}, str(path), overridden).model, tokenizer)
     print(report(config))
+    if args.world_size is not None:
+        if args.world_size < 1:
+            raise UserError(f"--world-size {args.world_size}: at least one device is needed")
+        from model import fit
+        from training.config import load_config  # the batch and the optimizer; the rest needs the model's part alone
+        whole = load_config(path, args.overrides)
+        cluster = fit.Cluster(args.world_size, args.device_memory * 1e9, args.bandwidth * 1e9, args.tflops * 1e12, args.mfu)
+        print("\n" + fit.report(config, whole.optimizer.kind, whole.train.batch_tokens, cluster))
 
 
 if __name__ == "__main__":

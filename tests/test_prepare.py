@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, command, fails
 
 import data.prepare
+import data.shards
 from data.config import DataConfig
 from data.corpus import PIECE_BYTES, TextCorpus
 from data.prepare import is_validation, prepare
@@ -224,6 +225,25 @@ def test_parts_do_not_show(workplace, monkeypatch):
         assert (a.read(0, len(a)) == b.read(0, len(b))).all() and len(a) == len(b)
 
 
+def test_more_shards_than_files_may_be_open(workplace, monkeypatch):
+    resource = pytest.importorskip("resource")
+    for n in range(80):
+        Path(f"texts/short{n}.txt").write_text(f"line {n} of many short texts\n" * 40)
+    monkeypatch.setattr(data.prepare, "PART_BYTES", 1000)
+    folder = prepare(data_config())
+    plenty = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = len(os.listdir("/dev/fd"))
+    monkeypatch.setattr(data.shards, "MAPPED", 8)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 40, plenty[1]))
+    try:
+        shards = Shards(folder)
+        assert len(shards.train.shards) > 40
+        text = shards.train.read(0, len(shards.train))
+        assert (shards.train.read(100, 5000) == text[100:5100]).all() and text[0] == 256
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, plenty)
+
+
 def test_hub_datasets_go_through_the_same_code(workplace, monkeypatch):
     """The hub is not reached here: its `load_dataset` is given the same rows from a local file, all else is real."""
     import datasets
@@ -293,6 +313,25 @@ def test_two_preparations_at_once(workplace):
     with only_one(Path("out/.lock"), "mine"):
         fails(command("-m data.prepare", "p.yaml", cwd=workplace), "being prepared by another process")
     assert command("-m data.prepare", "p.yaml", cwd=workplace).returncode == 0
+
+
+def test_a_file_that_another_process_renames_meanwhile_is_no_strangers(workplace, monkeypatch):
+    Path("out").mkdir()
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter([folder / ".tokenizer.json.partial"]))     # listed, and gone
+    prepare(data_config(folder="out"))
+
+
+def test_eight_preparations_of_one_folder_make_it_once(workplace):
+    Path("texts/long.txt").write_text("\n".join(f"line {n} of a long text, {n * n}" for n in range(100_000)))
+    whole = Shards(prepare(data_config(folder="whole")))
+    Path("p.yaml").write_text("data: {corpus: files, files: [texts/*.txt], tokenizer: bytes, folder: out, val_fraction: 0.2}")
+    processes = [subprocess.Popen([sys.executable, "-m", "data.prepare", "p.yaml"], env=os.environ | {"PYTHONPATH": str(ROOT)},
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(8)]
+    said = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
+    assert Shards("out", verify=True).hash == whole.hash
+    assert any(code == 0 for _, code in said)
+    for error, code in said:                                # too early, or it was there already
+        assert code == 0 or (code == 2 and "being prepared by another process (wait for it)" in error), error
 
 
 def test_offline_a_hub_name_fails_quickly(workplace):
