@@ -108,6 +108,7 @@ def build_model(config, tokenizer, hardware, world, new: bool):
 
     from model.gpt import GPT
     from training.checkpoint import load_weights
+    from training.device import choose_distribution
     with world.together():
         size = config.model.vocab_size or tokenizer.n_vocab
         if size < tokenizer.n_vocab:
@@ -117,7 +118,7 @@ def build_model(config, tokenizer, hardware, world, new: bool):
         model = GPT(config.model.model_copy(update={"vocab_size": size}))
     model.compute_dtype, model.attention_backend, model.recompute = (
         hardware.precision, hardware.attention, config.train.checkpoint_activations)
-    world.choose(config.distributed, model, hardware.device)
+    world.kind = choose_distribution(config, model.config, hardware.device, world)
     world.place(model, hardware.device)
     if origin:
         load_weights(model, origin, world)

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from errors import UserError
 from kernels.attention import use_triton
-from model.budget import activation_bytes_per_token
+from model.config import ModelConfig
+from model.fit import Cluster, Plan
 from model.gpt import GPT
 from training.config import Config
-from training.distributed import ALONE, World, local
+from training.distributed import ALONE, World
 
 CPU_TOKENS = 16384          # a micro-batch on the CPU: larger ones leave its caches without saving overhead
 
@@ -74,20 +75,34 @@ def choose_hardware(config: Config, world: World = ALONE) -> Hardware:
                     choose_attention(config.train.attention, device, config.model.head_size))
 
 
+def choose_distribution(config: Config, model: ModelConfig, device: torch.device, world: World) -> str | None:
+    """ddp or fsdp for several processes; auto: ddp where one window fits beside everything that is held."""
+    if world.size == 1:
+        return None
+    if config.distributed != "auto":
+        return config.distributed
+    fits = device.type != "cuda" or windows_that_fit(config, model, device, world, "ddp") > 0
+    return "ddp" if all(world.gather(fits)) else "fsdp"
+
+
 def choose_micro_batch(config: Config, model: GPT, world: World = ALONE) -> int:
-    """Windows per forward pass: the largest divisor of a process's share of the batch that fits beside the model everywhere."""
+    """Windows per forward pass: the largest divisor of a process's share of the batch that fits everywhere."""
     if config.train.micro_batch:
         return config.train.micro_batch
-    device = model.embed.weight.device
+    device, windows = model.embed.weight.device, config.windows_per_step // world.size
     if device.type == "cuda":
-        still_to_come = 12 * sum(local(p).numel() for p in model.parameters())         # a gradient and two moments in float32
-        free = 0.8 * torch.cuda.mem_get_info(device)[0] - still_to_come
-        tokens = free / activation_bytes_per_token(config.model, model.compute_dtype.itemsize)
+        fits = windows_that_fit(config, model.config, device, world, world.kind or "ddp") * 2 // model.compute_dtype.itemsize
     else:
-        tokens = CPU_TOKENS
-    windows = config.windows_per_step // world.size
-    fits = min(world.gather(max(1, int(tokens) // config.model.n_ctx)))
+        fits = CPU_TOKENS // config.model.n_ctx
+    fits = max(1, min(world.gather(fits)))
     return max(m for m in range(1, windows + 1) if windows % m == 0 and m <= fits)
+
+
+def windows_that_fit(config: Config, model: ModelConfig, device: torch.device, world: World, distributed: str) -> int:
+    """How many windows of 16-bit activations a GPU holds beside its part of the training state, by arithmetic."""
+    memory = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    cluster = Cluster(world.size, memory, bandwidth=1, flops=1, mfu=1)          # how long it takes is not asked
+    return Plan(model, config.optimizer.kind, config.train.batch_tokens, cluster, distributed, config.train.checkpoint_activations).room
 
 
 def training_loss(model: GPT, compile: bool | str, world: World = ALONE) -> Callable[..., Tensor]:

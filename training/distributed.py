@@ -21,7 +21,6 @@ from errors import UserError, first_line
 from model.gpt import GPT
 
 T = TypeVar("T")
-BYTES_PER_PARAMETER = 16        # weight, gradient and two moments in float32
 PATIENCE = timedelta(days=7)    # for messages: others wait while one prepares a corpus; a process that dies is noticed at once
 
 
@@ -30,7 +29,7 @@ class World:
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0):
         self.rank, self.size, self.local_rank = rank, size, local_rank
-        self.kind: str | None = None                            # ddp or fsdp, once `place` has decided
+        self.kind: str | None = None                            # ddp or fsdp, once a model is known
         self.twin: GPT | None = None
         if size > 1:
             store, rank, size = next(dist.rendezvous("env://"))
@@ -126,14 +125,6 @@ class World:
                             "(torchrun --max-restarts=3 does it by itself)") from None
 
     # --- a model among them ---
-
-    def choose(self, kind: str, model: GPT, device: torch.device) -> None:
-        """Settle on ddp or fsdp; auto: ddp where weights, gradients and moments take at most half of the device's memory."""
-        if self.size == 1:
-            return
-        needed = BYTES_PER_PARAMETER * sum(p.numel() for p in model.parameters())
-        tight = device.type == "cuda" and needed > torch.cuda.get_device_properties(device).total_memory / 2
-        self.kind = kind if kind != "auto" else "fsdp" if any(self.gather(tight)) else "ddp"
 
     def place(self, model: GPT, device: torch.device) -> None:
         """Give a model that was made on the meta device its memory here: all of it, or this process's share. Weights are not set."""
