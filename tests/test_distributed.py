@@ -172,9 +172,9 @@ def test_two_machines_meet(workplace, monkeypatch):
     assert list(metrics(Path("runs/tiny"))) == list(range(1, 201))
 
 
-# --- the exchange of whole matrices ----------------------------------------------------------------------------------
+# --- what they send ---------------------------------------------------------------------------------------------------
 
-EXCHANGE = """
+MATRICES = """
 import torch
 from training.distributed import join, over_whole_matrices
 from training.optimizer import orthogonalise
@@ -188,14 +188,39 @@ for world.kind in ("ddp", "fsdp"):
         got = over_whole_matrices(lambda g: calls.append(len(g)) or orthogonalise(g), whole[:, mine], R, world)
         assert torch.allclose(got, orthogonalise(whole)[:, mine], atol=1e-6), (world.kind, N, R, C)
         assert sum(calls) <= -(-N // world.size), "each process computes its share alone"
-print("agreed")
-world.close()
+"""
+
+GRADIENTS = """
+import torch, torch.distributed as dist
+from model.config import ModelConfig
+from model.gpt import GPT
+from training.distributed import join
+world = join()
+def send(state, bucket):
+    exchanges.append(part)
+    return torch.futures.collect_all([dist.all_reduce(bucket.buffer(), async_op=True).get_future()]).then(lambda done: bucket.buffer())
+for world.kind in ("ddp", "fsdp"):
+    with torch.device("meta"):
+        model = GPT(ModelConfig(n_layers=2, d_model=32, n_ctx=16, vocab_size=50, mlp="none"))
+    world.place(model, torch.device("cpu"))
+    model.init_weights(0, world.fill)
+    loss, exchanges, exchanged = world.replicate(model, model.loss), [], []
+    if world.kind == "ddp":
+        loss.register_comm_hook(None, send)
+    tokens = torch.arange(64).view(4, 16) % 50
+    for part in world.accumulate([0, 1, 2], model, loss):
+        loss((tokens + part) % 50, tokens).backward()
+        if world.kind == "fsdp" and all(p.grad is not None for p in model.parameters()):    # a shard's gradient comes with the exchange
+            exchanges.append(part)
+    assert exchanges == [2], (world.kind, exchanges)
 """
 
 
+@pytest.mark.parametrize("script", [MATRICES, GRADIENTS], ids=["matrices", "gradients"])
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.faults)])
-def test_whole_matrices_are_computed_once_among_all(tmp_path, processes):
-    """Odd rows, fewer matrices than processes, shares without a row."""
-    (tmp_path / "exchange.py").write_text(EXCHANGE)
+def test_what_processes_send(tmp_path, script, processes):
+    """Whole matrices, each computed once among all: odd rows, fewer matrices than processes, shares without a row. And gradients, behind
+    the last part of a batch alone."""
+    (tmp_path / "exchange.py").write_text(script + "print('agreed')\nworld.close()\n")
     done = torchrun(processes, script=tmp_path / "exchange.py")
     assert done.stdout.count("agreed") == processes, done.stderr
