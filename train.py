@@ -84,7 +84,7 @@ def train(config, folder: Path, changed: list[str]) -> None:
 
 def announce(run, device, micro_batch: int, changed: list[str]) -> None:
     """Say what is trained, on what, and what is out of the ordinary."""
-    from model.huggingface import obstacles
+    from model.families import obstacles
     model = run.model
     run.say(f"{'continuing' if run.step else 'training  '} {run.folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
             f"{str(model.compute_dtype).removeprefix('torch.')} on {device}, {run.config.windows_per_step // micro_batch} × "
@@ -130,7 +130,7 @@ def watch_heads(run, validation):
     text = validation[0].tokens[0].to(run.device) if data.shards else None
     return HeadWatch(run.model, probes.to(run.device), text, data.tokenizer, run.folder, every=config.heads.every,
                      steps=config.train.steps, step=run.step, history=best_of_looks(run.metrics.read()),
-                     separator=data.end_of_text if config.data.mask_documents else None)
+                     separator=data.begin if config.data.mask_documents else None)
 
 
 def evaluate(model, validation, data) -> dict[str, float]:

@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.tokenizer import END_OF_TEXT, Tokenizer
+from data.tokenizer import Tokenizer
 from errors import UserError
 from files import explain_disk_errors, sha256, sync_folder
 from model.config import ModelConfig
 from model.gpt import GPT
-from model.huggingface import hf_config, hf_state, load_hf_state
+from model.huggingface import hf_config, hf_state, load_hf_state, one_or_all
 from settings import validate
 
 
@@ -56,16 +56,15 @@ def save_checkpoint(folder: Path, what: Snapshot) -> Path:
     if (path / "manifest.json").exists():                   # continued from just here
         return path
     temporary = folder / f".partial-{path.name}"
-    config = hf_config(what.model_config, what.tokenizer.end_of_text)
-    end = what.tokenizer.end_of_text
+    tokenizer = what.tokenizer
+    config = hf_config(what.model_config, tokenizer.begin, tokenizer.ends)
     files = {
         "model.safetensors": what.model,
         "config.json": _json(config),
-        "generation_config.json": _json({"eos_token_id": end, "bos_token_id": end, "pad_token_id": end, "do_sample": True}),
-        "tokenizer.json": what.tokenizer.json.encode(),
-        "tokenizer_config.json": _json({
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT,
-            "model_max_length": what.model_config.n_ctx, "clean_up_tokenization_spaces": False}),
+        "generation_config.json": _json({"eos_token_id": one_or_all(tokenizer.ends), "bos_token_id": tokenizer.begin,
+                                         "pad_token_id": tokenizer.ends[0], "do_sample": True}),
+        "tokenizer.json": tokenizer.json.encode(),
+        "tokenizer_config.json": _json(tokenizer.config | {"model_max_length": what.model_config.n_ctx}),
         "training_state/optimizer.safetensors": what.optimizer,
         "training_state/state.json": _json(what.state),
         "training_state/config.yaml": what.config_yaml.encode(),
