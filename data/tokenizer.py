@@ -144,7 +144,7 @@ class Tokenizer:
             if beside.exists() and (roles := json.loads(beside.read_text("utf-8")).get("gpt")):
                 from data.other_tokenizers import OtherTokenizer
                 return OtherTokenizer(Path(path).read_text("utf-8"), **roles)
-            if described["normalizer"] is not None:
+            if described.get("normalizer") is not None:
                 raise ValueError("it changes text before encoding it: import its model instead")
             byte_of = {letter: byte for byte, letter in byte_letters().items()}
             special = {t["content"]: t["id"] for t in described["added_tokens"]}

@@ -22,7 +22,7 @@ def parameters(config: ModelConfig) -> Counter[str]:
     with torch.device("meta"):
         model = GPT(config)
     kinds = {".bias": "biases", "embed_position": "positions", "embed": "embedding", "lm_head": "head", ".w_q": "attention",
-             ".w_k": "attention", ".w_v": "attention", ".w_o": "attention", "mlp.": "MLP", "": "norms and gains"}
+             ".w_k": "attention", ".w_v": "attention", ".w_o": "attention", ".mlp.": "MLP", "": "norms and gains"}
     parts: Counter[str] = Counter()
     for name, p in model.named_parameters():
         parts[next(kind for part, kind in kinds.items() if part in name)] += p.numel()

@@ -86,9 +86,10 @@ class ModelConfig(Settings):
         for key in ("rope_dims", "rope_scaling"):
             if getattr(self, key) and self.position != "rope":
                 yield (key, "position"), f"model.{key} is for position: rope, this is {self.position} (leave it out)"
-        if self.mlp == "none" and (self.parallel or self.bias == "mlp"):
-            key, value = ("parallel", "true") if self.parallel else ("bias", "mlp")
-            yield (key, "mlp"), f"model.{key}={value} needs an MLP, and model.mlp is none"
+        if self.mlp == "none" and self.parallel:
+            yield ("parallel", "mlp"), "model.parallel=true needs an MLP, and model.mlp is none (leave it out)"
+        if self.mlp == "none" and self.bias in ("mlp", "all"):
+            yield ("bias", "mlp"), f"model.bias={self.bias} is for an MLP too, and model.mlp is none (try bias=attention)"
         if self.window == []:
             yield ("window",), "model.window=[] names no window (null means no window)"
 

@@ -121,7 +121,7 @@ def family(config: ModelConfig) -> str:
 
 def obstacles(config: ModelConfig) -> list[str]:
     """What keeps a model from being one of transformers' own families: of the nearest one; empty for one that is."""
-    return min((list(_misfits(config, name, of)) for name, of in FAMILIES.items()), key=len)
+    return min((_misfits(config, name, of) for name, of in FAMILIES.items()), key=len)
 
 
 def _misfits(config: ModelConfig, name: str, of: Family) -> list[str]:

@@ -60,11 +60,11 @@ def load_hf_state(model: GPT, state: Mapping[str, Tensor], source: str, model_ty
                         f"{' …' if len(different) > 3 else ''})")
     with torch.no_grad():
         for name, ours in theirs.items():
-            expected = to_theirs([parameters[p].to("meta") for p in ours], ours[0], of, config.n_heads).shape
-            if expected != state[name].shape:
-                raise UserError(f"{source}: {name} is {tuple(state[name].shape)}, its config says {tuple(expected)}")
-            for p, value in zip(ours, to_ours(state[name], ours[0], len(ours), of, config.n_heads)):
-                parameters[p].copy_(value)
+            expected, value = to_theirs([parameters[p].to("meta") for p in ours], ours[0], of, config.n_heads).shape, state[name]
+            if expected != value.shape:
+                raise UserError(f"{source}: {name} is {tuple(value.shape)}, its config says {tuple(expected)}")
+            for p, part in zip(ours, to_ours(value, ours[0], len(ours), of, config.n_heads)):
+                parameters[p].copy_(part)
 
 
 def _empty_mlps(config: ModelConfig) -> dict[str, Tensor]:
@@ -199,13 +199,14 @@ def import_model(source: Path, target: Path, overrides: Sequence[str] = ()):
     try:
         with explain_disk_errors(f"importing into {target}", "make room, or name a run where you may write"):
             (unfinished / "checkpoints").mkdir(parents=True)
-            what = snapshot(model, {}, state, dump_config(config), tokenizer, copy=False)
-            save_checkpoint(unfinished / "checkpoints", what)
+            try:
+                save_checkpoint(unfinished / "checkpoints", snapshot(model, {}, state, dump_config(config), tokenizer, copy=False))
+            except UserError as error:                          # it names the unfinished folder, and how a training goes on
+                raise UserError(f"importing into {target}: {str(error).splitlines()[0]}\n  make room, then import again") from None
             (unfinished / "config.yaml").write_text(f"# imported from {source}\n{dump_config(config)}", "utf-8")
             os.rename(unfinished, target)
-    except BaseException:
+    finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return config, model, tokenizer
 
 
