@@ -36,7 +36,7 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, samp
     """
     rows, n_ctx = [list(prompt) for prompt in prompts], model.config.n_ctx
     if not all(rows):
-        raise ValueError("a prompt has no tokens: begin it with the tokenizer's first token")
+        raise ValueError("a prompt has no tokens: begin it with tokenizer.begin")
     if not slide and max(map(len, rows)) > n_ctx:
         raise ValueError(f"a prompt of {max(map(len, rows))} tokens is longer than model.n_ctx={n_ctx}")
     randoms = [np.random.Generator(np.random.Philox(key=[seed, r])) for r in range(len(rows))]
