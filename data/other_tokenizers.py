@@ -15,6 +15,7 @@ from data.tokenizer import Tokenizer, byte_letters, valid_stretches
 from errors import UserError, first_line
 
 SPACE = "▁"                     # how a space is written in pieces over characters
+NEVER_TEXT = {0xC0, 0xC1, *range(0xF5, 0x100)}              # bytes that UTF-8 never has: Pythia has no token for them
 
 
 class OtherTokenizer(Tokenizer):
@@ -40,18 +41,19 @@ class OtherTokenizer(Tokenizer):
         self.special = {content: token["id"] for content, token in self.added.items() if token["special"]}
         self.n_vocab = max(*self.vocabulary.values(), *(token["id"] for token in self.added.values()), begin, *ends) + 1
         self.by_pieces = bool(described["model"].get("byte_fallback"))
-        letters = byte_letters()
-        missing = [b for b in range(256) if (f"<0x{b:02X}>" if self.by_pieces else letters[b]) not in self.vocabulary]
-        if missing:
-            raise ValueError(f"it has no token for the byte {missing[0]}, so it cannot spell every text")
-        self.byte_ids = [self.vocabulary[f"<0x{b:02X}>" if self.by_pieces else letters[b]] for b in range(256)]
+        letters = {b: f"<0x{b:02X}>" if self.by_pieces else letter for b, letter in byte_letters().items()}
+        missing = {b for b in range(256) if letters[b] not in self.vocabulary}
+        if needed := missing - (set() if self.by_pieces else NEVER_TEXT):
+            raise ValueError(f"it has no token for the byte {min(needed)}, so it cannot spell every text")
+        self.byte_ids = [self._encode("\ufffd").tolist() if b in missing else [self.vocabulary[letters[b]]] for b in range(256)]
         first = self.library.encode("a", add_special_tokens=False).ids
         self.adds_space = self.decode_bytes(first) == b" a"     # in front of a text; decoding drops it again
         if self.library.decode(first) != "a" or self.decode_bytes(first) not in (b"a", b" a"):
             raise ValueError("it decodes 'a' to something else")
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """Token ids (n,) uint32 of any string or bytes. Special tokens in the text are text."""
+        """Token ids (n,) uint32 of any string or bytes. Special tokens in the text are text; a byte that is never text and has no token
+        becomes �."""
         if not self.adds_space:
             return super().encode(text)
         # Stretches between bytes that are not UTF-8 must not get a space each: a character that is in no text stands for such bytes.
@@ -62,8 +64,8 @@ class OtherTokenizer(Tokenizer):
             return self._encode(raw.decode("utf-8"))
         stand_in = next(c for c in map(chr, range(0x10FFFF, 0, -1)) if c.encode() not in raw)
         ids, spelt = self._encode("".join(stand_in if isinstance(part, bytes) else part for part in stretches)), stand_in.encode()
-        at = np.flatnonzero(np.all([ids[n:len(ids) - 3 + n] == self.byte_ids[b] for n, b in enumerate(spelt)], axis=0))
-        ids[at] = [self.byte_ids[part[0]] for part in odd]
+        at = np.flatnonzero(np.all([ids[n:len(ids) - 3 + n] == self.byte_ids[b][0] for n, b in enumerate(spelt)], axis=0))
+        ids[at] = [self.byte_ids[part[0]][0] for part in odd]
         return np.delete(ids, (at[:, None] + [1, 2, 3]).ravel())
 
     def _encode(self, text: str) -> np.ndarray:
@@ -83,7 +85,7 @@ class OtherTokenizer(Tokenizer):
             else:
                 table[i] = bytes(byte_of[c] for c in token) if all(c in byte_of for c in token) else token.encode()
         if self.by_pieces:
-            for b, i in enumerate(self.byte_ids):
+            for b, (i,) in enumerate(self.byte_ids):
                 table[i] = bytes([b])
         for content, token in self.added.items():
             table[token["id"]] = b"" if token["special"] else content.encode()
@@ -92,7 +94,7 @@ class OtherTokenizer(Tokenizer):
     @cached_property
     def ordinary(self) -> np.ndarray:
         """Every id of the vocabulary that is neither added nor a piece for a byte."""
-        left_out = {token["id"] for token in self.added.values()} | (set(self.byte_ids) if self.by_pieces else set())
+        left_out = {token["id"] for token in self.added.values()} | ({i for (i,) in self.byte_ids} if self.by_pieces else set())
         return np.array(sorted(set(self.vocabulary.values()) - left_out))
 
     @property

@@ -40,7 +40,7 @@ class Tokenizer:
         self.ranks, self.pattern, self.special, self.name = ranks, pattern, special, name
         self.begin = special[END_OF_TEXT]                       # here one token does both
         self.ends = (self.begin,)
-        self.byte_ids = [ranks[bytes([b])] for b in range(256)]
+        self.byte_ids = [[ranks[bytes([b])]] for b in range(256)]       # what spells each byte
         self.n_vocab = max(*ranks.values(), *special.values()) + 1
 
     # --- text and ids ---
@@ -52,7 +52,7 @@ class Tokenizer:
             return self._encode(raw.decode("utf-8"))
         except UnicodeDecodeError:              # not text: the valid stretches as text, every other byte as itself
             return np.concatenate([self._encode(part) if isinstance(part, str) else
-                                   np.array([self.byte_ids[part[0]]], np.uint32) for part in valid_stretches(raw)])
+                                   np.array(self.byte_ids[part[0]], np.uint32) for part in valid_stretches(raw)])
 
     def _encode(self, text: str) -> np.ndarray:
         return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint32)
