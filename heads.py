@@ -217,7 +217,7 @@ def pictures(args, run, ids=None, what: str = "") -> dict:
         ids, what = probes_for(run).held_out.example(run.config.model.n_ctx)
     fits, device = shown(run.config.model, len(ids)), run.model.embed.weight.device
     title = what if fits == len(ids) else f"{what}, its first {fits} tokens"
-    separator = run.tokenizer.end_of_text if run.config.data.mask_documents else None
+    separator = run.tokenizer.begin if run.config.data.mask_documents else None
 
     def snapshots():
         for checkpoint in run.checkpoints() if args.all_steps else [run.checkpoint]:

@@ -25,13 +25,13 @@ def main() -> None:
 
     def complete(prompts: list[str], show=None) -> list[dict]:
         """Continue `prompts`; `show` is given (row, text) as it comes."""
-        ids = [tokenizer.encode(prompt.encode("utf-8", "surrogateescape")).tolist() or [tokenizer.end_of_text] for prompt in prompts]
+        ids = [tokenizer.prompt(prompt.encode("utf-8", "surrogateescape")) for prompt in prompts]
         longest = max(map(len, ids))
         if longest > model.config.n_ctx and not args.slide:
             raise UserError(f"a prompt of {longest} tokens is longer than the model's context of {model.config.n_ctx}\n"
                             "  shorten it, or use --slide to read its end alone")
         rows = [Row(tokenizer, args.stop) for _ in prompts]
-        for tokens in generate(model, ids, args.max_tokens, sampling, seed=args.seed, end=tokenizer.end_of_text,
+        for tokens in generate(model, ids, args.max_tokens, sampling, seed=args.seed, ends=tokenizer.ends,
                                slide=args.slide, n_tokens=tokenizer.n_vocab):
             for r, (row, token) in enumerate(zip(rows, tokens)):
                 if token is not None and not row.ended and (text := row.add(token)) and show:
@@ -78,7 +78,7 @@ class Row:
     def add(self, token: int) -> str:
         """Take a token; the text that has become certain."""
         self.tokens.append(token)
-        if token == self.tokenizer.end_of_text:
+        if token in self.tokenizer.ends:
             rest = self.finish()
             self.ended = "end of text"
             return rest

@@ -83,7 +83,7 @@ def train(config, folder: Path, changed: list[str], world) -> None:
 
 def announce(run, micro_batch: int, changed: list[str]) -> None:
     """Say what is trained, on what, and what is out of the ordinary."""
-    from model.huggingface import obstacles
+    from model.families import obstacles
     model, world = run.model, run.world
     processes = f"{world.size} processes ({world.kind}) × " if world.size > 1 else ""
     run.say(f"{'continuing' if run.step else 'training  '} {run.folder}: {sum(p.numel() for p in model.parameters()):,} parameters, "
@@ -150,7 +150,7 @@ def watch_heads(run, validation):
     text = validation[0].tokens[0].to(run.device) if data.shards else None
     return HeadWatch(run.model, probes.to(run.device), text, data.tokenizer, run.folder, every=config.heads.every,
                      steps=config.train.steps, step=run.step, history=best_of_looks(run.metrics.read()),
-                     separator=data.end_of_text if config.data.mask_documents else None)
+                     separator=data.begin if config.data.mask_documents else None)
 
 
 def evaluate(model, validation, data, world) -> dict[str, float]:

@@ -40,9 +40,9 @@ class Batches:
     """`batches[step]` is the global batch of update `step` (0 for the first)."""
 
     def __init__(self, sources: dict[str, "TextWindows | RepeatRows"], entries: list[MixtureEntry], batch_tokens: int,
-                 n_ctx: int, end_of_text: int | None = None):
-        """`end_of_text`: number the documents by it, so that attention can be kept inside each."""
-        self.sources, self.end_of_text = sources, end_of_text
+                 n_ctx: int, separator: int | None = None):
+        """`separator`: number the documents by the token that each begins with, so that attention can be kept inside each."""
+        self.sources, self.separator = sources, separator
         self.windows = batch_tokens // n_ctx
         self.quotas = Quotas(entries, self.windows)
 
@@ -61,7 +61,7 @@ class Batches:
                 found = source.rows(np.array([where[r][1] for r in here], dtype=np.int64))
                 rows = np.empty((len(mine), found.shape[1]), np.int64) if rows is None else rows
                 rows[here] = found
-        return as_batch(rows, self.end_of_text)
+        return as_batch(rows, self.separator)
 
     def ahead(self, first: int, last: int, device: torch.device, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Batches first … last − 1 on `device`, two of them made in the background so that it never waits."""
@@ -78,16 +78,16 @@ class Batches:
                 yield batch.to(device)
 
 
-def as_batch(rows: np.ndarray, end_of_text: int | None = None) -> Batch:
+def as_batch(rows: np.ndarray, separator: int | None = None) -> Batch:
     """(B, T + 1) tokens as inputs and the targets one to the right."""
     rows = torch.from_numpy(rows)
     tokens = rows[:, :-1].contiguous()
-    return Batch(tokens, rows[:, 1:].contiguous(), documents(tokens, end_of_text))
+    return Batch(tokens, rows[:, 1:].contiguous(), documents(tokens, separator))
 
 
-def documents(tokens: Tensor, end_of_text: int | None) -> Tensor | None:
-    """The numbers of the documents that tokens (B, T) belong to, each beginning with `end_of_text`; None where that is None."""
-    return None if end_of_text is None else (tokens == end_of_text).cumsum(dim=1)
+def documents(tokens: Tensor, separator: int | None) -> Tensor | None:
+    """The numbers of the documents that tokens (B, T) belong to, each beginning with `separator`; None where that is None."""
+    return None if separator is None else (tokens == separator).cumsum(dim=1)
 
 
 # --- sources: row n of each is a pure function of (seed, n) -----------------------------------------------------------
@@ -121,16 +121,16 @@ class TextWindows:
 
 
 class RepeatRows:
-    """[end of text] + a block of distinct random tokens, repeated to the end of the row; the period is drawn per row."""
+    """[begin] + a block of distinct random tokens of `ids`, repeated to the end of the row; the period is drawn per row."""
 
-    def __init__(self, config: RepeatsConfig, n_ctx: int, end_of_text: int, seed: int, stream: str = "repeats"):
+    def __init__(self, config: RepeatsConfig, n_ctx: int, begin: int, ids: np.ndarray, seed: int, stream: str = "repeats"):
         shortest, longest = config.period
         self.periods = np.array([p for p in range(shortest, longest + 1) if p not in config.held_out_periods])
-        self.vocabulary, _ = repeat_vocabulary(config, end_of_text, seed)
+        self.vocabulary, _ = repeat_vocabulary(config, ids, seed)
         if len(self.vocabulary) < longest:
             raise UserError(f"data.repeats.period={config.period} needs blocks of {longest} distinct tokens, "
                             f"there are {len(self.vocabulary)} to draw from")
-        self.n_ctx, self.end_of_text, self.seed, self.stream = n_ctx, end_of_text, seed, stream
+        self.n_ctx, self.begin, self.seed, self.stream = n_ctx, begin, seed, stream
 
     def rows(self, n: np.ndarray) -> np.ndarray:
         """Rows n (N,) → (N, T + 1) int64."""
@@ -139,7 +139,7 @@ class RepeatRows:
     def row(self, n: int) -> np.ndarray:
         draw = np.random.Generator(np.random.Philox(key=random_key(self.seed, self.stream, n)))
         block = draw.choice(self.vocabulary, size=draw.choice(self.periods), replace=False)
-        return repeat_row(self.end_of_text, block, self.n_ctx)
+        return repeat_row(self.begin, block, self.n_ctx)
 
 
 def repeat_row(begin: int, block: np.ndarray, length: int) -> np.ndarray:
@@ -147,10 +147,10 @@ def repeat_row(begin: int, block: np.ndarray, length: int) -> np.ndarray:
     return np.array([begin, *np.resize(block, length)], dtype=np.int64)
 
 
-def repeat_vocabulary(config: RepeatsConfig, end_of_text: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids that training repeats, and those held out of it."""
-    ids = np.arange(min(config.n_tokens or end_of_text, end_of_text))
-    order = permute(ids, len(ids), random_key(seed, "held-out tokens", 0))
+def repeat_vocabulary(config: RepeatsConfig, ids: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `ids` (a tokenizer's ordinary ones) training repeats, and those held out of it."""
+    ids = ids[:config.n_tokens]
+    order = permute(np.arange(len(ids)), len(ids), random_key(seed, "held-out tokens", 0))
     held_out = order < int(len(ids) * config.held_out_tokens)
     return ids[~held_out], ids[held_out]
 

@@ -24,7 +24,7 @@ class Dataset:
             begun = folder is not None and (Path(folder) / "manifest.json").exists()
             self.shards = Shards(folder if begun else prepare(config))
         self.tokenizer = self.shards.tokenizer if self.shards else make_tokenizer(config.tokenizer, iter(()))
-        self.end_of_text = self.tokenizer.end_of_text
+        self.begin = self.tokenizer.begin
 
     @property
     def identity(self) -> dict[str, str]:
@@ -56,8 +56,8 @@ class Dataset:
         return list(as_batch(rows, self._separator).split(windows_per_batch))
 
     def _repeats(self, n_ctx: int, stream: str) -> RepeatRows:
-        return RepeatRows(self.config.repeats, n_ctx, self.end_of_text, self.seed, stream)
+        return RepeatRows(self.config.repeats, n_ctx, self.begin, self.tokenizer.ordinary, self.seed, stream)
 
     @property
     def _separator(self) -> int | None:
-        return self.end_of_text if self.config.mask_documents else None
+        return self.begin if self.config.mask_documents else None

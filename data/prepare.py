@@ -27,7 +27,8 @@ from files import explain_disk_errors, only_one, sha256, whole_file
 PART_BYTES = 64 * 2 ** 20
 BATCH_BYTES = 2 ** 18           # what one thread encodes at a time
 BPE_BYTES = 32 * 2 ** 20        # text a tokenizer is trained on
-OWN_FILES = ("train-[0-9]*.npy", "val-[0-9]*.npy", "tokenizer.json", "journal.json", "manifest.json", ".lock", ".*.partial")
+OWN_FILES = ("train-[0-9]*.npy", "val-[0-9]*.npy", "tokenizer.json", "tokenizer_config.json", "journal.json", "manifest.json", ".lock",
+             ".*.partial")
 
 
 def prepare(config: DataConfig, verify: bool = False) -> Path:
@@ -94,6 +95,7 @@ def _prepare(corpus: TextCorpus, config: DataConfig, folder: Path, key: str) -> 
                 stale.unlink(missing_ok=True)
         print(f"tokenizer  {config.tokenizer.kind}", file=sys.stderr)
         tokenizer = make_tokenizer(config.tokenizer, _training_texts(corpus, config.val_fraction))
+        _write_json(folder / "tokenizer_config.json", tokenizer.config)
         with whole_file(folder / "tokenizer.json", "w") as file:
             file.write(tokenizer.json)
     else:
@@ -119,7 +121,7 @@ def _prepare(corpus: TextCorpus, config: DataConfig, folder: Path, key: str) -> 
     if not shards["train"] and not shards["val"]:
         raise UserError(f"data.corpus={corpus.name} is empty: no text was found in it")
     if not shards["train"] or not shards["val"]:        # too few documents for the hash to divide
-        shards = _hold_out_the_end(folder, shards["train"] or shards["val"], config.val_fraction, tokenizer.end_of_text)
+        shards = _hold_out_the_end(folder, shards["train"] or shards["val"], config.val_fraction, tokenizer.begin)
     hashes = [shard["sha256"] for split in shards for shard in shards[split]]
     _write_json(folder / "manifest.json", {
         "format": FORMAT, "key": key, "corpus": corpus.name, "data": config.model_dump(), "tokenizer": tokenizer.hash,
@@ -144,13 +146,13 @@ def _encode_part(pieces: Iterator[Piece], tokenizer: Tokenizer, fraction: float,
     """The token streams of one part. A document's pieces join seamlessly until one falls on the other side."""
     dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
     streams: dict[str, list[np.ndarray]] = {split: [np.empty(0, dtype)] for split in ("train", "val")}
-    end_of_text = np.array([tokenizer.end_of_text])
+    begin = np.array([tokenizer.begin])
     read, count = 0, 0
     for batch, encoded in _encode_in_order(pieces, tokenizer):
         gathered: dict[str, list[np.ndarray]] = {"train": [], "val": []}
         for piece, ids in zip(batch, encoded):
             split = "val" if is_validation(piece.text, fraction) else "train"
-            gathered[split] += [end_of_text, ids] if piece.starts_document or split != previous else [ids]
+            gathered[split] += [begin, ids] if piece.starts_document or split != previous else [ids]
             previous, read, count = split, read + 1, count + len(ids)
             if limit is not None and count >= limit:
                 break
@@ -211,11 +213,11 @@ def _write_shards(folder: Path, n: int, streams: dict[str, np.ndarray]) -> dict:
     return written
 
 
-def _hold_out_the_end(folder: Path, only: list[dict], fraction: float, end_of_text: int) -> dict[str, list[dict]]:
+def _hold_out_the_end(folder: Path, only: list[dict], fraction: float, begin: int) -> dict[str, list[dict]]:
     """Where all shards fell on one side, train on them but for the end of the last."""
     last = np.load(folder / only[-1]["file"], allow_pickle=False)
     cut = len(last) - max(1, int(len(last) * fraction))
-    written = _write_shards(folder, len(only), {"train": last[:cut], "val": np.insert(last[cut:], 0, end_of_text)})
+    written = _write_shards(folder, len(only), {"train": last[:cut], "val": np.insert(last[cut:], 0, begin)})
     return {"train": [*only[:-1], written["train"]], "val": [written["val"]]}
 
 

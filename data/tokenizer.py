@@ -1,6 +1,6 @@
 """Text to token ids and back, exactly: tiktoken encodings by name, bytes, or a BPE trained on the corpus.
 
-One file holds a tokenizer: `tokenizer.json` in Hugging Face's format, whose byte-level BPE tiktoken runs about six
+One file holds a tokenizer of ours: `tokenizer.json` in Hugging Face's format, whose byte-level BPE tiktoken runs about six
 times faster. It lies with the shards and in every checkpoint, and its SHA-256 is the tokenizer's identity.
 """
 
@@ -27,12 +27,20 @@ WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s
 
 
 class Tokenizer:
-    """A byte-level BPE. `n_vocab` counts every id, gaps included; `end_of_text` is the id that separates documents."""
+    """A byte-level BPE. `n_vocab` counts every id, gaps included.
+
+    begin       the id that every document and every probe begins with
+    ends        the ids that end a text which is being generated; the first is the one to write
+    """
+
+    prefixed = False            # whether a prompt is to begin with `begin`: a family whose texts all do (Llama) knows nothing else
 
     def __init__(self, ranks: dict[bytes, int], pattern: str, special: dict[str, int], name: str = "bpe"):
         self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.ranks, self.pattern, self.special, self.name = ranks, pattern, special, name
-        self.end_of_text = special[END_OF_TEXT]
+        self.begin = special[END_OF_TEXT]                       # here one token does both
+        self.ends = (self.begin,)
+        self.byte_ids = [[ranks[bytes([b])]] for b in range(256)]       # what spells each byte
         self.n_vocab = max(*ranks.values(), *special.values()) + 1
 
     # --- text and ids ---
@@ -44,10 +52,24 @@ class Tokenizer:
             return self._encode(raw.decode("utf-8"))
         except UnicodeDecodeError:              # not text: the valid stretches as text, every other byte as itself
             return np.concatenate([self._encode(part) if isinstance(part, str) else
-                                   np.array([self.ranks[part]], np.uint32) for part in _valid_stretches(raw)])
+                                   np.array(self.byte_ids[part[0]], np.uint32) for part in valid_stretches(raw)])
 
     def _encode(self, text: str) -> np.ndarray:
         return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint32)
+
+    def prompt(self, text: str | bytes) -> list[int]:
+        """The ids that a model is given to continue `text`; an empty one begins a document."""
+        ids = self.encode(text).tolist()
+        return [self.begin, *ids] if self.prefixed or not ids else ids
+
+    def spelled(self, token: int) -> str:
+        """One token as text to look at: special ones by name, control characters and bytes that are no whole character as \\xNN."""
+        if name := next((text for text, i in self.special.items() if i == token), None):
+            return name
+        if token >= self.n_vocab:                               # a model's vocabulary may be larger
+            return f"<{token}>"
+        text = self.token_bytes[token].decode("utf-8", "backslashreplace")
+        return "".join(c if (c >= " " and c != "\x7f") or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that `ids` stand for; end-of-text and ids in a vocabulary's gaps stand for none."""
@@ -75,14 +97,19 @@ class Tokenizer:
         """How many bytes of text each id stands for: (V,) int64. Loss per byte needs no other bookkeeping."""
         return np.array([len(token) for token in self.token_bytes], dtype=np.int64)
 
-    # --- one file ---
+    @property
+    def ordinary(self) -> np.ndarray:
+        """The ids that stand for text of their own, in order: what random tokens are drawn from."""
+        return np.arange(self.begin)
+
+    # --- files ---
 
     @cached_property
     def json(self) -> str:
         """The whole tokenizer as Hugging Face's tokenizer.json."""
         from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
         from tokenizers import Tokenizer as HFTokenizer
-        letters = _byte_letters()
+        letters = byte_letters()
 
         def spell(token: bytes) -> str:
             return "".join(letters[b] for b in token)
@@ -98,16 +125,28 @@ class Tokenizer:
         tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in self.special])
         return tokenizer.to_str()
 
+    @property
+    def config(self) -> dict:
+        """The contents of tokenizer_config.json, which lies beside it."""
+        return {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self.spelled(self.begin),
+                "eos_token": self.spelled(self.ends[0]), "clean_up_tokenization_spaces": False}
+
     @cached_property
     def hash(self) -> str:
         return hashlib.sha256(self.json.encode()).hexdigest()
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a byte-level BPE from a tokenizer.json; a UserError where it is something else."""
+        """Read a tokenizer.json: one of ours, or one that an import left (data/other_tokenizers.py); a UserError where it is neither."""
         try:
             described = json.loads(Path(path).read_text("utf-8"))
-            byte_of = {letter: byte for byte, letter in _byte_letters().items()}
+            beside = Path(path).with_name("tokenizer_config.json")
+            if beside.exists() and (roles := json.loads(beside.read_text("utf-8")).get("gpt")):
+                from data.other_tokenizers import OtherTokenizer
+                return OtherTokenizer(Path(path).read_text("utf-8"), **roles)
+            if described.get("normalizer") is not None:
+                raise ValueError("it changes text before encoding it: import its model instead")
+            byte_of = {letter: byte for byte, letter in byte_letters().items()}
             special = {t["content"]: t["id"] for t in described["added_tokens"]}
             vocabulary = described["model"]["vocab"]
             ids = set(vocabulary.values())
@@ -139,7 +178,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     trainee.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    letters = _byte_letters()
+    letters = byte_letters()
     trainee.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=list(letters.values()), show_progress=False))
     byte_of = {letter: byte for byte, letter in letters.items()}
@@ -181,7 +220,7 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
 
 # --- byte-level BPE in Hugging Face's spelling -----------------------------------------------------------------------
 
-def _byte_letters() -> dict[int, str]:
+def byte_letters() -> dict[int, str]:
     """The printable letter that stands for each byte in a byte-level BPE file (Radford et al. 2019)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
@@ -202,7 +241,7 @@ def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
             yield parts[0], parts[1]
 
 
-def _valid_stretches(raw: bytes) -> Iterator[str | bytes]:
+def valid_stretches(raw: bytes) -> Iterator[str | bytes]:
     """`raw` cut into its longest valid UTF-8 stretches (str) and the single bytes between them."""
     while raw:
         try:

@@ -16,7 +16,7 @@ UNREPEATED = 25         # random tokens on which copying is measured, as in Olss
 
 
 class Repeats(NamedTuple):
-    """Rows of [end of text] + a block of distinct random tokens, again and again to the end of the row."""
+    """Rows of [begin] + a block of distinct random tokens, again and again to the end of the row."""
 
     tokens: Tensor          # (B, T)
     periods: Tensor         # (B,) length of each row's block
@@ -70,7 +70,7 @@ def repeats(periods: Sequence[int], length: int, vocabulary: np.ndarray, begin: 
 
 
 def unrepeated(length: int, vocabulary: np.ndarray, begin: int, *, rows: int = ROWS, seed: int = 0) -> Tensor:
-    """[end of text] + distinct random tokens, (rows, at most length)."""
+    """[begin] + distinct random tokens, (rows, at most length)."""
     period = min(length - 1, len(vocabulary), UNREPEATED)
     return repeats([period], 1 + period, vocabulary, begin, rows=rows, seed=seed).tokens
 
@@ -94,7 +94,7 @@ def probes_of(data: DataConfig, n_ctx: int, tokenizer: Tokenizer, seed: int, mos
     to repeat anything (fewer than 7 tokens)."""
     rows = min(most, max(4, 256 * most // n_ctx))               # of a long context few say as much, and each costs more
     fits = range(3, (n_ctx - 1) // 2 + 1)                       # the periods that fit twice behind the first token
-    known, unseen = repeat_vocabulary(data.repeats, tokenizer.end_of_text, seed)
+    known, unseen = repeat_vocabulary(data.repeats, tokenizer.ordinary, seed)
     fits = [period for period in fits if period <= len(known)]
     if not fits:
         return None
@@ -112,10 +112,10 @@ def probes_of(data: DataConfig, n_ctx: int, tokenizer: Tokenizer, seed: int, mos
 
     def of(periods: list[int], vocabulary: np.ndarray) -> Repeats | None:
         periods = [p for p in periods if p <= len(vocabulary)]
-        return repeats(periods, n_ctx, vocabulary, tokenizer.end_of_text, rows=rows, seed=seed) if periods else None
+        return repeats(periods, n_ctx, vocabulary, tokenizer.begin, rows=rows, seed=seed) if periods else None
 
     return Probes(of(shown, known), bool(held_out), of(in_training, known), of(shown, unseen),
-                  unrepeated(n_ctx, known, tokenizer.end_of_text, rows=rows, seed=seed), note)
+                  unrepeated(n_ctx, known, tokenizer.begin, rows=rows, seed=seed), note)
 
 
 def _listed(periods: list[int]) -> str:

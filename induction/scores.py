@@ -111,7 +111,7 @@ def copying(model: GPT, tokens: Tensor) -> Tensor:
 
     What a head would write if it attended to one token alone, v W_O, goes through W_U to the logits of the row's n tokens; their mean is
     subtracted and what is negative dropped; the score is the token's own share of what is raised, rescaled (Olsson et al. 2022,
-    appendix). A head that ignores what it reads scores 2/n − 1.
+    appendix). A head that ignores what it reads scores 2/n − 1. Where values have a bias it is part of v; that of W_O is no head's.
     """
     with taps(model, "L*.v") as cache:
         model.hidden(tokens)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data.batches import documents
-from data.tokenizer import END_OF_TEXT, Tokenizer
+from data.tokenizer import Tokenizer
 from files import whole_file
 from induction.viewer import Passage, Snapshot
 from model.config import ModelConfig
@@ -52,15 +52,7 @@ def patterns(model: GPT, passages: list[Tensor], separator: int | None = None) -
 
 def spelled(ids: Tensor, tokenizer: Tokenizer) -> list[str]:
     """Tokens as text, one by one; control characters and bytes that are no whole character as \\xNN."""
-    def spell(token: int) -> str:
-        if token == tokenizer.end_of_text:
-            return END_OF_TEXT
-        if token >= len(tokenizer.token_bytes):             # a vocabulary may be larger than its tokenizer's
-            return f"<{token}>"
-        text = tokenizer.token_bytes[token].decode("utf-8", "backslashreplace")
-        return "".join(c if (c >= " " and c != "\x7f") or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
-
-    return [spell(token) for token in ids.tolist()]
+    return [tokenizer.spelled(token) for token in ids.tolist()]
 
 
 class Snapshots:

@@ -1,5 +1,6 @@
 """Causal self-attention: projections, grouped queries, positions, cache."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,19 +16,37 @@ from model.taps import NO_TAPS, Taps
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, kept in float32 and used in the dtype of what it multiplies: no autocast, nothing hidden."""
+    """A matrix, kept in float32 and used in the dtype of what it multiplies: no autocast, nothing hidden."""
 
-    def __init__(self, n_in: int, n_out: int):
+    def __init__(self, n_in: int, n_out: int, bias: bool = False):
         super().__init__(n_in, n_out, bias=False)
+        self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return affine(x, self.weight, self.bias)
 
 
-def joined(x: Tensor, *matrices: Linear, packed: Tensor | None = None) -> Tensor:
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x wᵀ + b in the dtype of x."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def join(matrices: Sequence[Linear]) -> tuple[Tensor, Tensor | None]:
+    """Matrices that read the same input as one, and their biases."""
+    bias = None if matrices[0].bias is None else torch.cat([m.bias for m in matrices])
+    return torch.cat([m.weight for m in matrices]), bias
+
+
+def joined(x: Tensor, *matrices: Linear, packed: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
     """Matrices that read the same input, applied as one product (…, sum of their outputs): one large one is faster than
-    several small ones, and each stays a parameter of its own. `packed`: the joined matrix, where it is at hand."""
-    return F.linear(x, (torch.cat([m.weight for m in matrices]) if packed is None else packed).to(x.dtype))
+    several small ones, and each stays a parameter of its own. `packed`: what `join` makes of them, where it is at hand."""
+    return affine(x, *(join(matrices) if packed is None else packed))
+
+
+def joined_for_decoding(*matrices: Linear) -> tuple[Tensor, Tensor | None]:
+    """Joined matrices laid out for decoding."""
+    weight, bias = join(matrices)
+    return for_decoding(weight), bias
 
 
 def for_decoding(matrix: Tensor) -> Tensor:
@@ -47,11 +66,26 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.gain.shape, self.gain.to(x.dtype), self.eps)
 
 
+class LayerNorm(nn.Module):
+    """(x − mean) / deviation, times a gain and plus a bias per channel (Ba et al. 2016)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.gain, self.bias = nn.Parameter(torch.ones(size)), nn.Parameter(torch.zeros(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.gain.shape, self.gain.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
 @dataclass
 class Context:
     """What one forward pass tells every layer besides the residual stream."""
 
-    rotation: Tensor | None = None      # rope_table at the tokens' positions: (2, T, D) or, ragged, (2, B, 1, T, D)
+    rotation: Tensor | None = None      # rope_table at the tokens' positions: (2, T, D) or, ragged, (2, B, 1, T, D); D or rope_dims
     segments: Tensor | None = None      # (B, T): documents that must not see each other
     cache: KVCache | None = None
     backend: str = "auto"              # kernels.attention's, while training
@@ -65,9 +99,10 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         H, K, D, E = config.n_heads, config.kv_heads, config.head_size, config.d_model
         self.layer, self.d_head, self.window = layer, D, config.windows[layer]
-        self.w_q, self.w_k, self.w_v = Linear(E, H * D), Linear(E, K * D), Linear(E, K * D)
-        self.w_o = Linear(H * D, E)
-        self.w_qkv: Tensor | None = None            # the three as one, once `pack` has been called
+        bias = config.biases
+        self.w_q, self.w_k, self.w_v = (Linear(E, heads * D, bias["qkv"]) for heads in (H, K, K))
+        self.w_o = Linear(H * D, E, bias["o"])
+        self.w_qkv: tuple[Tensor, Tensor | None] | None = None              # the three as one, once `pack` has been called
         self.n_heads, self.n_kv_heads = H, K
         self.norm_q = RMSNorm(D, config.norm_eps) if config.qk_norm else None
         self.norm_k = RMSNorm(D, config.norm_eps) if config.qk_norm else None
@@ -112,7 +147,7 @@ class CausalSelfAttention(nn.Module):
 
     def pack(self) -> None:
         """Lay the matrices out for decoding; the parameters must not change any more."""
-        self.w_qkv = for_decoding(torch.cat([self.w_q.weight, self.w_k.weight, self.w_v.weight]))
+        self.w_qkv = joined_for_decoding(self.w_q, self.w_k, self.w_v)
         self.w_o.weight.data = for_decoding(self.w_o.weight)
 
     def smear(self, k: Tensor, context: Context) -> Tensor:

@@ -24,8 +24,8 @@ def parameters(config: ModelConfig) -> Counter[str]:
     from model.gpt import GPT
     with torch.device("meta"):
         model = GPT(config)
-    kinds = {"embed_position": "positions", "embed": "embedding", "lm_head": "head", ".w_q": "attention", ".w_k": "attention",
-             ".w_v": "attention", ".w_o": "attention", ".mlp.": "MLP", "": "norms and gains"}
+    kinds = {".bias": "biases", "embed_position": "positions", "embed": "embedding", "lm_head": "head", ".w_q": "attention",
+             ".w_k": "attention", ".w_v": "attention", ".w_o": "attention", ".mlp.": "MLP", "": "norms and gains"}
     parts: Counter[str] = Counter()
     for name, p in model.named_parameters():
         parts[next(kind for part, kind in kinds.items() if part in name)] += p.numel()

@@ -2,11 +2,13 @@
 
 Rows are vectors, x @ w, so a head reads by w_q, w_k and w_v (E, D) and writes by w_o (D, E); its QK circuit is w_q w_kᵀ and its OV
 circuit w_v w_o (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). What is not linear is not in them:
-the division by the norm, positions (under RoPE they are the circuits at distance 0), smeared keys, and QK norm.
+the division by the norm, positions (under RoPE they are the circuits at distance 0), smeared keys, and QK norm. Nor are biases, which
+add the same whatever is read. LayerNorm's centring is linear and is folded in with its gain.
 """
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from model.config import ModelConfig
 from model.gpt import GPT
 
 
@@ -15,7 +17,7 @@ def readers(model: GPT, layer: int) -> tuple[Tensor, Tensor, Tensor]:
     block, config = model.blocks[layer], model.config
 
     def by_head(weight: Tensor) -> Tensor:                      # (heads D, E) → (H, E, D)
-        matrices = (weight * block.norm_attn.gain).unflatten(0, (-1, config.head_size)).mT
+        matrices = _behind(model.config, block.norm_attn, weight).unflatten(0, (-1, config.head_size)).mT
         return matrices.repeat_interleave(config.n_heads // len(matrices), dim=0)
 
     return by_head(block.attn.w_q.weight), by_head(block.attn.w_k.weight), by_head(block.attn.w_v.weight)
@@ -33,4 +35,11 @@ def embedding(model: GPT) -> Tensor:
 
 def unembedding(model: GPT) -> Tensor:
     """W_U (E, V): what the residual stream says about the next token."""
-    return (model.unembedding * model.norm_final.gain).T
+    return _behind(model.config, model.norm_final, model.unembedding).T
+
+
+def _behind(config: ModelConfig, norm: nn.Module, weight: Tensor) -> Tensor:
+    """`weight` (outputs, E) as it reads the residual stream from behind a norm, whose division is left out: with its gain, and blind to
+    the mean that LayerNorm takes away."""
+    weight = weight * norm.gain
+    return weight - weight.mean(-1, keepdim=True) if config.norm == "layernorm" else weight

@@ -8,6 +8,33 @@ from pydantic import Field, PositiveInt
 from settings import Settings
 
 
+class RopeScaling(Settings):
+    """How the turning speeds of rope's pairs are changed, for contexts longer than a model was first trained on."""
+
+    kind: Literal["linear", "llama3", "yarn"]       # linear: all pairs slower (Chen et al. 2023); llama3: the slow pairs (Llama 3.1);
+                                                    # yarn: those by another rule, and larger scores (Peng et al. 2023)
+    factor: Annotated[float, Field(ge=1)]           # how many times slower
+    original_n_ctx: PositiveInt | None = None       # the context before; llama3 and yarn
+    fast: Annotated[float, Field(gt=0)] | None = None       # turns in original_n_ctx from which a pair stays; null: llama3 4, yarn 32
+    slow: Annotated[float, Field(gt=0)] | None = None       # turns up to which it is `factor` times slower; null: 1
+    attention_factor: Annotated[float, Field(gt=0)] | None = None       # yarn: of rotated queries and keys; null: 0.1 ln(factor) + 1
+    truncate: bool = True                           # yarn: the two bounds are rounded outwards to whole pairs
+
+    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        if self.kind != "linear" and self.original_n_ctx is None:
+            yield ("original_n_ctx", "kind"), f"model.rope_scaling.original_n_ctx is missing: kind: {self.kind} needs it (8192, say)"
+        if self.fast_turns <= self.slow_turns:
+            yield ("fast", "slow"), f"model.rope_scaling.fast={self.fast_turns} must be more than slow={self.slow_turns}"
+
+    @property
+    def fast_turns(self) -> float:
+        return self.fast or (32.0 if self.kind == "yarn" else 4.0)
+
+    @property
+    def slow_turns(self) -> float:
+        return self.slow or 1.0
+
+
 class ModelConfig(Settings):
     """A decoder-only transformer. Letters in brackets are those of the shape comments in the code."""
 
@@ -17,10 +44,15 @@ class ModelConfig(Settings):
     d_model: PositiveInt = 128                         # E residual stream
     d_head: PositiveInt | None = None                  # D; null: d_model / n_heads
     d_mlp: PositiveInt | None = None                   # F; null: 4 d_model, for swiglu 8/3 d_model
-    mlp: Literal["swiglu", "gelu", "relu2", "none"] = "swiglu"          # none: attention only
+    mlp: Literal["swiglu", "gelu", "gelu_tanh", "relu2", "none"] = "swiglu"         # gelu_tanh: GPT-2's approximation; none: attention only
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # layernorm: with centring and a bias
+    bias: Literal["none", "qkv", "attention", "mlp", "all"] = "none"    # which matrices add one; attention: q, k, v and o
+    parallel: bool = False                             # attention and MLP of a block read the same residual stream (GPT-J, Pythia)
     n_ctx: PositiveInt = 256                           # C longest sequence
     position: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
     rope_base: Annotated[float, Field(gt=0)] = 10000.0
+    rope_dims: PositiveInt | None = None               # how many numbers of each head, the first, rope turns; null: all
+    rope_scaling: RopeScaling | None = None            # for longer contexts
     qk_norm: bool = False                              # RMSNorm on every query and key before positions
     window: PositiveInt | list[PositiveInt | None] | None = None        # keys a query sees; a list repeats over layers
     smear: bool = False                                # mix each key with the one before it (a control, never a default)
@@ -38,16 +70,26 @@ class ModelConfig(Settings):
             fits = ", ".join(str(k) for k in range(1, self.n_heads + 1) if self.n_heads % k == 0)
             yield ("n_kv_heads", "n_heads"), f"model.n_kv_heads={self.kv_heads} must divide model.n_heads={self.n_heads} (try {fits})"
         if self.d_head is None and self.d_model % self.n_heads:
-            size = self.n_heads * (2 if self.position == "rope" else 1)         # rope turns pairs of numbers
+            size = self.n_heads * (2 if self.position == "rope" and not self.rope_dims else 1)      # rope turns pairs of numbers
             near = max(1, round(self.d_model / size)) * size
             yield ("n_heads", "d_model"), (f"model.n_heads={self.n_heads} must divide model.d_model={self.d_model} "
                                            f"(try d_model={near}, or set d_head)")
-        elif self.position == "rope" and self.head_size % 2:
+        elif self.rope_dims and self.position == "rope" and (self.rope_dims % 2 or self.rope_dims > self.head_size):
+            yield ("rope_dims", "d_head", "d_model", "n_heads", "position"), (
+                f"model.rope_dims={self.rope_dims} must be even and at most the {self.head_size} numbers of a head")
+        elif self.position == "rope" and not self.rope_dims and self.head_size % 2:
             yield ("d_head", "d_model", "n_heads", "position"), (
                 f"model.d_head={self.head_size} is odd, and position: rope turns pairs of numbers "
                 f"(try d_head={self.head_size + 1}, or another position)")
         if self.position == "sinusoidal" and self.d_model % 2:
             yield ("d_model", "position"), f"model.d_model={self.d_model} is odd, and position: sinusoidal needs pairs"
+        for key in ("rope_dims", "rope_scaling"):
+            if getattr(self, key) and self.position != "rope":
+                yield (key, "position"), f"model.{key} is for position: rope, this is {self.position} (leave it out)"
+        if self.mlp == "none" and self.parallel:
+            yield ("parallel", "mlp"), "model.parallel=true needs an MLP, and model.mlp is none (leave it out)"
+        if self.mlp == "none" and self.bias in ("mlp", "all"):
+            yield ("bias", "mlp"), f"model.bias={self.bias} is for an MLP too, and model.mlp is none (try bias=attention)"
         if self.window == []:
             yield ("window",), "model.window=[] names no window (null means no window)"
 
@@ -60,6 +102,15 @@ class ModelConfig(Settings):
     @property
     def head_size(self) -> int:
         return self.d_head or self.d_model // self.n_heads
+
+    @property
+    def rope_size(self) -> int:
+        return self.rope_dims or self.head_size
+
+    @property
+    def biases(self) -> dict[str, bool]:
+        """Which matrices add a bias."""
+        return {"qkv": self.bias in ("qkv", "attention", "all"), "o": self.bias in ("attention", "all"), "mlp": self.bias in ("mlp", "all")}
 
     @property
     def mlp_size(self) -> int:

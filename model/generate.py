@@ -1,6 +1,6 @@
 """Text from a model: prefill the prompts, then decode one token a row at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,17 +26,17 @@ class Sampling:
 
 @torch.inference_mode()
 def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling = Sampling(), *,
-             seed: int = 0, end: int | None = None, slide: bool = False, n_tokens: int | None = None) -> Iterator[list[int | None]]:
+             seed: int = 0, ends: Collection[int] = (), slide: bool = False, n_tokens: int | None = None) -> Iterator[list[int | None]]:
     """Continue every prompt at once; yields the next token of each row, None for rows that have ended.
 
     Row r draws from (seed, r) alone, so what it says does not depend on its neighbours. A row ends after `max_tokens`,
-    behind the token `end`, or when its text fills n_ctx; with `slide` it then forgets all but its newest half and goes on.
+    behind one of the tokens `ends`, or when its text fills n_ctx; with `slide` it then forgets all but its newest half and goes on.
     `n_tokens`: choose among the first so many ids, where the model's vocabulary is larger than the tokenizer's.
     Raises ValueError for an empty prompt, and without `slide` for one longer than n_ctx.
     """
     rows, n_ctx = [list(prompt) for prompt in prompts], model.config.n_ctx
     if not all(rows):
-        raise ValueError("a prompt has no tokens: begin it with the end-of-text token")
+        raise ValueError("a prompt has no tokens: begin it with tokenizer.begin")
     if not slide and max(map(len, rows)) > n_ctx:
         raise ValueError(f"a prompt of {max(map(len, rows))} tokens is longer than model.n_ctx={n_ctx}")
     randoms = [np.random.Generator(np.random.Philox(key=[seed, r])) for r in range(len(rows))]
@@ -56,7 +56,7 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, samp
         yield [None if ended[r] else token for r, token in enumerate(said)]
         for r, token in enumerate(said):
             rows[r].append(token)
-            ended[r] = ended[r] or token == end
+            ended[r] = ended[r] or token in ends
         full = [len(row) - f > n_ctx for row, f in zip(rows, forgotten)]
         if slide and any(f and not e for f, e in zip(full, ended)):
             cache = None                                    # positions begin anew, so the kept tokens are read again

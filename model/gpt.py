@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import CausalSelfAttention, Context, Linear, RMSNorm, for_decoding, joined
+from model.attention import NORMS, CausalSelfAttention, Context, Linear, for_decoding, joined, joined_for_decoding
 from model.config import ModelConfig
 from model.cross_entropy import cross_entropies, summed_cross_entropy
 from model.kv_cache import KVCache
@@ -31,7 +31,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.embed_position = nn.Embedding(config.n_ctx, config.d_model) if config.position == "learned" else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
-        self.norm_final = RMSNorm(config.d_model, config.norm_eps)
+        self.norm_final = NORMS[config.norm](config.d_model, config.norm_eps)
         self.lm_head = None if config.tied_embeddings else Linear(config.d_model, config.vocab_size)
         self.make_tables()
         if not self.embed.weight.is_meta:
@@ -42,7 +42,8 @@ class GPT(nn.Module):
         config, device = self.config, self.embed.weight.device
         with torch.device(device):
             if config.position == "rope":
-                self.register_buffer("rope", rope_table(config.n_ctx, config.head_size, config.rope_base), persistent=False)
+                table = rope_table(config.n_ctx, config.rope_size, config.rope_base, config.rope_scaling)
+                self.register_buffer("rope", table, persistent=False)
             if config.position == "sinusoidal":     # at the embedding's own size, so that neither drowns the other
                 table = sinusoidal_table(config.n_ctx, config.d_model) * config.embedding_std * 2 ** 0.5
                 self.register_buffer("sinusoids", table, persistent=False)
@@ -61,7 +62,7 @@ class GPT(nn.Module):
                 std = 0.0 if self.config.zero_init else p.shape[1] ** -0.5
             elif part == "lm_head":
                 std = 0.0                                   # the first loss is ln V
-            elif part in ("gain", "smear_alpha"):           # 1 is as it was without the gain, 0 mixes halves
+            elif part in ("gain", "bias", "smear_alpha"):   # as if a gain and a bias were not there; a smear of halves
                 fill(p, torch.full(p.shape, float(part == "gain")))
                 continue
             else:
@@ -151,30 +152,31 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer = layer
-        self.norm_attn = RMSNorm(config.d_model, config.norm_eps)
+        self.layer, self.parallel = layer, config.parallel
+        norm = NORMS[config.norm]
+        self.norm_attn = norm(config.d_model, config.norm_eps)
         self.attn = CausalSelfAttention(config, layer)
-        self.norm_mlp = None if config.mlp == "none" else RMSNorm(config.d_model, config.norm_eps)
+        self.norm_mlp = None if config.mlp == "none" else norm(config.d_model, config.norm_eps)
         self.mlp = None if config.mlp == "none" else MLP(config)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = context.taps("resid_pre", x, self.layer)
-        x = x + self.attn(self.norm_attn(x), context)
+        before = context.taps("resid_pre", x, self.layer)
+        x = before + self.attn(self.norm_attn(before), context)
         if self.mlp is not None:
-            x = x + context.taps("mlp_out", self.mlp(self.norm_mlp(x)), self.layer)
+            x = x + context.taps("mlp_out", self.mlp(self.norm_mlp(before if self.parallel else x)), self.layer)
         return context.taps("resid_post", x, self.layer)
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020), GELU, or ReLU² (So et al. 2021) between two matrices."""
+    """SwiGLU (Shazeer 2020), GELU, exact or by tanh (Hendrycks and Gimpel 2016), or ReLU² (So et al. 2021) between two matrices."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        E, F_ = config.d_model, config.mlp_size
+        E, F_, bias = config.d_model, config.mlp_size, config.biases["mlp"]
         self.kind = config.mlp
-        self.w_gate = Linear(E, F_) if config.mlp == "swiglu" else None
-        self.w_up, self.w_down = Linear(E, F_), Linear(F_, E)
-        self.w_gate_up: Tensor | None = None        # the two as one, once `pack` has been called
+        self.w_gate = Linear(E, F_, bias) if config.mlp == "swiglu" else None
+        self.w_up, self.w_down = Linear(E, F_, bias), Linear(F_, E, bias)
+        self.w_gate_up: tuple[Tensor, Tensor | None] | None = None          # the two as one, once `pack` has been called
 
     def forward(self, x: Tensor) -> Tensor:
         match self.kind:
@@ -183,6 +185,8 @@ class MLP(nn.Module):
                 h = F.silu(gate) * up
             case "gelu":
                 h = F.gelu(self.w_up(x))
+            case "gelu_tanh":
+                h = F.gelu(self.w_up(x), approximate="tanh")
             case "relu2":
                 h = F.relu(self.w_up(x)).square()
         return self.w_down(h)                                                       # (B, T, F) → (B, T, E)
@@ -190,7 +194,7 @@ class MLP(nn.Module):
     def pack(self) -> None:
         """Lay the matrices out for decoding; the parameters must not change any more."""
         if self.w_gate is not None:
-            self.w_gate_up = for_decoding(torch.cat([self.w_gate.weight, self.w_up.weight]))
+            self.w_gate_up = joined_for_decoding(self.w_gate, self.w_up)
         else:
             self.w_up.weight.data = for_decoding(self.w_up.weight)
         self.w_down.weight.data = for_decoding(self.w_down.weight)

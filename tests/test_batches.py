@@ -16,6 +16,8 @@ from data.dataset import Dataset
 from data.shards import TokenStream
 from errors import UserError
 
+BYTES = np.arange(256)
+
 
 @given(st.integers(1, 3000), st.integers(0, 2 ** 128))
 def test_a_permutation_hits_everything_once(size, key):
@@ -50,7 +52,7 @@ def test_the_smallest_text_is_one_window():
 def test_shares_of_any_number_of_processes_make_the_same_batch():
     stream = TokenStream([np.arange(5000, dtype=np.uint16)])
     entries = [MixtureEntry(corpus="stdlib", weight=0.7), MixtureEntry(corpus="repeats", weight=0.3)]
-    batches = Batches({"stdlib": TextWindows(stream, 16, 1), "repeats": RepeatRows(RepeatsConfig(period=[2, 5]), 16, 256, 1)},
+    batches = Batches({"stdlib": TextWindows(stream, 16, 1), "repeats": RepeatRows(RepeatsConfig(period=[2, 5]), 16, 256, BYTES, 1)},
                       entries, 12 * 16, 16)
     for step in (0, 5, 10 ** 9):
         whole = batches[step]
@@ -90,9 +92,9 @@ def test_weights_change_at_the_step_that_is_named():
 
 def test_repeat_rows_repeat_distinct_tokens_of_periods_in_training():
     config = RepeatsConfig(period=[3, 9], held_out_periods=[4, 8], held_out_tokens=0.25)
-    trained, held_out = repeat_vocabulary(config, 256, seed=5)
+    trained, held_out = repeat_vocabulary(config, BYTES, seed=5)
     assert len(held_out) == 64 and not set(trained) & set(held_out)
-    rows = RepeatRows(config, 30, 256, seed=5).rows(np.arange(300))
+    rows = RepeatRows(config, 30, 256, BYTES, seed=5).rows(np.arange(300))
     periods = set()
     for row in rows:
         assert row[0] == 256 and len(row) == 31 and set(row[1:]) <= set(trained)
@@ -100,8 +102,8 @@ def test_repeat_rows_repeat_distinct_tokens_of_periods_in_training():
         assert len(set(row[1:1 + period])) == period
         periods.add(period)
     assert periods == {3, 5, 6, 7, 9}
-    again = RepeatRows(config, 30, 256, seed=5).rows(np.array([7]))
-    assert (again == rows[7]).all() and not (RepeatRows(config, 30, 256, 5, "validation").rows(np.array([7])) == rows[7]).all()
+    again = RepeatRows(config, 30, 256, BYTES, seed=5).rows(np.array([7]))
+    assert (again == rows[7]).all() and not (RepeatRows(config, 30, 256, BYTES, 5, "validation").rows(np.array([7])) == rows[7]).all()
 
 
 def test_documents_are_numbered_for_the_mask(workplace):

@@ -36,7 +36,15 @@ def test_a_pattern_of_4096_in_16_bits_takes_33_megabytes_a_head():
     assert bytes_["one head"] == 2 ** 25 and bytes_["all heads and layers"] == 1024 * 2 ** 25 and bytes_["flash"] == 4096 * 4 * 1024
 
 
-@pytest.mark.parametrize("kind", [{}, {"mlp": "none"}, {"mlp": "gelu", "n_kv_heads": 1}, {"tied_embeddings": True, "d_head": 16}])
+def test_gpt2_has_its_published_size_with_its_biases():
+    """124,439,808 parameters of the released gpt2; 12 · (3E + E + 4E + E) + 25 norms' E of them are biases."""
+    parts = parameters(ModelConfig(n_layers=12, n_heads=12, d_model=768, n_ctx=1024, vocab_size=50257, mlp="gelu_tanh", norm="layernorm",
+                                   bias="all", position="learned", tied_embeddings=True))
+    assert parts.total() == 124_439_808 and parts["biases"] == 12 * 9 * 768 + 25 * 768 and parts["norms and gains"] == 25 * 768
+
+
+@pytest.mark.parametrize("kind", [{}, {"bias": "all", "norm": "layernorm"}, {"mlp": "none"}, {"mlp": "gelu", "n_kv_heads": 1},
+                                  {"tied_embeddings": True, "d_head": 16}])
 def test_flops_are_those_that_pytorch_counts(kind):
     config = ModelConfig(**({"n_layers": 2, "d_model": 64, "n_ctx": 32, "vocab_size": 100} | kind))
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -10,8 +10,9 @@ from test_model import make
 
 from data.tokenizer import bytes_tokenizer
 from errors import UserError
+from model.families import OWN_TYPE, family, obstacles
 from model.generate import Sampling, generate
-from model.huggingface import OWN_TYPE, family, load_hf_state, obstacles
+from model.huggingface import load_hf_state
 from training.checkpoint import find_checkpoint, load_model, save_checkpoint, snapshot
 
 FAMILIES = {
@@ -39,7 +40,7 @@ def test_logits_and_greedy_text_are_theirs(kind, tmp_path):
     assert ids[0].tolist() == list(text.encode())
     assert torch.allclose(theirs(ids).logits, model(ids), atol=1e-4)
     greedy = theirs.generate(ids, max_new_tokens=30, do_sample=False)[0, ids.shape[1]:].tolist()
-    ours = [row[0] for row in generate(model, ids.tolist(), 30, Sampling(temperature=0), end=256)]
+    ours = [row[0] for row in generate(model, ids.tolist(), 30, Sampling(temperature=0), ends=[256])]
     assert ours == greedy
     again, _ = load_model(path)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
@@ -59,7 +60,7 @@ def test_no_code_of_ours_is_needed(trained, tmp_path):
     ids = tokenizer.encode("import os").tolist()
     with torch.no_grad():
         assert torch.allclose(model(torch.tensor([ids]))[0, -1], torch.tensor(logits), atol=1e-4)
-    ours = [row[0] for row in generate(model, [ids], 16, Sampling(temperature=0), end=tokenizer.end_of_text)]
+    ours = [row[0] for row in generate(model, [ids], 16, Sampling(temperature=0), ends=tokenizer.ends)]
     assert text == "import os" + tokenizer.decode(ours)
 
 

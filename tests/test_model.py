@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from model import cross_entropy
-from model.config import ModelConfig
+from model.config import ModelConfig, RopeScaling
 from model.gpt import GPT
 from model.kv_cache import KVCache
 from model.position import rope_table, rotate, sinusoidal_table
@@ -18,6 +18,10 @@ KINDS = {
     "window": {"window": 5}, "windows": {"window": [None, 3, 7]}, "mqa": {"n_kv_heads": 1}, "mha": {"n_kv_heads": 4},
     "smear": {"smear": True}, "smear window qk": {"smear": True, "window": 4, "qk_norm": True}, "wide head": {"d_head": 24},
     "attention only": {"mlp": "none", "tied_embeddings": True}, "gelu": {"mlp": "gelu"}, "relu2": {"mlp": "relu2", "n_layers": 1},
+    "layernorm": {"norm": "layernorm", "bias": "qkv"}, "biases": {"bias": "all"}, "gpt2": {
+        "norm": "layernorm", "bias": "all", "mlp": "gelu_tanh", "position": "learned", "n_kv_heads": 4},
+    "pythia": {"norm": "layernorm", "bias": "all", "mlp": "gelu", "parallel": True, "rope_dims": 4, "n_kv_heads": 4},
+    "scaled rope": {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original_n_ctx": 8}, "bias": "mlp", "window": 6},
 }
 
 
@@ -92,6 +96,26 @@ def test_rope_is_the_rotation_of_the_paper_and_sees_only_distance():
     assert torch.allclose(scores[5:, 5:], scores[:-5, :-5], atol=1e-5)
 
 
+def test_scaled_rope_keeps_the_fast_pairs_and_slows_the_slow_ones():
+    plain = rope_table(100, 64, 10000.0)
+    angle = torch.atan2(plain[1, 1, 32:], plain[0, 1, 32:])                         # of each pair, from position 0 to 1
+    for kind, size in (("linear", 1.0), ("llama3", 1.0), ("yarn", 0.1 * math.log(4) + 1)):
+        scaling = RopeScaling(kind=kind, factor=4.0, original_n_ctx=64)
+        table = rope_table(100, 64, 10000.0, scaling)
+        length = table[:, 1, 32:].norm(dim=0)
+        assert torch.allclose(length, torch.tensor(size), atol=1e-6)
+        turned = torch.atan2(table[1, 1, 32:], table[0, 1, 32:])
+        assert torch.allclose(turned[0], angle[0] / (4 if kind == "linear" else 1), atol=1e-6)
+        assert torch.allclose(turned[-1], angle[-1] / 4, atol=1e-9) and (turned[1:] < turned[:-1]).all()
+
+
+def test_rope_turns_the_first_numbers_alone():
+    x, table = torch.randn(2, 10, 16), rope_table(10, 6, 100.0)
+    turned = rotate(x, table)
+    assert torch.equal(turned[..., 6:], x[..., 6:]) and torch.equal(turned[..., :6], rotate(x[..., :6], table))
+    assert not torch.allclose(turned[:, 1:, :6], x[:, 1:, :6])
+
+
 def test_sinusoids_are_those_of_the_paper():
     table = sinusoidal_table(10, 6)
     for position in range(10):
@@ -133,6 +157,9 @@ def test_initial_weights_are_named_one_by_one():
     first, again = GPT(model.config, seed=3), GPT(model.config, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
     assert not torch.equal(first.embed.weight, GPT(model.config, seed=4).embed.weight)
+    biased = GPT(model.config.model_copy(update={"norm": "layernorm", "bias": "all"}), seed=3)
+    assert all(not p.any() for name, p in biased.named_parameters() if name.endswith(".bias"))
+    assert torch.equal(biased.blocks[2].mlp.w_up.weight, first.blocks[2].mlp.w_up.weight)
     model.register_parameter("surprise", torch.nn.Parameter(torch.ones(2)))
     with pytest.raises(ValueError, match="surprise"):
         model.init_weights(0)

@@ -38,7 +38,8 @@ def test_momentum_rises_from_085():
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
-@pytest.mark.parametrize("changes", [{}, {"tied_embeddings": True}, {"smear": True, "position": "none"}, {"mlp": "none", "qk_norm": False}])
+@pytest.mark.parametrize("changes", [{}, {"tied_embeddings": True}, {"smear": True, "position": "none"}, {"mlp": "none", "qk_norm": False},
+                                     {"norm": "layernorm", "bias": "all", "position": "learned"}])
 def test_groups_partition_the_parameters_and_only_matrices_decay(kind, changes):
     model = small_model(**changes)
     optimizer = Optimizer(model, OptimizerConfig(kind=kind, weight_decay=0.1), 10)

@@ -35,7 +35,7 @@ def documents(stream: TokenStream, end_of_text: int) -> list[list[int]]:
 
 def test_every_document_is_there_once_and_begins_with_end_of_text(workplace):
     shards = Shards(prepare(data_config()))
-    end = shards.tokenizer.end_of_text
+    end = shards.tokenizer.begin
     both = documents(shards.train, end) + documents(shards.val, end)
     assert all(doc[0] == end for doc in both)
     assert sorted(shards.tokenizer.decode_bytes(doc) for doc in both) == sorted(p.read_bytes() for p in Path("texts").glob("*"))
@@ -109,7 +109,7 @@ def test_killed_preparation_continues(workplace):
             Shards("out", verify=True)
     assert ended == 0
     shards = Shards("out", verify=True)
-    end = shards.tokenizer.end_of_text
+    end = shards.tokenizer.begin
     joined = b"".join(shards.tokenizer.decode_bytes(d) for d in documents(shards.train, end) + documents(shards.val, end))
     assert len(joined) == sum(p.stat().st_size for p in Path("texts").glob("*"))
 

@@ -157,7 +157,7 @@ def test_rows_end_behind_the_end_token():
     model = make()
     free = [row[0] for row in generate(model, [[1]], 20, Sampling(temperature=0))]
     end = free[3]
-    ended = list(generate(model, [[1], [2, 3]], 20, Sampling(temperature=0), end=end))
+    ended = list(generate(model, [[1], [2, 3]], 20, Sampling(temperature=0), ends=[end]))
     first = free.index(end)
     assert [row[0] for row in ended[:first + 1]] == free[:first + 1] and all(row[0] is None for row in ended[first + 1:])
 

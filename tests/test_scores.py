@@ -207,21 +207,31 @@ def test_the_icl_score_is_late_minus_early():
 
 # --- weights ------------------------------------------------------------------------------------------------------------------
 
+LIKE_PYTHIA = {"mlp": "gelu", "norm": "layernorm", "bias": "all", "parallel": True, "rope_dims": 4}
+
+
+def centring(model: GPT) -> torch.Tensor:
+    """What LayerNorm does to the stream besides dividing and its gain, as a matrix (E, E)."""
+    E = model.config.d_model
+    return torch.eye(E, dtype=torch.float64) - (torch.ones(E, E, dtype=torch.float64) / E if model.config.norm == "layernorm" else 0)
+
+
 def dense(model: GPT, layer: int, head: int) -> dict[str, torch.Tensor]:
     """A head's matrices in float64, cut out of the parameters by hand; rows are vectors."""
     block, D = model.blocks[layer], model.config.head_size
     group = head // (model.config.n_heads // model.config.kv_heads)
-    norm = torch.diag(block.norm_attn.gain.double())
+    norm = centring(model) @ torch.diag(block.norm_attn.gain.double())
     rows = {"q": (block.attn.w_q, head), "k": (block.attn.w_k, group), "v": (block.attn.w_v, group)}
     found = {name: norm @ matrix.weight.double()[i * D:(i + 1) * D].T for name, (matrix, i) in rows.items()}
     return found | {"o": block.attn.w_o.weight.double()[:, head * D:(head + 1) * D].T,
                     "qk": found["q"] @ found["k"].T, "ov": found["v"] @ block.attn.w_o.weight.double()[:, head * D:(head + 1) * D].T}
 
 
+@pytest.mark.parametrize("shape", [{}, LIKE_PYTHIA], ids=["ours", "Pythia's"])
 @torch.no_grad()
-def test_copying_is_what_the_heads_output_does_to_the_logits():
+def test_copying_is_what_the_heads_output_does_to_the_logits(shape):
     """One token at a time through the model's own modules."""
-    model = make_model()
+    model = make_model(**shape)
     tokens = unrepeated(20, np.arange(V - 1), V - 1, rows=3)
     found = copying(model, tokens)
     for layer in range(2):
@@ -233,8 +243,8 @@ def test_copying_is_what_the_heads_output_does_to_the_logits():
                 for j in range(1, 20):
                     z = torch.zeros(4, 8)
                     z[head] = cache[f"L{layer}.v"][b, head // 2, j]
-                    written = model.blocks[layer].attn.w_o(z.flatten()) * model.norm_final.gain
-                    logits = model.unembed(written)[tokens[b, 1:]].double()
+                    written = model.blocks[layer].attn.w_o.weight @ z.flatten()             # the bias of W_O is no head's
+                    logits = model.unembed((centring(model).float() @ written) * model.norm_final.gain)[tokens[b, 1:]].double()
                     raised = (logits - logits.mean()).clamp(min=0)
                     shares.append((raised[j - 1] / raised.sum()).item())
             assert found[layer, head].item() == pytest.approx(2 * np.mean(shares) - 1, abs=1e-5)
@@ -256,10 +266,11 @@ def test_a_head_that_copies_scores_one_and_one_that_suppresses_minus_one():
     assert copying(model, tokens).item() == pytest.approx(-1, abs=1e-6) and copying_eigenvalues(model).item() == pytest.approx(-1)
 
 
+@pytest.mark.parametrize("shape", [{}, LIKE_PYTHIA], ids=["ours", "Pythia's"])
 @torch.no_grad()
-def test_eigenvalues_are_those_of_the_token_to_token_matrix():
-    model = make_model()
-    w_e, w_u = model.embed.weight.double(), (model.lm_head.weight.double() * model.norm_final.gain.double()).T
+def test_eigenvalues_are_those_of_the_token_to_token_matrix(shape):
+    model = make_model(**shape)
+    w_e, w_u = model.embed.weight.double(), centring(model) @ (model.lm_head.weight.double() * model.norm_final.gain.double()).T
     found = copying_eigenvalues(model)
     for layer, head in heads_of(model.config):
         values = torch.linalg.eigvals(w_e @ dense(model, layer, head)["ov"] @ w_u)                          # V of them
@@ -297,9 +308,10 @@ def test_composition_is_the_ratio_of_norms_above_chance():
     assert all(abs(matrix.mean()) < 0.01 for matrix in composition(model, 0, 1))        # random weights compose as by chance
 
 
+@pytest.mark.parametrize("shape", [{}, LIKE_PYTHIA], ids=["ours", "Pythia's"])
 @torch.no_grad()
-def test_the_qk_trace_is_the_diagonal_of_the_matrix_of_all_tokens():
-    model = make_model()
+def test_the_qk_trace_is_the_diagonal_of_the_matrix_of_all_tokens(shape):
+    model = make_model(**shape)
     found, w_e = qk_trace(model, 0, 1), model.embed.weight.double()
     for later in range(4):
         for earlier in range(4):

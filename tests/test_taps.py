@@ -55,6 +55,23 @@ def test_what_is_read_fits_together(model):
     torch.testing.assert_close(cache["logits"], model.unembed(cache["final"]))
 
 
+@torch.no_grad()
+def test_parallel_parts_read_the_same_stream():
+    config = CONFIG.model_copy(update={"parallel": True, "norm": "layernorm", "bias": "all", "rope_dims": 4})
+    model = GPT(config)
+    for p in model.parameters():
+        p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
+    with taps(model, "*") as cache:
+        model(TOKENS)
+    for layer, block in enumerate(model.blocks):
+        at = {name.split(".")[1]: value for name, value in cache.items() if name.startswith(f"L{layer}.")}
+        torch.testing.assert_close(at["mlp_out"], block.mlp(block.norm_mlp(at["resid_pre"])))
+        torch.testing.assert_close(at["attn_out"], block.attn.w_o(at["z"].transpose(1, 2).flatten(2)))
+        torch.testing.assert_close(at["resid_post"], at["resid_pre"] + at["attn_out"] + at["mlp_out"])
+        read = torch.nn.functional.layer_norm(at["resid_pre"], (32,), block.norm_attn.gain, block.norm_attn.bias, config.norm_eps)
+        torch.testing.assert_close(at["v"].transpose(1, 2).flatten(2), read @ block.attn.w_v.weight.T + block.attn.w_v.bias)
+
+
 @pytest.mark.parametrize("name", [name for name in names(CONFIG) if not name.endswith("lse")])
 def test_a_replacement_goes_on(name, model):
     """Replaced by itself changes nothing (a pattern: nothing beyond rounding); by something else it changes the logits."""

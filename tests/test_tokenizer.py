@@ -47,8 +47,8 @@ def test_hugging_face_gives_the_same_ids(tokenizer, tmp_path):
         ids = tokenizer.encode(text).tolist()
         assert ids == theirs.encode(text, add_special_tokens=False).ids
         assert theirs.decode(ids) == text
-    assert theirs.token_to_id(END_OF_TEXT) == tokenizer.end_of_text
-    assert theirs.encode(END_OF_TEXT).ids == [tokenizer.end_of_text]
+    assert theirs.token_to_id(END_OF_TEXT) == tokenizer.begin
+    assert theirs.encode(END_OF_TEXT).ids == [tokenizer.begin]
 
 
 def test_a_file_holds_it_whole(tokenizer, tmp_path):
@@ -60,7 +60,7 @@ def test_a_file_holds_it_whole(tokenizer, tmp_path):
 
 def test_a_bpe_has_the_size_asked_for_and_shortens_text():
     bpe = TOKENIZERS["bpe"]
-    assert bpe.n_vocab == 400 and bpe.end_of_text == 399 and sorted(bpe.ranks.values()) == list(range(399))
+    assert bpe.n_vocab == 400 and bpe.begin == 399 and sorted(bpe.ranks.values()) == list(range(399))
     assert len(bpe.encode(TEXT[0])) < len(TEXT[0]) / 2
     assert train_bpe(iter(TEXT), 400).hash == bpe.hash
     assert bpe.byte_lengths[bpe.encode(TEXT[1])].sum() == len(TEXT[1].encode())
@@ -68,7 +68,7 @@ def test_a_bpe_has_the_size_asked_for_and_shortens_text():
 
 def test_special_tokens_in_a_text_are_text(tokenizer):
     ids = tokenizer.encode(f"a{END_OF_TEXT}b")
-    assert tokenizer.end_of_text not in ids and tokenizer.decode(ids) == f"a{END_OF_TEXT}b"
+    assert tokenizer.begin not in ids and tokenizer.decode(ids) == f"a{END_OF_TEXT}b"
 
 
 def test_encodings_are_found_by_name(monkeypatch, tmp_path):
@@ -90,7 +90,7 @@ def test_encodings_are_found_by_name(monkeypatch, tmp_path):
     monkeypatch.setattr(registry, "ENCODING_CONSTRUCTORS", None)
     registry._available_plugin_modules.cache_clear()
     tokenizer = named_encoding("tiny")
-    assert (tokenizer.n_vocab, tokenizer.end_of_text) == (411, 401)
+    assert (tokenizer.n_vocab, tokenizer.begin) == (411, 401)
     theirs, original = tokenizers.Tokenizer.from_str(tokenizer.json), tiktoken.get_encoding("tiny")
     draw = random.Random(0)
     for _ in range(500):

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,12 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data.tokenizer import END_OF_TEXT, Tokenizer
+from data.tokenizer import Tokenizer
 from errors import UserError
 from files import explain_disk_errors, sha256, sync_folder
 from model.config import ModelConfig
 from model.gpt import GPT
-from model.huggingface import hf_config, hf_state, load_hf_state
+from model.huggingface import hf_config, hf_state, load_hf_state, one_or_all
 from settings import validate
 from training.distributed import ALONE, World, whole_tensor
 
@@ -57,19 +57,17 @@ class Snapshot(NamedTuple):
 def snapshot(model: GPT, optimizer: dict[str, Tensor], state: dict, config_yaml: str, tokenizer: Tokenizer, copy: bool,
              world: World = ALONE) -> Snapshot:
     """What to save. `copy`: its tensors stay as they are now while training goes on."""
-    def keep(tensors: dict[str, Tensor]) -> Tensors:
-        owner, load = {}, [0] * (world.size if world.sharded else 1)
-        for name, t in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):       # the largest to whoever has least
-            owner[name] = load.index(min(load))
+    def keep(tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
+        mine, owner, load = {}, {}, [0] * (world.size if world.sharded else 1)
+        for name, t in tensors:                             # one at a time, so that no process ever holds them all
+            owner[name] = load.index(min(load))             # each to whoever has least
             load[owner[name]] += t.nbytes
-        mine = {}
-        for name, t in tensors.items():
-            whole = whole_tensor(t.detach())                # one at a time, so that no process ever holds them all
             if owner[name] == world.rank:
-                mine[name] = whole.to("cpu", copy=copy).contiguous()
+                mine[name] = t.to("cpu", copy=copy).contiguous()
         return Tensors(mine, sum(load), owner)
 
-    return Snapshot(model.config, keep(hf_state(model)), keep(optimizer), state, config_yaml, tokenizer)
+    return Snapshot(model.config, keep(hf_state(model, whole_tensor)),
+                    keep((name, whole_tensor(t)) for name, t in optimizer.items()), state, config_yaml, tokenizer)
 
 
 def save_checkpoint(folder: Path, what: Snapshot, world: World = ALONE) -> Path:
@@ -122,14 +120,13 @@ def _files(what: Snapshot, world: World) -> dict[str, bytes | dict[str, Tensor]]
                 "metadata": {"total_size": divided.bytes}, "weight_map": {name: names[n] for name, n in divided.owner.items()}})
         return {names[world.rank]: divided.mine} if world.rank < writers else {}
 
-    end = what.tokenizer.end_of_text
+    tokenizer = what.tokenizer
     files: dict[str, bytes | dict[str, Tensor]] = {
-        "config.json": _json(hf_config(what.model_config, end)),
-        "generation_config.json": _json({"eos_token_id": end, "bos_token_id": end, "pad_token_id": end, "do_sample": True}),
-        "tokenizer.json": what.tokenizer.json.encode(),
-        "tokenizer_config.json": _json({
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT,
-            "model_max_length": what.model_config.n_ctx, "clean_up_tokenization_spaces": False}),
+        "config.json": _json(hf_config(what.model_config, tokenizer.begin, tokenizer.ends)),
+        "generation_config.json": _json({"eos_token_id": one_or_all(tokenizer.ends), "bos_token_id": tokenizer.begin,
+                                         "pad_token_id": tokenizer.ends[0], "do_sample": True}),
+        "tokenizer.json": tokenizer.json.encode(),
+        "tokenizer_config.json": _json(tokenizer.config | {"model_max_length": what.model_config.n_ctx}),
         "training_state/state.json": _json(what.state),
         "training_state/config.yaml": what.config_yaml.encode(),
     } if world.first else {}
@@ -227,7 +224,7 @@ def load_weights(model: GPT, checkpoint: Path, world: World = ALONE) -> None:
     """Fill a model with the parameters of a checkpoint, after every file has passed its SHA-256."""
     with world.together():
         verify(checkpoint, world)
-    load_hf_state(model, _load_tensors(checkpoint, "model"), str(checkpoint / "model.safetensors"), world.fill)
+    load_hf_state(model, _load_tensors(checkpoint, "model"), str(checkpoint / "model.safetensors"), fill=world.fill)
 
 
 def load_optimizer(checkpoint: Path) -> dict[str, Tensor]:

@@ -41,6 +41,7 @@ from training.logger import Console, Metrics, Wandb, read_metrics, short
 from training.optimizer import Optimizer
 
 FIXED = ("run:", "seed:", "init_from:", "model.", "data.", "optimizer.kind:")       # what a run cannot be continued without
+UNTRAINED = ("run:", "seed:", "init_from:", "model.", "data.tokenizer.")        # the same before its first step, of an imported run say
 PEAK_FLOPS = {                                              # dense 16-bit matrix products, from the makers' data sheets
     "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "A10G": 70e12,
 }
@@ -55,7 +56,7 @@ def config_of(target: str, overrides: list[str]) -> tuple[Config, Path, list[str
             raise UserError(f"{target} holds no config.yaml, so it is no run (runs/NAME continues one, configs/NAME.yaml starts one)")
         config = load_config(saved_file, overrides)
         changed = differences(load_config(saved_file), config)
-        if fixed := [change for change in changed if change.startswith(FIXED)]:
+        if fixed := [change for change in changed if change.startswith(FIXED if newest_state(Path(target))["step"] else UNTRAINED)]:
             raise UserError(f"{target} cannot be continued with another {'; '.join(fixed[:3])}\n"
                             f"  start a run from its weights instead: python train.py CONFIG run=NEW init_from={target} "
                             f"data.tokenizer={target}/checkpoints/latest")
@@ -100,7 +101,7 @@ class LoadedRun(NamedTuple):
     def validation(self, windows: int) -> Batch | None:
         """So many windows of the text held out of its training, on the model's device; None where it saw no text."""
         data, n_ctx = self.config.data, self.config.model.n_ctx
-        if not data.text_corpus:
+        if not data.text_corpus or not self.step:
             return None
         opened = Dataset(data, self.config.seed, self.state["data"].get("folder"))
         return opened.validation(windows * n_ctx, n_ctx, windows)[0].to(self.model.embed.weight.device)
@@ -166,14 +167,20 @@ class Run:
     def _restore(self) -> None:
         state = newest_state(self.folder)
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        if self.step:
+        if not (whole := whole_checkpoints(self.checkpoints)):
+            return
+        if not self.step:                                   # imported: nothing of ours but the weights, which are its tokenizer's
+            if Tokenizer.load(whole[-1] / "tokenizer.json").hash != self.data.tokenizer.hash:
+                raise self.world.error(f"{self.folder} was imported with another tokenizer, its weights mean other tokens\n"
+                                       f"  use its own: data.tokenizer={self.folder}/checkpoints/latest")
+            load_weights(self.model, whole[-1], self.world)
+        else:
             if state["data"]["hash"] != self.data.identity["hash"]:
                 raise self.world.error(
                     f"{self.folder} was trained on other data than is there now; it lay in {state['data'].get('folder')}\n"
                     "  bring that back, or begin another run with: run=NEW")
-            checkpoint = whole_checkpoints(self.checkpoints)[-1]
-            load_weights(self.model, checkpoint, self.world)
-            self.optimizer.load_state_dict(load_optimizer(checkpoint))
+            load_weights(self.model, whole[-1], self.world)
+            self.optimizer.load_state_dict(load_optimizer(whole[-1]))
             self.world.gather(None)                         # all have read what is about to be pruned
             if self.world.first:
                 point_at_newest(self.checkpoints)

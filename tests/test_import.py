@@ -1,0 +1,441 @@
+"""Other people's models: logits are transformers', before and after they are saved again; tokenizers are theirs; what is not supported
+is named; and every command works on what was imported."""
+
+import errno
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command, fails, metrics
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from data.other_tokenizers import read_tokenizer
+from data.tokenizer import Tokenizer as OurTokenizer
+from data.tokenizer import byte_letters
+from errors import UserError
+from model.families import family
+from model.huggingface import import_model
+from training.checkpoint import find_checkpoint, load_model
+from training.run import config_of
+
+LLAMA = {"vocab_size": 640, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 64}
+LISTED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+GPT2 = {"vocab_size": 640, "n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64}
+NEOX = {key: value for key, value in LLAMA.items() if key != "num_key_value_heads"} | {"hidden_size": 64}
+MODELS = {
+    "llama": LLAMA, "llama tied": LLAMA | {"tie_word_embeddings": True, "num_key_value_heads": 4},
+    "llama wide heads": LLAMA | {"head_dim": 16},
+    "llama attention bias": LLAMA | {"attention_bias": True}, "llama mlp bias": LLAMA | {"mlp_bias": True},
+    "llama all biases": LLAMA | {"attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3},
+    "llama linear rope": LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0}},
+    "llama llama3 rope": LLAMA | {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+    "llama yarn rope": LLAMA | {"rope_parameters": YARN | {"rope_theta": 1e4}},
+    "llama yarn rope, all set": LLAMA | {"rope_parameters": YARN | {"rope_theta": 1e4, "beta_fast": 8.0, "beta_slow": 2.0,
+                                                                   "truncate": False, "attention_factor": 1.3}},
+    "mistral": LLAMA | {"sliding_window": 9}, "mistral no window": LLAMA | {"sliding_window": None},
+    "mistral wide heads": LLAMA | {"sliding_window": 9, "head_dim": 20},
+    "ministral": LLAMA | {"sliding_window": 9, "head_dim": 12, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                          "layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+    "qwen2": LLAMA, "qwen2 windows, tied": LLAMA | LISTED | {"tie_word_embeddings": True},
+    "qwen3": LLAMA | {"head_dim": 16}, "qwen3 biases and windows": LLAMA | LISTED | {"head_dim": 12, "attention_bias": True},
+    "gpt2": GPT2, "gpt2 untied, wide": GPT2 | {"tie_word_embeddings": False, "n_inner": 80, "layer_norm_epsilon": 1e-2},
+    "gpt2 exact gelu": GPT2 | {"activation_function": "gelu"},
+    "gpt_neox": NEOX, "gpt_neox sequential": NEOX | {"use_parallel_residual": False, "rotary_pct": 1.0, "rotary_emb_base": 500},
+    "gpt_neox odd share": NEOX | {"rotary_pct": 0.5, "hidden_act": "gelu_new", "tie_word_embeddings": True},
+    "gpt_neox no attention bias": NEOX | {"attention_bias": False, "layer_norm_eps": 1e-2},
+    "gpt_neox yarn": NEOX | {"rope_parameters": YARN | {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+}
+CORPUS = ["the quick brown fox jumps over the lazy dog, the cat and then the other one. ",
+          "def the_function(a, b):\n    return a + b\n\n\n",
+          "naïve café, 東京 and Москва; it's 12345 o'clock — don't they'll we'VE\t\ttabs  two   three spaces\n \n  x",
+          "ﬁ Å é (combining) 🙂🙂"]
+
+
+# --- models and tokenizers of each family ----------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def make_theirs(kind: str, folder: Path, **save):
+    """A random model of transformers' own, no weight of which is where it began, saved in `folder` beside a tokenizer of its family."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    name, settings = kind.split()[0], MODELS[kind]
+    settings = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}     # it writes into them
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **settings, bos_token_id=None, eos_token_id=None)).eval()
+    torch.manual_seed(0)
+    for p in model.parameters():
+        p.copy_(torch.randn_like(p) * 0.2 + (p.ndim == 1))
+    model.save_pretrained(folder, **save)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    make_tokenizer(TOKENIZER_OF[name], folder)
+    return model
+
+
+def byte_level(alone: bool, **options) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(**options))
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False) if alone else pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def pieces(metaspace: bool) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    if metaspace:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return tokenizer
+
+
+TOKENIZER_OF = {"gpt2": "gpt2", "gpt_neox": "pythia", "qwen2": "qwen", "qwen3": "qwen", "llama": "llama3", "mistral": "mistral",
+                "ministral": "llama2"}
+FORMS = ["gpt2", "pythia", "qwen", "llama3", "llama2", "mistral"]
+
+
+def make_tokenizer(form: str, folder: Path) -> None:
+    """A small tokenizer in the spelling of a family: tokenizer.json, and tokenizer_config.json with its special tokens."""
+    folder.mkdir(exist_ok=True)
+    by_pieces, alphabet = form in ("llama2", "mistral"), pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = pieces(form == "mistral") if by_pieces else byte_level(form in ("gpt2", "pythia"), ignore_merges=form == "llama3")
+    if form in ("pythia", "qwen"):
+        tokenizer.normalizer = normalizers.NFC()
+    first = ["<unk>", "<s>", "</s>"] if by_pieces else ["<|endoftext|>", "<|padding|>"] if form == "pythia" else []
+    first += [f"<0x{b:02X}>" for b in range(256)] if by_pieces else []
+    tokenizer.train_from_iterator(CORPUS * 3, trainers.BpeTrainer(
+        vocab_size=560, initial_alphabet=[] if by_pieces else alphabet, special_tokens=first, show_progress=False))
+    if by_pieces:                                           # the pieces for bytes are no special tokens
+        described = json.loads(tokenizer.to_str())
+        described["added_tokens"] = described["added_tokens"][:3]
+        tokenizer = Tokenizer.from_str(json.dumps(described))
+    if form == "pythia":                                    # as the real one, it has no token for a byte that UTF-8 never has
+        described = json.loads(tokenizer.to_str())
+        for byte in (0xC0, 0xFF):
+            del described["model"]["vocab"][byte_letters()[byte]]
+        tokenizer = Tokenizer.from_str(json.dumps(described))
+    special = {"gpt2": ["<|endoftext|>"], "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+               "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"]}.get(form, [])
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    if form == "pythia":                                    # runs of spaces, which are text
+        tokenizer.add_tokens([AddedToken(" " * n, normalized=True) for n in (4, 3, 2)])
+    begin, end = {"gpt2": ("<|endoftext|>", "<|endoftext|>"), "pythia": ("<|endoftext|>", "<|endoftext|>"), "qwen": (None, "<|im_end|>"),
+                  "llama3": ("<|begin_of_text|>", "<|end_of_text|>")}.get(form, ("<s>", "</s>"))
+    if form in ("llama3", "llama2", "mistral"):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, tokenizer.token_to_id(begin))])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": end, "clean_up_tokenization_spaces": False}))
+    if form == "qwen":                                      # names its beginning by number alone, and has two ends
+        ids = [tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")]
+        (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": ids[1], "eos_token_id": ids}))
+
+
+# --- the same model --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_logits_are_theirs_before_and_after_saving(kind, tmp_path):
+    from transformers import AutoModelForCausalLM
+    theirs = make_theirs(kind, tmp_path / "theirs", **({"max_shard_size": "60KB"} if kind in ("llama", "gpt2") else {}))
+    _, model, _ = import_model(tmp_path / "theirs", tmp_path / "run")
+    tokens = torch.randint(640, (2, 64), generator=torch.Generator().manual_seed(1))
+    expected = theirs(tokens).logits
+    difference = (model(tokens) - expected).abs().max().item()
+    print(f"\n{kind:30} {difference:.1e}")                                            # the table of docs/import.md
+    assert difference < 1e-4 and expected.std() > 0.5
+    checkpoint = find_checkpoint(tmp_path / "run")
+    loaded, _ = load_model(checkpoint)
+    assert torch.equal(loaded(tokens), model(tokens))
+    again = AutoModelForCausalLM.from_pretrained(checkpoint)
+    name = "llama" if kind == "mistral no window" else kind.split()[0]             # the same equations, and the first family that has them
+    assert again.config.model_type == family(model.config) == name
+    assert (again(tokens).logits - expected).abs().max() < 1e-4
+    loaded.pack()                                                                   # decoding, from matrices joined with their biases
+    assert torch.allclose(loaded(tokens), expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_other_spellings_of_the_same_model_are_read(tmp_path):
+    """The files of before transformers 5: names without their first word, constants among the parameters, old rope keys; in bfloat16."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+    make_theirs("gpt2", tmp_path / "gpt2")
+    state = {name.removeprefix("transformer."): value.bfloat16() for name, value in load_file(tmp_path / "gpt2/model.safetensors").items()}
+    mask = torch.ones(1, 1, 64, 64).tril()
+    save_file(state | {"h.0.attn.bias": mask, "h.0.attn.masked_bias": torch.tensor(-1e4), "lm_head.weight": state["wte.weight"].clone()},
+              tmp_path / "gpt2/model.safetensors")
+    make_theirs("gpt_neox", tmp_path / "gpt_neox")
+    config = json.loads((tmp_path / "gpt_neox/config.json").read_text())
+    del config["rope_parameters"], config["tie_word_embeddings"], config["hidden_act"], config["use_parallel_residual"]
+    (tmp_path / "gpt_neox/config.json").write_text(json.dumps(config | {"rotary_pct": 0.25, "rotary_emb_base": 10000}))
+    make_theirs("llama llama3 rope", tmp_path / "llama")
+    config = json.loads((tmp_path / "llama/config.json").read_text())
+    theta = config.pop("rope_parameters")["rope_theta"]
+    (tmp_path / "llama/config.json").write_text(json.dumps(config | {"rope_theta": theta, "rope_scaling": LLAMA3}))
+    tokens = torch.arange(64)[None] * 7
+    for name in ("gpt2", "gpt_neox", "llama"):
+        _, model, _ = import_model(tmp_path / name, tmp_path / f"run-{name}")
+        expected = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)(tokens).logits
+        assert (model(tokens) - expected).abs().max() < 1e-4
+    _, model, _ = import_model(tmp_path / "gpt2", tmp_path / "short", ["model.n_ctx=16"])           # learned positions: the first 16
+    assert model.config.n_ctx == 16
+    assert (model(tokens[:, :16]) - AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2", dtype=torch.float32)(tokens[:, :16]).logits
+            ).abs().max() < 1e-4
+
+
+# --- the same tokens --------------------------------------------------------------------------------------------------------------
+
+POOL = ["the", " quick", "  ", "    ", "\n", "\n\n", "\t", " \n ", "fox", "don't", "we'VE", "12345", "naïve", "é", "e\u0301", "ﬁ", "東京",
+        "🙂", "Å", "\u200b", "\x00", "<", ">", "|", "▁", " ", "def f(x):", "—", "<0x41>", "\r\n", "Ω", "ß"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tokens_are_theirs(form, tmp_path):
+    from transformers import AutoTokenizer
+    make_tokenizer(form, tmp_path)
+    theirs, ours, draw = AutoTokenizer.from_pretrained(tmp_path), read_tokenizer(tmp_path, {}), random.Random(0)
+    for text in ["", "a", " a", "  a", "\n", *CORPUS, *("".join(draw.choices(POOL, k=draw.randint(0, 30))) for _ in range(300))]:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text).tolist() == ours.encode(text.encode()).tolist() == ids, text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
+        assert ours.prompt(text) == (theirs.encode(text) if ours.prefixed else ids or [ours.begin])
+    begins, ends = {"gpt2": ("<|endoftext|>", ["<|endoftext|>"]), "pythia": ("<|endoftext|>", ["<|endoftext|>"]),
+                    "qwen": ("<|endoftext|>", ["<|im_end|>", "<|endoftext|>"]),
+                    "llama3": ("<|begin_of_text|>", ["<|end_of_text|>", "<|begin_of_text|>"])}.get(form, ("<s>", ["</s>", "<s>"]))
+    assert (ours.spelled(ours.begin), [ours.spelled(i) for i in ours.ends]) == (begins, ends)
+    assert ours.prefixed == (form in ("llama3", "llama2", "mistral"))
+    assert not ours.byte_lengths[[ours.begin, *ours.ends]].any() and len(ours.byte_lengths) == ours.n_vocab == len(theirs)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_byte_comes_back_and_special_tokens_in_a_text_are_text(form, tmp_path):
+    make_tokenizer(form, tmp_path)
+    ours, draw = read_tokenizer(tmp_path, {}), random.Random(1)
+    for _ in range(200):                                    # bytes that are not UTF-8 between words; what NFC would change left out
+        raw = b"".join(draw.choices([b"\xff", b"\xe6\x9d", b"\x80", b"the", b" fox", b"a", "東".encode(), b"\n"], k=draw.randint(1, 12)))
+        front = b" " if ours.adds_space and not (form == "mistral" and raw.startswith(b" ")) else b""       # its space stands for both
+        back = raw.replace(b"\xff", "\ufffd".encode()) if form == "pythia" else raw
+        assert ours.decode_bytes(ours.encode(raw)) == front + back
+    text = f"a{ours.spelled(ours.begin)}b{ours.spelled(ours.ends[0])}"
+    ids = ours.encode(text)
+    assert not {*ids.tolist()} & {ours.begin, *ours.ends} and ours.decode(ids) == text
+    ordinary = ours.ordinary
+    assert len(ordinary) > 100 and (ours.byte_lengths[ordinary] > 0).all() and not {*ordinary.tolist()} & {*ours.special.values()}
+    if form in ("llama2", "mistral"):
+        assert ordinary.min() >= 259
+
+
+def test_a_tokenizer_is_the_same_wherever_it_lies(tmp_path):
+    make_tokenizer("llama2", tmp_path)
+    ours = read_tokenizer(tmp_path, {})
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "tokenizer.json").write_text(ours.json)
+    (there / "tokenizer_config.json").write_text(json.dumps(ours.config))
+    again = OurTokenizer.load(there / "tokenizer.json")
+    assert (again.hash, again.begin, again.ends, again.prefixed) == (ours.hash, ours.begin, ours.ends, True)
+    (there / "tokenizer_config.json").write_text(json.dumps(ours.config | {"gpt": ours.roles | {"begin": 2}}))
+    assert OurTokenizer.load(there / "tokenizer.json").hash != ours.hash          # the same pieces, another beginning: other data
+
+
+def test_vocab_and_merges_alone_are_gpt2s(tmp_path):
+    make_tokenizer("gpt2", tmp_path / "whole")
+    Tokenizer.from_file(str(tmp_path / "whole/tokenizer.json")).model.save(str(tmp_path))
+    whole = read_tokenizer(tmp_path / "whole", {})
+    parts = read_tokenizer(tmp_path, {"model_type": "gpt2", "eos_token_id": whole.begin})
+    assert all(whole.encode(text).tolist() == parts.encode(text).tolist() for text in CORPUS) and whole.ends == parts.ends
+    with pytest.raises(UserError, match="save_pretrained"):
+        read_tokenizer(tmp_path, {"model_type": "qwen2"})
+
+
+def test_tokenizers_that_cannot_spell_every_text_are_refused(tmp_path):
+    for model in (models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"), models.BPE({"a": 0, "b": 1}, [])):
+        tokenizer = Tokenizer(model)
+        tokenizer.add_special_tokens(["</s>"])
+        tokenizer.save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+        with pytest.raises(UserError, match="BPE over bytes"):
+            read_tokenizer(tmp_path, {})
+    make_tokenizer("gpt2", tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(UserError, match="names the token that ends"):
+        read_tokenizer(tmp_path, {"eos_token_id": 7})           # an ordinary token, as a config's default may be
+
+
+# --- what is not supported ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Path:
+    """A folder with one model of some families. Tests must not change them."""
+    folder = tmp_path_factory.mktemp("theirs") / "theirs"
+    folder.mkdir()
+    for kind in ("llama", "qwen3", "gpt2", "gpt_neox", "mistral"):
+        make_theirs(kind, folder / kind)
+    return folder
+
+
+@pytest.mark.parametrize("kind, changes, words", [
+    ("llama", {"model_type": "mixtral"}, ["model_type='mixtral'", "gpt_neox"]), ("llama", {"model_type": None}, ["model_type=None"]),
+    ("llama", {"hidden_act": "gelu"}, ["hidden_act='gelu'", "'silu'"]),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["'dynamic'", "'llama3', 'yarn'"]),
+    ("llama", {"rope_parameters": {"rope_type": "longrope"}}, ["'longrope'"]),
+    ("llama", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}}, ["mscale=0.7"]),
+    ("llama", {"rope_parameters": {"rope_type": "linear"}}, ["factor"]),
+    ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, ["each kind of layer"]),
+    ("llama", {"quantization_config": {"bits": 4}}, ["quantization_config", "None"]),
+    ("llama", {"hidden_size": 2 ** 40}, ["hidden_size=1099511627776", "640"]),
+    ("llama", {"num_hidden_layers": 2 ** 40}, ["num_hidden_layers"]),
+    ("llama", {"num_attention_heads": 2 ** 40}, ["num_attention_heads"]), ("llama", {"head_dim": 2 ** 40}, ["head_dim"]),
+    ("llama", {"max_position_embeddings": 2 ** 40}, ["model.n_ctx=1099511627776", "for example model.n_ctx=2048"]),
+    ("llama", {"hidden_size": 64}, ["is (640, 48)", "(640, 64)"]), ("llama", {"num_hidden_layers": 2}, ["not those of its config"]),
+    ("llama", {"num_hidden_layers": 4}, ["lack model.layers.3"]),
+    ("llama", {"attention_bias": True}, ["lack model.layers.0.self_attn.q_proj.bias"]),
+    ("llama", {"vocab_size": "many"}, ["vocab_size='many'"]), ("llama", {"rope_parameters": {"rope_theta": "x"}}, ["rope_theta='x'"]),
+    ("llama", {"rms_norm_eps": None}, ["rms_norm_eps=None"]), ("llama", {"num_key_value_heads": 3}, ["must divide"]),
+    ("qwen3", {"layer_types": ["chunked_attention"] * 3, "use_sliding_window": True, "sliding_window": 7}, ["'chunked_attention'"]),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx=True", "False"]),
+    ("gpt2", {"activation_function": "relu"}, ["activation_function='relu'", "'gelu_new'"]),
+    ("gpt2", {"n_positions": 65}, ["transformer.wpe.weight is (64, 48)"]),
+    ("gpt_neox", {"rope_parameters": {"partial_rotary_factor": 0.2}}, ["rope_dims=3"]),
+    ("gpt_neox", {"hidden_act": "gelu_fast"}, ["hidden_act='gelu_fast'"]),
+])
+def test_what_is_not_supported_is_named(kind, changes, words, shared, tmp_path):
+    shutil.copytree(shared / kind, tmp_path / "theirs")
+    described = json.loads((tmp_path / "theirs/config.json").read_text())
+    (tmp_path / "theirs/config.json").write_text(json.dumps(described | changes))
+    with pytest.raises(UserError) as caught:
+        import_model(tmp_path / "theirs", tmp_path / "runs/x")
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2 and not (tmp_path / "runs").exists()
+
+
+def test_nothing_is_unpickled_and_nothing_outside_is_read(shared, tmp_path):
+    def refused(*words: str) -> None:
+        with pytest.raises(UserError) as caught:
+            import_model(tmp_path / "theirs", tmp_path / "run")
+        assert all(word in str(caught.value) for word in words), str(caught.value)
+
+    shutil.copytree(shared / "llama", tmp_path / "theirs")
+    index, weights = tmp_path / "theirs/model.safetensors.index.json", tmp_path / "theirs/model.safetensors"
+    weights.rename(tmp_path / "elsewhere.safetensors")
+    refused("holds no model.safetensors")
+    (tmp_path / "theirs/pytorch_model.bin").write_bytes(b"\x80")
+    refused("pytorch_model.bin is a pickle", "save_pretrained")
+    for name in ("../elsewhere.safetensors", str(tmp_path / "elsewhere.safetensors"), "pytorch_model.bin"):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        refused(f"{name!r} is not the name of a safetensors file")
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-1.safetensors"}}))
+    refused("model-1.safetensors: no such file")
+    weights.write_bytes(b"garbage")
+    refused("not a safetensors file")
+    (tmp_path / "theirs/config.json").write_text("[]")
+    refused("config.json")
+
+
+# --- as a user would -----------------------------------------------------------------------------------------------------------------
+
+AS_MAIN = """
+import json, runpy, sys
+for script, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert not end.code, arguments
+"""
+
+
+def test_what_was_imported_is_sampled_looked_at_and_judged(shared, tmp_path):
+    """One command after another as a user's, in one process, which pays for its imports once."""
+    (tmp_path / "all.py").write_text(AS_MAIN)
+    kinds = ["gpt2", "llama", "qwen3", "mistral"]
+    done = command(str(tmp_path / "all.py"), json.dumps([line for kind in kinds for line in (
+        ["model.huggingface", "import", str(shared / kind), f"runs/{kind}"],
+        ["sample", f"runs/{kind}", "the quick", "--max-tokens", "8", "--json"],
+        ["heads", f"runs/{kind}", "--json", f"{kind}.json"], ["heads", "verdict", f"runs/{kind}"])]), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for kind in kinds:
+        assert f"theirs/{kind}: {kind}, " in done.stdout and f"runs/{kind} at step 0, on random tokens" in done.stdout
+        assert len(json.loads((tmp_path / f"{kind}.json").read_text())) == 12
+    assert done.stdout.count('"prompt": "the quick", "text": "') == done.stdout.count("Did induction heads form?") == 4
+
+
+def test_an_imported_run_is_trained_as_any_other(shared, workplace):
+    made = command("-m model.huggingface", "import", shared / "gpt_neox", "runs/theirs", "eval.tokens=256", "heads.every=2",
+                   "train.batch_tokens=256")
+    assert made.returncode == 0, made.stderr
+    assert all(f"python {words} runs/theirs" in made.stdout for words in ("sample.py", "heads.py", "train.py"))
+    with pytest.raises(UserError, match="runs/theirs is there already"):
+        import_model(shared / "gpt_neox", Path("runs/theirs"))
+    trained = command("train.py", "runs/theirs", "data.corpus=files", "data.files=[texts/a*.txt]", "train.steps=2", "log.every=1",
+                      "log.wandb=disabled", "data.val_fraction=0.2", "optimizer.lr=1e-9")
+    assert trained.returncode == 0, trained.stderr
+    before, _ = load_model(Path("runs/theirs/checkpoints/000000"))
+    after, tokenizer = load_model(find_checkpoint("runs/theirs"))
+    records = metrics(Path("runs/theirs"))
+    tokens = torch.randint(500, (1, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():                                   # steps of almost nothing: trained from the imported weights
+        assert torch.allclose(before(tokens), after(tokens), atol=1e-3) and not torch.equal(before(tokens), after(tokens))
+    assert "heads/prefix_matching/L1H3" in records[2] and records[1]["train/loss"] > 3
+    with pytest.raises(UserError, match="cannot be continued with another data"):
+        config_of("runs/theirs", ["data.files=[texts/b*.txt]", "train.steps=4"])
+    went_on = command("train.py", "runs/theirs", "train.steps=4")
+    assert went_on.returncode == 0 and max(metrics(Path("runs/theirs"))) == 4, went_on.stderr
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    theirs = AutoModelForCausalLM.from_pretrained(find_checkpoint("runs/theirs"))
+    assert theirs.config.model_type == "gpt_neox"
+    text = "the quick brown fox"
+    ids = AutoTokenizer.from_pretrained(find_checkpoint("runs/theirs")).encode(text)
+    assert ids == AutoTokenizer.from_pretrained(shared / "gpt_neox").encode(text) == tokenizer.prompt(text)
+
+
+def test_another_run_starts_from_an_imported_one(shared, workplace):
+    import_model(shared / "gpt2", Path("runs/gpt2"))
+    Path("next.yaml").write_text(Path("runs/gpt2/config.yaml").read_text())
+    done = command("train.py", "next.yaml", "init_from=runs/gpt2", "run=next", "data.corpus=files", "data.files=[texts/a*.txt]",
+                   "train.steps=1", "log.wandb=disabled", "data.val_fraction=0.2", "optimizer.lr=1e-9", "eval.every=0", "heads.every=0")
+    assert done.returncode == 0, done.stderr
+    (one, _), (two, _) = (load_model(find_checkpoint(run)) for run in ("runs/gpt2", "runs/next"))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(one.parameters(), two.parameters()))
+
+
+def test_before_its_first_step_data_may_change_and_the_model_not(shared, workplace):
+    import_model(shared / "gpt2", Path("runs/gpt2"))
+    config, _, changed = config_of("runs/gpt2", ["data.corpus=repeats", "data.repeats.period=[4, 8]", "optimizer.kind=muon"])
+    assert config.data.corpus == "repeats" and len(changed) == 3
+    for change in ("data.tokenizer=bytes", "model.n_layers=2", "seed=1"):
+        with pytest.raises(UserError, match=f"cannot be continued with another {change.split('=')[0]}"):
+            config_of("runs/gpt2", [change])
+    for change in ("model.rope_base=5.0", "model.n_ctx=65"):
+        with pytest.raises(UserError, match=r"only model.n_ctx|too long: at most 64"):
+            import_model(shared / "gpt2", Path("runs/other"), [change])
+    assert not Path("runs/other").exists() and [path.name for path in Path("runs").iterdir()] == ["gpt2"]
+
+
+def test_a_run_appears_whole_or_not_at_all(shared, workplace, monkeypatch):
+    Path("runs").write_text("no folder")
+    with pytest.raises(UserError, match=r"importing into runs/x: .*\n.*where you may write"):
+        import_model(shared / "gpt2", Path("runs/x"))
+    Path("runs").unlink()
+    monkeypatch.setattr("training.checkpoint.os.fsync", no_room)
+    with pytest.raises(UserError, match=r"importing into runs/x: .*No space left.*\n.*import again"):
+        import_model(shared / "gpt2", Path("runs/x"))
+    assert not list(Path("runs").iterdir())
+
+
+def no_room(_) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_help_and_usage_errors(tmp_path):
+    done = command("-m model.huggingface", "--help")
+    assert done.returncode == 0 and "runs/NAME" in done.stdout and "gpt_neox" in done.stdout
+    fails(command("-m model.huggingface", "import", tmp_path, "runs/x"), f"{tmp_path}/config.json: no such file")
