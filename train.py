@@ -39,7 +39,7 @@ def train(config, folder: Path, changed: list[str]) -> None:
     data = Dataset(config.data, config.seed, begun["data"].get("folder"))
     batches = data.training(config.train.batch_tokens, config.model.n_ctx)
     validation = data.validation(config.eval.tokens, config.model.n_ctx, micro_batch)
-    model = build_model(config, data.tokenizer, new=begun["step"] == 0).to(device)
+    model = build_model(config, data.tokenizer, device, new=begun["step"] == 0).to(device)
     model.compute_dtype = precision
     model.attention_backend = choose_attention(config.train.attention, device, config.model.head_size)
     optimizer = Optimizer(model, config.optimizer, config.train.steps)
@@ -100,15 +100,18 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def build_model(config, tokenizer, new: bool):
+def build_model(config, tokenizer, device, new: bool):
     """A model for `tokenizer`'s vocabulary; a new one has the weights of `init_from` where the config names a run."""
     from data.tokenizer import Tokenizer
     from model.gpt import GPT
     from training.checkpoint import find_checkpoint, load_weights
+    from training.device import check_memory
     size = config.model.vocab_size or tokenizer.n_vocab
     if size < tokenizer.n_vocab:
         raise UserError(f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer.n_vocab} (leave it out)")
-    model = GPT(config.model.model_copy(update={"vocab_size": size}), config.seed)
+    sized = config.model.model_copy(update={"vocab_size": size})
+    check_memory(sized, device)
+    model = GPT(sized, config.seed)
     if config.init_from and new:
         checkpoint = find_checkpoint(config.init_from)
         if Tokenizer.load(checkpoint / "tokenizer.json").hash != tokenizer.hash:

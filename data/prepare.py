@@ -218,9 +218,10 @@ def _read_journal(folder: Path) -> list[dict]:
     """The finished parts of an interrupted preparation, if they are whole."""
     try:
         parts = json.loads((folder / "journal.json").read_text("utf-8"))["parts"]
-        whole = all(sha256(folder / part[split]["file"]) == part[split]["sha256"] for part in parts for split in ("train", "val"))
+        listed = [part[split] for part in parts for split in ("train", "val")]
+        whole = all(sha256(folder / Path(shard["file"]).name) == shard["sha256"] for shard in listed)
         return parts if whole else []
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return []
 
 

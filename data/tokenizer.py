@@ -22,6 +22,8 @@ from errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 DOWNLOAD_SECONDS = 60
+LARGEST_FILE = 2 ** 28          # bytes of a tokenizer.json: o200k's has some 2 ** 24
+LARGEST_ID = 2 ** 22            # tables are as long as the largest id
 # GPT-2's way of cutting text into words before merging (Radford et al. 2019).
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"
 
@@ -106,6 +108,8 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Read a byte-level BPE from a tokenizer.json; a UserError where it is something else."""
         try:
+            if (size := Path(path).stat().st_size) > LARGEST_FILE:
+                raise ValueError(f"{size:,} bytes are no tokenizer")
             described = json.loads(Path(path).read_text("utf-8"))
             byte_of = {letter: byte for byte, letter in _byte_letters().items()}
             special = {t["content"]: t["id"] for t in described["added_tokens"]}
@@ -113,12 +117,14 @@ class Tokenizer:
             ids = set(vocabulary.values())
             if len(ids) < len(vocabulary) or min(ids) < 0 or not vocabulary.keys() >= byte_of.keys():
                 raise ValueError("its ids are not those of a vocabulary with every byte in it")
+            if max(*ids, *special.values()) >= LARGEST_ID:
+                raise ValueError("its ids are larger than those of any tokenizer")
             ranks = {bytes(byte_of[c] for c in token): i for token, i in vocabulary.items() if token not in special}
             pattern = described["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
             tokenizer = cls(ranks, pattern, special, Path(path).parent.name)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file (a checkpoint and a data folder each hold their tokenizer)") from None
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path}: not a byte-level BPE in Hugging Face's format ({type(error).__name__}: {error})") from None
         tokenizer.json = Path(path).read_text("utf-8")      # its identity is the file's, whoever wrote it
         return tokenizer

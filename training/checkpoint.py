@@ -13,7 +13,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,7 +76,8 @@ def save_checkpoint(folder: Path, what: Snapshot) -> Path:
     with explain_disk_errors(f"saving {path}", f"{intact}; make room, then continue with: python train.py {folder.parent}"):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / "training_state").mkdir(parents=True)
+            temporary.mkdir()                               # no parents: a run that was deleted does not come back in part
+            (temporary / "training_state").mkdir()
             for name, content in files.items():
                 _write(temporary / name, content)
             _write(temporary / "manifest.json", _json({
@@ -116,7 +118,13 @@ def point(link: Path, target: Path) -> None:
 def point_at_newest(folder: Path) -> None:
     """Make `latest` name the newest whole checkpoint, whatever it named before."""
     if whole := whole_checkpoints(folder):
+        _note_dangling(folder / "latest", whole[-1])
         point(folder / "latest", whole[-1])
+
+
+def _note_dangling(link: Path, newest: Path) -> None:
+    if link.is_symlink() and not (link / "manifest.json").exists():
+        print(f"note: {link} names {os.readlink(link)}, which is no whole checkpoint; the newest is {newest}", file=sys.stderr)
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -149,28 +157,39 @@ def find_checkpoint(where: str | Path) -> Path:
     path = Path(where)
     if (path / "manifest.json").exists() and (path / "config.json").exists():
         return path.resolve()
+    if path.is_symlink() and path.parent.name == "checkpoints":         # latest or best, which name nothing any more
+        path = path.parent
     if not path.exists():
         near = sorted(p.name for p in path.parent.glob("*") if p.is_dir())[:8] if path.parent.is_dir() else []
         raise UserError(f"{where}: no such run or checkpoint" + (f"; there are {', '.join(near)} in {path.parent}" if near else ""))
-    whole = whole_checkpoints(path if path.name == "checkpoints" else path / "checkpoints")
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    whole = whole_checkpoints(folder)
     if not whole:
         raise UserError(f"{where}: holds no checkpoint (train first, or name runs/NAME or runs/NAME/checkpoints/STEP)")
+    _note_dangling(folder / "latest", whole[-1])
     return whole[-1]
 
 
 def read_state(checkpoint: Path) -> dict:
     """step, tokens, seconds, val_loss and what else was noted when the checkpoint was saved."""
+    verify(checkpoint, ["training_state/state.json"])
     with _damaged(checkpoint, "training_state/state.json"):
-        return json.loads((checkpoint / "training_state/state.json").read_text("utf-8"))
+        match json.loads((checkpoint / "training_state/state.json").read_text("utf-8")):
+            case {"step": int(), "tokens": int(), "seconds": int() | float(), "data": dict()} as state:
+                return state
+        raise ValueError("it does not say step, tokens, seconds and data")
 
 
 def load_model(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer]:
     """The model and tokenizer of a checkpoint; a UserError where it is damaged."""
+    verify(checkpoint, ["config.json"])
     with _damaged(checkpoint, "config.json"):
-        described = json.loads((checkpoint / "config.json").read_text("utf-8"))["gpt"]
-    config = validate(ModelConfig, described, str(checkpoint / "config.json"))
-    with torch.device("meta"):
-        model = GPT(config)
+        config = validate(ModelConfig, json.loads((checkpoint / "config.json").read_text("utf-8"))["gpt"], str(checkpoint / "config.json"))
+        with torch.device("meta"):
+            model = GPT(config)
+        needed, there = 4 * sum(p.numel() for p in model.parameters()), (checkpoint / "model.safetensors").stat().st_size
+        if needed > there:                                  # asked before anything of that size is allocated
+            raise ValueError(f"it describes {needed:,} bytes of parameters, model.safetensors has {there:,}")
     model = model.to_empty(device="cpu")
     model.make_tables()
     load_weights(model, checkpoint)
@@ -191,12 +210,16 @@ def load_optimizer(checkpoint: Path) -> dict[str, Tensor]:
         return load_file(checkpoint / "training_state/optimizer.safetensors")
 
 
-def verify(checkpoint: Path) -> None:
-    """Raise a UserError unless every file is there with the bytes it was saved with."""
+def verify(checkpoint: Path, names: Iterable[str] = ()) -> None:
+    """Raise a UserError unless every file, or those of `names`, is there with the bytes it was saved with."""
     with _damaged(checkpoint, "manifest.json"):
         manifest = json.loads((checkpoint / "manifest.json").read_text("utf-8"))
-        for name, noted in manifest.items():
-            path = checkpoint / name
+        if missing := {"model.safetensors", "config.json", "tokenizer.json", *names} - manifest.keys():
+            raise ValueError(f"it does not list {', '.join(sorted(missing))}")
+        for name in names or manifest:
+            path, noted = checkpoint / name, manifest[name]
+            if ".." in path.parts or Path(name).is_absolute():
+                raise ValueError(f"it lists {name}, which lies elsewhere")
             with _damaged(checkpoint, name):
                 if path.stat().st_size != noted["bytes"]:
                     raise ValueError(f"{path.stat().st_size} bytes of {noted['bytes']}")
@@ -208,7 +231,7 @@ def verify(checkpoint: Path) -> None:
 def _damaged(checkpoint: Path, name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         before = [p for p in whole_checkpoints(checkpoint.parent) if checkpoint.name.isdigit() and int(p.name) < int(checkpoint.name)]
         fix = f"to go on from {before[-1]}, delete {checkpoint}" if before else "no earlier checkpoint is there to go on from"
         raise UserError(f"{checkpoint / name} is damaged ({error})\n  {fix}") from None

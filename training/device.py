@@ -1,5 +1,6 @@
 """Where a model is trained, in which numbers, and how much of a batch fits at a time."""
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -7,9 +8,10 @@ from torch import Tensor
 
 from errors import UserError
 from kernels.attention import use_triton
-from model.budget import activation_bytes_per_token
+from model.budget import activation_bytes_per_token, parameters
+from model.config import ModelConfig
 from model.gpt import GPT
-from training.config import Config
+from training.config import Config, divisors
 
 CPU_TOKENS = 16384          # a micro-batch on the CPU: larger ones leave its caches without saving overhead
 
@@ -54,9 +56,19 @@ def choose_micro_batch(config: Config, device: torch.device, precision: torch.dt
         tokens = 0.8 * torch.cuda.mem_get_info(device)[0] / activation_bytes_per_token(config.model, precision.itemsize)
     else:
         tokens = CPU_TOKENS
-    windows = config.windows_per_step
     fits = max(1, int(tokens) // config.model.n_ctx)
-    return max(m for m in range(1, windows + 1) if windows % m == 0 and m <= fits)
+    return max(m for m in divisors(config.windows_per_step) if m <= fits)
+
+
+def check_memory(config: ModelConfig, device: torch.device) -> None:
+    """Raise a UserError where the weights, their gradients and two moments of each alone are more than there is memory."""
+    count, processes = parameters(config).total(), int(os.environ.get("WORLD_SIZE", 1))
+    needed, there = 4 * 4 * count, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[1] * processes
+    if needed > there:
+        raise UserError(f"{count:,} parameters take {needed / 1e9:,.0f} GB to train, {device} has {there / 1e9:,.0f} GB\n"
+                        "  make the model smaller; python -m model.budget CONFIG says what takes it")
 
 
 def training_loss(model: GPT, compile: bool | str, device: torch.device) -> Callable[..., Tensor]:

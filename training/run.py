@@ -161,6 +161,10 @@ class Run:
                                 "  bring that back, or begin another run with: run=NEW")
             checkpoint = whole_checkpoints(self.checkpoints)[-1]
             load_weights(self.model, checkpoint)
+            theirs = load_config(checkpoint / "training_state" / "config.yaml")
+            if fixed := [change for change in differences(self.config, theirs) if change.startswith(FIXED)]:
+                raise UserError(f"{checkpoint} belongs to another run ({'; '.join(fixed[:3])})\n"
+                                "  delete it to go on from the one before, or begin another run with: run=NEW")
             self.optimizer.load_state_dict(load_optimizer(checkpoint))
             point_at_newest(self.checkpoints)
             prune(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.steps)

@@ -1,0 +1,1 @@
+def write_page(path, found): path.write_text(repr(found))
