@@ -47,8 +47,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in ("out of memory", "t allocate memory")):
             raise
         print(f"error: out of memory ({first_line(error)})\n"
-              "  make it smaller: train.micro_batch for training, the model's sizes for both; python -m model.budget CONFIG tells what it takes",
-              file=sys.stderr)
+              "  make train.micro_batch or the model smaller; python -m model.budget CONFIG says what it takes", file=sys.stderr)
         code = 2
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in LOCAL:

@@ -40,6 +40,7 @@ class Settings(BaseModel):
 
 
 LARGEST_FILE = 2 ** 16          # bytes of a config file
+MOST_MISTAKES = 40              # listed of one file
 LONGEST_MAPPING = 1000          # keys of one mapping
 
 # --- YAML ----------------------------------------------------------------------------------------------------------
@@ -166,12 +167,13 @@ def validate(kind: type[S], tree: dict, source: str, overridden: Sequence[str] =
         wrong += [key for keys, _ in fresh for key in keys]
         tree = _without(tree, wrong)
     if lines:
-        raise UserError("\n".join(lines.values()))
+        more = [f"… and {len(lines) - MOST_MISTAKES} more mistakes"] * (len(lines) > MOST_MISTAKES)
+        raise UserError("\n".join([*list(lines.values())[:MOST_MISTAKES], *more]))
     return settings
 
 
 _shown = reprlib.Repr()         # of a value that may be endless: aliases inside aliases, or text of a megabyte
-_shown.maxlevel, _shown.maxlist, _shown.maxdict, _shown.maxtuple = 4, 8, 8, 8
+_shown.maxlevel, _shown.maxlist, _shown.maxdict, _shown.maxtuple = 2, 8, 8, 8
 _shown.maxstring = _shown.maxother = _shown.maxlong = 120
 
 

@@ -19,7 +19,6 @@ def train(config, folder: Path, changed: list[str]) -> None:
 
     from data.dataset import Dataset
     from induction.report import write_report
-    from training.checkpoint import point_at_newest
     from training.device import choose_attention, choose_device, choose_micro_batch, choose_precision, training_loss
     from training.optimizer import Optimizer
     from training.run import Run, newest_state
@@ -28,7 +27,7 @@ def train(config, folder: Path, changed: list[str]) -> None:
         raise UserError("torchrun: training in several processes is not built yet; start one process: python train.py …")
     begun = newest_state(folder)
     if begun["step"] >= config.train.steps:
-        point_at_newest(folder / "checkpoints")
+        finish(config, folder)
         print(f"{folder} is finished: {begun['step']} steps; to go further: python train.py {folder} train.steps={2 * begun['step']}"
               + (f"\n  nothing was changed ({'; '.join(changed)})" if changed else ""))
         return
@@ -80,6 +79,20 @@ def train(config, folder: Path, changed: list[str]) -> None:
         run.say(run.summary())
         if run.step < config.train.steps:
             run.say(f"continue   python train.py {folder}")
+
+
+def finish(config, folder: Path) -> None:
+    """Do what a kill after the last step left undone."""
+    from induction.report import write_report
+    from training.checkpoint import verify, whole_checkpoints
+    from training.logger import read_metrics
+    from training.run import alone, tidy
+    with alone(folder):
+        verify(whole_checkpoints(folder / "checkpoints")[-1])
+        tidy(folder / "checkpoints", config)
+        page, looks = folder / "report.html", [path.stat().st_mtime for path in folder.glob("heads/*.npz")]
+        if looks and (not page.exists() or page.stat().st_mtime < max(looks)):
+            write_report(folder, config, read_metrics(folder / "metrics.jsonl"))
 
 
 def announce(run, device, micro_batch: int, changed: list[str]) -> None:

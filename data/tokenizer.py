@@ -18,7 +18,7 @@ import numpy as np
 import tiktoken
 
 from data.config import TokenizerConfig
-from errors import UserError
+from errors import UserError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 DOWNLOAD_SECONDS = 60
@@ -49,7 +49,10 @@ class Tokenizer:
                                    np.array([self.ranks[part]], np.uint32) for part in _valid_stretches(raw)])
 
     def _encode(self, text: str) -> np.ndarray:
-        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint32)
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint32)
+        except ValueError as error:             # a pattern that backtracks without end is given up
+            raise UserError(f"the tokenizer's pattern cannot cut this text into words ({first_line(error)})") from None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that `ids` stand for; end-of-text and ids in a vocabulary's gaps stand for none."""

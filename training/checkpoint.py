@@ -175,8 +175,9 @@ def read_state(checkpoint: Path) -> dict:
     verify(checkpoint, ["training_state/state.json"])
     with _damaged(checkpoint, "training_state/state.json"):
         match json.loads((checkpoint / "training_state/state.json").read_text("utf-8")):
-            case {"step": int(), "tokens": int(), "seconds": int() | float(), "data": dict()} as state:
-                return state
+            case {"step": int(), "tokens": int(), "seconds": int() | float(), "data": {"hash": str()} as data} as state:
+                if isinstance(data.get("folder", ""), str):
+                    return state
         raise ValueError("it does not say step, tokens, seconds and data")
 
 

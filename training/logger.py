@@ -148,15 +148,21 @@ class Wandb:
             try:
                 self.run.log({name: _as_wandb(value) for name, value in record.items()})
             except Exception as error:
-                self.say(f"wandb      stopped ({error}): metrics.jsonl has everything")
-                self.run = None
+                self._give_up(f"stopped ({error})")
 
     def finish(self, exit_code: int = 0) -> None:
         if self.run is not None:
             try:
                 self.run.finish(exit_code=exit_code)
             except Exception as error:
-                self.say(f"wandb      did not finish ({error}): metrics.jsonl has everything")
+                self._give_up(f"did not finish ({error})")
+
+    def _give_up(self, what: str) -> None:
+        import wandb
+        self.run = None
+        self.say(f"wandb      {what}: metrics.jsonl has everything")
+        with contextlib.suppress(Exception):        # or it tries again when Python ends, with a traceback
+            wandb.teardown()
 
 
 def _as_wandb(value):

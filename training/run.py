@@ -74,6 +74,21 @@ def newest_state(folder: Path) -> dict:
     return read_state(whole[-1]) if whole else {"step": 0, "tokens": 0, "seconds": 0.0, "data": {}}
 
 
+def alone(folder: Path):
+    """Hold the lock of a run."""
+    return only_one(folder / ".lock", f"{folder} is being trained by another process\n"
+                                      "  wait for it, stop it, or begin another run with: run=NEW")
+
+
+def tidy(checkpoints: Path, config: Config) -> None:
+    """Delete what a kill left of a checkpoint that was being written or deleted, and do what it left undone. The newest is verified by then:
+    deleting older ones must not leave a damaged one alone."""
+    for unfinished in checkpoints.glob(".partial-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    point_at_newest(checkpoints)
+    prune(checkpoints, config.checkpoint.keep, config.checkpoint.steps)
+
+
 class LoadedRun(NamedTuple):
     """A run to look at: its model at one checkpoint, and what goes with it."""
 
@@ -140,8 +155,7 @@ class Run:
         self.stack = ExitStack()
         with self.explained("opening"):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.stack.enter_context(only_one(folder / ".lock", f"{folder} is being trained by another process\n"
-                                              "  wait for it, stop it, or begin another run with: run=NEW"))
+            self.stack.enter_context(alone(folder))
         try:
             with self.explained("opening"):
                 self._restore()
@@ -151,8 +165,6 @@ class Run:
             raise
 
     def _restore(self) -> None:
-        for unfinished in self.checkpoints.glob(".partial-*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
         state = newest_state(self.folder)
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         if self.step:
@@ -166,8 +178,7 @@ class Run:
                 raise UserError(f"{checkpoint} belongs to another run ({'; '.join(fixed[:3])})\n"
                                 "  delete it to go on from the one before, or begin another run with: run=NEW")
             self.optimizer.load_state_dict(load_optimizer(checkpoint))
-            point_at_newest(self.checkpoints)
-            prune(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.steps)
+        tidy(self.checkpoints, self.config)
 
     def _open(self) -> None:
         self.git = git_revision()

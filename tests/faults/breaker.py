@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent.parent
 class Trap:
     """Called whenever the moment comes; the n-th call does the deed."""
 
-    def __init__(self, n: int, deed: Callable[[], None]):
-        self.left, self.deed = n, deed
+    def __init__(self, n: int, deed: Callable[[], None], deadly: bool):
+        self.left, self.deed, self.deadly = n, deed, deadly
 
     def __call__(self) -> None:
         self.left -= 1
@@ -50,7 +50,7 @@ def syncs(trap: Trap, part: str) -> None:
 
 
 def torn_lines(trap: Trap) -> None:
-    """Half of a line of metrics.jsonl is on the disk."""
+    """Just before a line of metrics.jsonl is written; where that is the end, half of the line is on the disk."""
     import training.logger
     real = open
 
@@ -59,7 +59,7 @@ def torn_lines(trap: Trap) -> None:
         def __getattr__(self, name): return getattr(self.file, name)
 
         def write(self, line):
-            if trap.left == 1:
+            if trap.left == 1 and trap.deadly:
                 self.file.write(line[:len(line) // 2])
             trap()
             return self.file.write(line)
@@ -153,7 +153,8 @@ def deed_of(name: str) -> Callable[[], None]:
 
 if __name__ == "__main__":
     moment, n, deed, script, *arguments = sys.argv[1:]
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell's background job would ignore it
     sys.path[0] = str(ROOT)
     sys.argv = [script, *arguments]
-    MOMENTS[moment](Trap(int(n), deed_of(deed)))
+    MOMENTS[moment](Trap(int(n), deed_of(deed), deed == f"signal:{int(signal.SIGKILL)}"))
     runpy.run_path(str(ROOT / script), run_name="__main__")

@@ -34,17 +34,18 @@ def room(at: Path) -> None:
     (at / "filler").unlink()
 
 
-@pytest.mark.parametrize(("moment", "n", "says"), [
-    ("writing a checkpoint", 3, "saving runs/"),
-    pytest.param("writing a checkpoint", 14, "is intact", marks=full),
-    pytest.param("writing a checkpoint", 18, "000004 is intact", marks=full),
-    ("a snapshot of the heads", 1, "saving what was measured"),
-    pytest.param("a snapshot of the heads", 3, "saving what was measured", marks=full),
-    pytest.param("deleting an old checkpoint", 1, "", marks=full),
+@pytest.mark.parametrize(("hit", "moment", "n", "says"), [
+    ("writing a checkpoint", "writing a checkpoint", 3, "saving runs/"),
+    pytest.param("writing a checkpoint", "writing a checkpoint", 14, "000004 is intact", marks=full),
+    pytest.param("writing a checkpoint", "writing a checkpoint", 17, "000004 is intact", marks=full),
+    ("a snapshot of the heads", "a line of metrics.jsonl", 3, "saving what was measured"),
+    pytest.param("a snapshot of the heads", "a line of metrics.jsonl", 11, "saving what was measured", marks=full),
+    pytest.param("a line of metrics.jsonl", "a snapshot of the heads", 1, "writing metrics.jsonl", marks=full),
 ])
-def test_a_full_disk_ends_the_run_and_loses_nothing(lab: Lab, fault, moment, n, says):
+def test_a_full_disk_ends_the_run_and_loses_nothing(lab: Lab, fault, hit, moment, n, says):
+    """The disk is full from a moment on, and the next thing that does not fit is `hit`."""
     run = lab / f"runs/full-{moment.replace(' ', '-')}-{n}"
-    with file_system(run), fault("disk full", moment):
+    with file_system(run), fault("disk full", hit):
         done = lab.train_broken(moment, n, f"fill:{run}", "tiny.yaml", f"run={run.name}", codes=(2,))
         fails(done, "No space left", says, "make room", f"python train.py runs/{run.name}")
         assert not list(run.rglob("*partial*"))
