@@ -81,8 +81,10 @@ def alone(folder: Path):
 
 
 def tidy(checkpoints: Path, config: Config) -> None:
-    """Delete what a kill left of a checkpoint that was being written or deleted, and do what it left undone. The newest is verified by then:
-    deleting older ones must not leave a damaged one alone."""
+    """Delete what a kill left of a checkpoint that was being written or deleted, and do what it left undone.
+
+    Only when the newest has been verified: a damaged one must not be left alone.
+    """
     for unfinished in checkpoints.glob(".partial-*"):
         shutil.rmtree(unfinished, ignore_errors=True)
     point_at_newest(checkpoints)

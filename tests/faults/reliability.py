@@ -7,8 +7,6 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-import torch
-
 RESUMED = ("no checkpoint, shard, snapshot or line of metrics.jsonl on the disk says anything wrong; continued, the run ends with the "
            "metrics, weights, optimizer state, snapshots and report of the run that nobody disturbed, bit for bit")
 CHECKED = {                                 # fault → what its test asserts
@@ -89,5 +87,6 @@ def write_page(path: Path, found: list[tuple[str, str, int, int]]) -> None:
 def machine() -> str:
     from importlib.metadata import version
     names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return (f"Machine: {platform.system()} {platform.machine()}, {os.cpu_count()} × {names[0] if names else 'CPU'}. Python {sys.version.split()[0]}, "
-            f"torch {torch.__version__}, numpy {version('numpy')}, safetensors {version('safetensors')}, wandb {version('wandb')}.")
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "safetensors", "wandb"))
+    return (f"Machine: {platform.system()} {platform.machine()}, {os.cpu_count()} × {names[0] if names else 'CPU'}. "
+            f"Python {sys.version.split()[0]}, {packages}.")

@@ -23,13 +23,15 @@ JUNK = [None, True, False, -1, 0, 1, 3, 7, 2 ** 20, 2 ** 31, 2 ** 40, 2 ** 63, 1
         float("nan"), float("inf"), "", "x", "..", "../../x", "/", "a" * 300, "a" * 5000, "\0", "\ud800", "ü", "1e3", "~", "{}",
         [], {}, [[]], [None], [[[[1]]]], list(range(50)), {"a": {"b": [1]}}, {"kind": "bytes"}, {1: 2}, ["x"] * 3]
 BOMB = "&b0 [x, x, x, x, x, x, x, x]"
+DOUBLED = [f"&b{n} [{', '.join([f'*b{n - 1}'] * 9)}]" for n in range(1, 12)]        # 9 times the one before, each
+MERGED = [f"&m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 9)}]}}" for n in range(1, 12)]
 DAMAGE = [
     b"\xff\xfe", b"\x80", b"\0", b"\t", b"{", b"[", b"]}", b": ", b"- ", b"'", b'"', b"&a *a", b"*nothing", b"!!python/name:os.system ",
     b"!!binary x", b"!!set {a, b}", b"%YAML 9.9\n---\n", b"\n---\nrun: second\n", b"? ", b"|", b"<<: *x", b"0x" + b"f" * 9000, b"9" * 9000,
     b"\xef\xbb\xbf", b"\x1b[31m", b"[" * 3000, b"{a: " * 800, b"# " + b"x" * 70_000,
-    ("\nb0: " + BOMB + "".join(f"\nb{n}: &b{n} [{', '.join([f'*b{n - 1}'] * 9)}]" for n in range(1, 12)) + "\n").encode(),
-    ("\nmodel: {" + f"n_layers: {BOMB}" + "".join(f", k{n}: &b{n} [{', '.join([f'*b{n - 1}'] * 9)}]" for n in range(1, 12)) + "}\n").encode(),
-    ("\nm0: &m0 {a: 1}" + "".join(f"\nm{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 9)}]}}" for n in range(1, 12)) + "\n").encode(),
+    f"\nb0: {BOMB}{''.join(f'{chr(10)}b{n}: {one}' for n, one in enumerate(DOUBLED, 1))}\n".encode(),
+    f"\nmodel: {{n_layers: {BOMB}{''.join(f', k{n}: {one}' for n, one in enumerate(DOUBLED))}}}\n".encode(),
+    f"\nm0: &m0 {{a: 1}}{''.join(f'{chr(10)}m{n}: {one}' for n, one in enumerate(MERGED, 1))}\n".encode(),
     b"\nmodel: &m {n_heads: *m, x: *m}\n",
 ]
 
@@ -83,9 +85,10 @@ def damaged(draw, names=tuple(FILES)) -> bytes:
 def small(config: Config) -> bool:
     """Whether a step of it takes no time: the texts of the tests, a small vocabulary, a small model, nothing to compile."""
     data, size = config.data, config.model.model_copy(update={"vocab_size": config.model.vocab_size or 2000})
-    return (data.corpora in (["files"], ["files", "repeats"]) and (data.tokenizer.vocab_size or 0) < 2000
-            and config.train.compile is not True and config.train.batch_tokens <= 4096 and config.eval.tokens <= 2 ** 20 and config.model.n_layers < 20
-            and data.tokenizer.kind in ("bpe", "bytes") and parameters(size).total() < 10 ** 6 and config.model.n_ctx <= 1024)
+    return (data.corpora in (["files"], ["files", "repeats"]) and data.tokenizer.kind in ("bpe", "bytes")
+            and (data.tokenizer.vocab_size or 0) < 2000 and config.train.compile is not True and config.train.batch_tokens <= 4096
+            and config.eval.tokens <= 2 ** 20 and config.model.n_layers < 20 and config.model.n_ctx <= 1024
+            and parameters(size).total() < 10 ** 6)
 
 
 def before_training(config: Config) -> None:

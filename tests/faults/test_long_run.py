@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-from faults.lab import Lab, check_what_is_left
 
+from faults.lab import Lab, check_what_is_left
 from training.checkpoint import whole_checkpoints
 
-SMALL = ["model={n_layers: 2, n_heads: 2, d_model: 16, n_ctx: 32}", "data.tokenizer=bytes", "train.batch_tokens=128", "optimizer.kind=adamw",
-         "optimizer.lr=0.001", "eval={every: 200, tokens: 256}"]
+SMALL = ["model={n_layers: 2, n_heads: 2, d_model: 16, n_ctx: 32}", "data.tokenizer=bytes", "train.batch_tokens=128",
+         "optimizer.kind=adamw", "optimizer.lr=0.001", "eval={every: 200, tokens: 256}"]
 GROWTH = 1.02
 
 
