@@ -194,7 +194,8 @@ def _mistakes(e: dict, kind: type[Settings]) -> Iterator[tuple[list[str], str]]:
     elif e["type"] in ("model_type", "model_attributes_type"):
         yield [key], f"{key}={_shown.repr(e['input'])}: keys are expected here: {', '.join(_settings_at(kind, e['loc']).model_fields)}"
     elif e["type"] == "list_type":
-        yield [key], f"{key}={_shown.repr(e['input'])} must be a list (try {key}='[{e['input']}]')"
+        shown = _shown.repr(e["input"])
+        yield [key], f"{key}={shown} must be a list (try {key}='[{shown.strip(chr(39))}]')"
     else:
         yield [key], f"{key}={_shown.repr(e['input'])}: {cause or e['msg'][0].lower() + e['msg'][1:]}"
 

@@ -12,17 +12,17 @@ class ModelConfig(Settings):
     """A decoder-only transformer. Letters in brackets are those of the shape comments in the code."""
 
     n_layers: Annotated[int, Field(gt=0, le=2 ** 12)] = 4      # L
-    n_heads: Size = 4                           # H query heads
-    n_kv_heads: Size | None = None              # K key/value heads, each shared by H/K queries; null: H
-    d_model: Size = 128                         # E residual stream
-    d_head: Size | None = None                  # D; null: d_model / n_heads
-    d_mlp: Size | None = None                   # F; null: 4 d_model, for swiglu 8/3 d_model
+    n_heads: Size = 4                                  # H query heads
+    n_kv_heads: Size | None = None                     # K key/value heads, each shared by H/K queries; null: H
+    d_model: Size = 128                                # E residual stream
+    d_head: Size | None = None                         # D; null: d_model / n_heads
+    d_mlp: Size | None = None                          # F; null: 4 d_model, for swiglu 8/3 d_model
     mlp: Literal["swiglu", "gelu", "relu2", "none"] = "swiglu"          # none: attention only
-    n_ctx: Size = 256                           # C longest sequence
+    n_ctx: Size = 256                                  # C longest sequence
     position: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
     rope_base: Annotated[float, Field(gt=0)] = 10000.0
     qk_norm: bool = False                              # RMSNorm on every query and key before positions
-    window: Size | list[Size | None] | None = None      # keys a query sees; a list repeats over layers
+    window: Size | list[Size | None] | None = None     # keys a query sees; a list repeats over layers
     smear: bool = False                                # mix each key with the one before it (a control, never a default)
     tied_embeddings: bool = False
     zero_init: bool = True                             # every block starts as the identity: the matrices that write to the
@@ -30,7 +30,7 @@ class ModelConfig(Settings):
                                                        # heads later (docs/experiments.md)
     embedding_std: Annotated[float, Field(gt=0)] = 0.02     # of tokens and positions at the start; in what the first blocks add
                                                        # (about 0.2 unless zero_init) small ones drown, and heads compose otherwise
-    vocab_size: Size | None = None              # V; null: the tokenizer's
+    vocab_size: Size | None = None                     # V; null: the tokenizer's
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:

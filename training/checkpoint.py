@@ -219,7 +219,7 @@ def verify(checkpoint: Path, names: Iterable[str] = ()) -> None:
             raise ValueError(f"it does not list {', '.join(sorted(missing))}")
         for name in names or manifest:
             path, noted = checkpoint / name, manifest[name]
-            if ".." in path.parts or Path(name).is_absolute():
+            if ".." in Path(name).parts or Path(name).is_absolute():
                 raise ValueError(f"it lists {name}, which lies elsewhere")
             with _damaged(checkpoint, name):
                 if path.stat().st_size != noted["bytes"]:

@@ -8,7 +8,7 @@ import pytest
 from conftest import command, fails, metrics
 
 from faults.lab import Lab, same_bits
-from training.checkpoint import find_checkpoint, whole_checkpoints
+from training.checkpoint import find_checkpoint, verify, whole_checkpoints
 
 full = pytest.mark.faults
 FILES = ["model.safetensors", "training_state/optimizer.safetensors", "training_state/state.json", "training_state/config.yaml",
@@ -32,6 +32,10 @@ def damage_file(path: Path, damage: str) -> None:
             at = raw.index(b'"step": 12') + 9 if path.name == "state.json" else len(raw) // 2
             raw[at] ^= 1
             path.write_bytes(raw)
+
+
+def test_a_whole_checkpoint_is_verified_by_any_path(lab: Lab):
+    verify(lab / "runs/../runs/whole/checkpoints/000012")
 
 
 @pytest.mark.parametrize(("name", "damage"), [pytest.param(name, damage, marks=[full] * ((name, damage) not in SHORT))
