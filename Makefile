@@ -1,8 +1,9 @@
-# make quickstart · make test · make test-kernels · make test-lens · make study-toy, -text, -positions, -gqa · make venv
+# make quickstart · make test · make test-kernels · make test-lens · make test-faults
+# make study-toy, -text, -positions, -gqa · make venv
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-kernels test-lens venv
+.PHONY: quickstart test test-kernels test-lens test-faults venv
 
 quickstart: .venv/installed
 	$(BIN)/python train.py configs/quickstart.yaml
@@ -23,6 +24,10 @@ test-kernels: .venv/installed
 # Patterns, scores and ablations beside TransformerLens's, which has an environment of its own.
 test-lens: .venv-lens/installed
 	HF_HUB_OFFLINE=1 .venv-lens/bin/python -m pytest -m lens tests/test_transformer_lens.py
+
+# The real trainer killed, starved, lied to: all of it, half an hour on two cores. Writes docs/reliability.md.
+test-faults: .venv/installed
+	$(BIN)/python -m pytest -n 2 -m "faults or not faults" tests/faults --reliability docs/reliability.md
 
 .venv-lens/installed: requirements-lens.txt requirements.txt
 	@$(PYTHON) -m venv --clear .venv-lens

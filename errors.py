@@ -38,6 +38,17 @@ def run_command(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:                         # `… | head` has read enough: end as SIGPIPE would
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except OSError as error:                        # a name too long, a folder that may not be read: about some file
+        if error.filename is None:
+            raise
+        print(f"error: {str(error.filename)[:200]}: {error.strerror}", file=sys.stderr)
+        code = 2
+    except (MemoryError, RuntimeError) as error:            # torch's are RuntimeErrors
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in ("out of memory", "t allocate memory")):
+            raise
+        print(f"error: out of memory ({first_line(error)})\n"
+              "  make train.micro_batch or the model smaller; python -m model.budget CONFIG says what it takes", file=sys.stderr)
+        code = 2
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in LOCAL:
             raise

@@ -2,14 +2,17 @@
 
 import difflib
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from errors import UserError, first_line
+
+Size = Annotated[int, Field(gt=0, le=2 ** 20)]              # of one dimension: beyond a million it is a slip of the pen
 
 
 class Conflict(ValueError):
@@ -36,6 +39,10 @@ class Settings(BaseModel):
         return self
 
 
+LARGEST_FILE = 2 ** 16          # bytes of a config file
+MOST_MISTAKES = 40              # listed of one file
+LONGEST_MAPPING = 1000          # keys of one mapping
+
 # --- YAML ----------------------------------------------------------------------------------------------------------
 
 class _Yaml12(yaml.SafeLoader):
@@ -45,6 +52,17 @@ class _Yaml12(yaml.SafeLoader):
         first: [(tag, regex) for tag, regex in resolvers if tag.rsplit(":", 1)[-1] in ("null", "merge")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def construct_scalar(self, node):
+        value = super().construct_scalar(node)
+        if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+            raise yaml.constructor.ConstructorError(None, None, f"{value!r} is no text that a file could be named by", node.start_mark)
+        return value
+
+    def flatten_mapping(self, node):
+        super().flatten_mapping(node)
+        if len(node.value) > LONGEST_MAPPING:               # merges of merges grow without end
+            raise yaml.constructor.ConstructorError(None, None, f"more than {LONGEST_MAPPING} keys", node.start_mark)
 
     def construct_mapping(self, node, deep=False):
         nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -56,6 +74,8 @@ class _Yaml12(yaml.SafeLoader):
 
     def construct_number(self, node):
         text = node.value.replace("_", "")
+        if len(text) > 100:
+            raise ValueError(f"a number of {len(text)} digits")
         if text[:2] in ("0x", "0o"):
             return int(text, 0)
         try:
@@ -86,6 +106,8 @@ def read_yaml(text: str, source: str) -> Any:
 def read_file(path: str | Path) -> dict:
     """The mapping in a YAML file."""
     try:
+        if (size := Path(path).stat().st_size) > LARGEST_FILE:
+            raise UserError(f"{path}: {size:,} bytes are no config (at most {LARGEST_FILE:,})")
         tree = read_yaml(Path(path).read_text("utf-8"), str(path))
     except FileNotFoundError:
         folder = Path(path).parent
@@ -145,8 +167,14 @@ def validate(kind: type[S], tree: dict, source: str, overridden: Sequence[str] =
         wrong += [key for keys, _ in fresh for key in keys]
         tree = _without(tree, wrong)
     if lines:
-        raise UserError("\n".join(lines.values()))
+        more = [f"… and {len(lines) - MOST_MISTAKES} more mistakes"] * (len(lines) > MOST_MISTAKES)
+        raise UserError("\n".join([*list(lines.values())[:MOST_MISTAKES], *more]))
     return settings
+
+
+_shown = reprlib.Repr()         # of a value that may be endless: aliases inside aliases, or text of a megabyte
+_shown.maxlevel, _shown.maxlist, _shown.maxdict, _shown.maxtuple = 2, 8, 8, 8
+_shown.maxstring = _shown.maxother = _shown.maxlong = 120
 
 
 def _mistakes(e: dict, kind: type[Settings]) -> Iterator[tuple[list[str], str]]:
@@ -164,11 +192,12 @@ def _mistakes(e: dict, kind: type[Settings]) -> Iterator[tuple[list[str], str]]:
     elif e["type"] == "missing":
         yield [key], f"{key} is missing"
     elif e["type"] in ("model_type", "model_attributes_type"):
-        yield [key], f"{key}={e['input']!r}: keys are expected here: {', '.join(_settings_at(kind, e['loc']).model_fields)}"
+        yield [key], f"{key}={_shown.repr(e['input'])}: keys are expected here: {', '.join(_settings_at(kind, e['loc']).model_fields)}"
     elif e["type"] == "list_type":
-        yield [key], f"{key}={e['input']!r} must be a list (try {key}='[{e['input']}]')"
+        shown = _shown.repr(e["input"])
+        yield [key], f"{key}={shown} must be a list (try {key}='[{shown.strip(chr(39))}]')"
     else:
-        yield [key], f"{key}={e['input']!r}: {cause or e['msg'][0].lower() + e['msg'][1:]}"
+        yield [key], f"{key}={_shown.repr(e['input'])}: {cause or e['msg'][0].lower() + e['msg'][1:]}"
 
 
 def _touches(a: str, b: str) -> bool:

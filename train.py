@@ -18,15 +18,16 @@ def train(config, folder: Path, changed: list[str], world) -> None:
 
     from data.dataset import Dataset
     from induction.report import write_report
-    from training.checkpoint import point_at_newest
     from training.device import choose_hardware, choose_micro_batch, training_loss
     from training.optimizer import Optimizer
     from training.run import Run, newest_state
 
     begun = newest_state(folder)
     if begun["step"] >= config.train.steps:
+        with world.together():
+            if world.first:
+                finish(config, folder)
         if world.first:
-            point_at_newest(folder / "checkpoints")
             print(f"{folder} is finished: {begun['step']} steps; to go further: python train.py {folder} train.steps={2 * begun['step']}"
                   + (f"\n  nothing was changed ({'; '.join(changed)})" if changed else ""))
         return
@@ -81,6 +82,20 @@ def train(config, folder: Path, changed: list[str], world) -> None:
             run.say(run.summary())
 
 
+def finish(config, folder: Path) -> None:
+    """Do what a kill after the last step left undone."""
+    from induction.report import write_report
+    from training.checkpoint import verify, whole_checkpoints
+    from training.logger import read_metrics
+    from training.run import only_trainer, tidy
+    with only_trainer(folder):
+        verify(whole_checkpoints(folder / "checkpoints")[-1])
+        tidy(folder / "checkpoints", config)
+        page, looks = folder / "report.html", [path.stat().st_mtime for path in folder.glob("heads/*.npz")]
+        if looks and (not page.exists() or page.stat().st_mtime < max(looks)):
+            write_report(folder, config, read_metrics(folder / "metrics.jsonl"))
+
+
 def announce(run, micro_batch: int, changed: list[str]) -> None:
     """Say what is trained, on what, and what is out of the ordinary."""
     from model.families import obstacles
@@ -108,14 +123,15 @@ def build_model(config, tokenizer, hardware, world, new: bool):
 
     from model.gpt import GPT
     from training.checkpoint import load_weights
-    from training.device import choose_distribution
+    from training.device import check_memory, choose_distribution
     with world.together():
         size = config.model.vocab_size or tokenizer.n_vocab
         if size < tokenizer.n_vocab:
             raise UserError(f"model.vocab_size={size} is smaller than the tokenizer's {tokenizer.n_vocab} (leave it out)")
         origin = origin_of(config, tokenizer) if config.init_from and new else None
-    with torch.device("meta"):                              # no memory yet
-        model = GPT(config.model.model_copy(update={"vocab_size": size}))
+        with torch.device("meta"):                          # no memory yet
+            model = GPT(config.model.model_copy(update={"vocab_size": size}))
+        check_memory(model, hardware.device, world)
     model.compute_dtype, model.attention_backend, model.recompute = (
         hardware.precision, hardware.attention, config.train.checkpoint_activations)
     world.kind = choose_distribution(config, model.config, hardware.device, world)

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from settings import Settings
+from settings import Settings, Size
 
 Corpus = Literal["stdlib", "files", "hub", "repeats"]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -56,8 +56,8 @@ class HubConfig(Settings):
 class RepeatsConfig(Settings):
     """Synthetic rows for the induction study: [end of text] + one random block repeated to the end of the window."""
 
-    period: list[PositiveInt] = [8, 32]         # shortest and longest block; equal: the fixed-period trap
-    held_out_periods: list[PositiveInt] = []    # never drawn in training, kept for the probe
+    period: list[Size] = [8, 32]                # shortest and longest block; equal: the fixed-period trap
+    held_out_periods: list[Size] = []           # never drawn in training, kept for the probe
     held_out_tokens: Annotated[float, Field(ge=0, lt=1)] = 0.0      # share of the vocabulary never repeated in training
     n_tokens: PositiveInt | None = None         # draw from the first n ids; null: the tokenizer's
 

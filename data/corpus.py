@@ -13,6 +13,7 @@ import os
 import sys
 import sysconfig
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from data.config import DataConfig, HubConfig
 from errors import UserError, first_line
 
 PIECE_BYTES = 16 * 1024
+LARGEST_RATIO = 200             # of text to compressed text; prose has 3 to 5, logs some 20, a bomb 1000
 COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 PACKED = {".zst", ".zip", ".7z", ".lz4", ".tar", ".tgz", ".rar"}
 STRUCTURED = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
@@ -47,7 +49,9 @@ class TextCorpus:
             case "files":
                 for path in self.paths:
                     if loader := STRUCTURED.get(kind_of(path)):
-                        yield from _pieces_of_documents(_rows(loader, path, self.config.column))
+                        if path.suffix.lower() in COMPRESSED:           # it is read by others, which inflate a line at once
+                            deque(_pieces_of_files([path]), maxlen=0)
+                        yield from _pieces_of_documents(_no_bomb(path, _rows(loader, path, self.config.column)))
                     else:
                         yield from _pieces_of_files([path])
             case "hub":
@@ -150,12 +154,24 @@ def _rows(loader: str, path: Path, column: str) -> Iterator[bytes]:
             columns = pandas.read_csv(path, sep=separator, nrows=0).columns
             options = {"sep": separator, "keep_default_na": False,
                        "features": datasets.Features({name: datasets.Value("string") for name in columns})}
-        rows = datasets.load_dataset(loader, data_files=glob.escape(str(path)), split="train", streaming=True, **options)
+        if loader == "parquet":         # row by row: `datasets` would expand a whole group of rows
+            rows = _parquet_rows(path, column)
+        else:
+            rows = datasets.load_dataset(loader, data_files=glob.escape(str(path)), split="train", streaming=True, **options)
         yield from _texts(rows, column, f"data.column={column}")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:      # every format has its own exceptions for a broken file
         raise UserError(f"{path}: cannot be read as {loader} ({first_line(error)})") from None
+
+
+def _parquet_rows(path: Path, column: str) -> Iterator[dict]:
+    import pyarrow.parquet as pq
+    if column not in (names := pq.read_schema(path).names):
+        yield dict.fromkeys(names)
+    file = pq.ParquetFile(path, read_dictionary=[column])       # equal texts stay one in memory
+    for batch in file.iter_batches(1000, columns=[column]):
+        yield from ({column: value.as_py()} for value in batch.column(0))
 
 
 def _texts(rows: Iterable[dict], column: str, key: str) -> Iterator[bytes]:
@@ -177,9 +193,20 @@ def _pieces_of_files(paths: Iterable[Path]) -> Iterator[Piece]:
     for path in paths:
         try:
             with COMPRESSED.get(path.suffix.lower(), open)(path, "rb") as file:
-                yield from _pieces(iter(lambda: file.read(PIECE_BYTES), b""))
+                yield from _pieces(_no_bomb(path, iter(lambda: file.read(PIECE_BYTES), b"")))
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
+
+
+def _no_bomb(path: Path, texts: Iterable[bytes]) -> Iterator[bytes]:
+    """`texts` as they are, up to LARGEST_RATIO times what the file takes on the disk."""
+    total, most = 0, max(2 ** 26, LARGEST_RATIO * path.stat().st_size)
+    for text in texts:
+        total += len(text)
+        if total > most:
+            raise UserError(f"{path}: holds more than {LARGEST_RATIO} times its size in text, so it is no corpus\n"
+                            "  if it is, unpack it first")
+        yield text
 
 
 def _pieces(blocks: Iterable[bytes]) -> Iterator[Piece]:

@@ -208,7 +208,8 @@ def _write_shards(folder: Path, n: int, streams: dict[str, np.ndarray]) -> dict:
     for split, tokens in streams.items():
         path = folder / f"{split}-{n:05d}.npy"
         with whole_file(path) as file:
-            np.save(file, tokens, allow_pickle=False)
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(tokens))
+            file.write(tokens.data)             # np.save would not say that it was the disk that is full
         written[split] = {"file": path.name, "tokens": len(tokens), "sha256": sha256(path)}
     return written
 
@@ -225,9 +226,10 @@ def _read_journal(folder: Path) -> list[dict]:
     """The finished parts of an interrupted preparation, if they are whole."""
     try:
         parts = json.loads((folder / "journal.json").read_text("utf-8"))["parts"]
-        whole = all(sha256(folder / part[split]["file"]) == part[split]["sha256"] for part in parts for split in ("train", "val"))
+        listed = [part[split] for part in parts for split in ("train", "val")]
+        whole = all(sha256(folder / Path(shard["file"]).name) == shard["sha256"] for shard in listed)
         return parts if whole else []
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return []
 
 

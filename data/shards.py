@@ -37,9 +37,9 @@ class Shards:
                 raise UserError(f"{self.folder}: shards of format {self.manifest['format']}, this version reads {FORMAT}: prepare again")
             listed = {split: self.manifest["shards"][split] for split in ("train", "val")}
             self.hash = self.manifest["hash"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            total = sum(shard["tokens"] for split in listed.values() for shard in split) * 4
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"{self.folder}: no prepared corpus ({type(error).__name__}: {error})") from None
-        total = sum(shard["tokens"] for split in listed.values() for shard in split) * 4
         self.verify = verify if verify is not None else total <= VERIFY_BYTES
         self.tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
         if self.tokenizer.hash != self.manifest["tokenizer"]:
@@ -48,14 +48,15 @@ class Shards:
         self.train, self.val = (TokenStream([self._open(shard) for shard in listed[split]]) for split in ("train", "val"))
 
     def _open(self, shard: dict) -> "Shard":
-        path = self.folder / Path(shard["file"]).name           # a name alone: a manifest cannot point elsewhere
+        path = self.folder / "manifest.json"
         try:
+            path = self.folder / Path(shard["file"]).name       # a name alone: a manifest cannot point elsewhere
             tokens = self._map(path)
             if tokens.shape != (shard["tokens"],) or tokens.dtype not in (np.uint16, np.uint32):
                 raise ValueError(f"{tokens.shape} {tokens.dtype}, not {shard['tokens']} tokens")
             if self.verify and sha256(path) != shard["sha256"]:
                 raise ValueError("its SHA-256 is not the manifest's")
-        except (OSError, ValueError, EOFError, SyntaxError) as error:
+        except (OSError, ValueError, EOFError, SyntaxError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error})\n  delete {self.folder} and run again to prepare it anew") from None
         return Shard(path, len(tokens), self._map)
 

@@ -18,10 +18,12 @@ import numpy as np
 import tiktoken
 
 from data.config import TokenizerConfig
-from errors import UserError
+from errors import UserError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 DOWNLOAD_SECONDS = 60
+LARGEST_FILE = 2 ** 28          # bytes of a tokenizer.json: o200k's has some 2 ** 24
+LARGEST_ID = 2 ** 22            # tables are as long as the largest id
 # GPT-2's way of cutting text into words before merging (Radford et al. 2019).
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"
 
@@ -55,7 +57,10 @@ class Tokenizer:
                                    np.array(self.byte_ids[part[0]], np.uint32) for part in valid_stretches(raw)])
 
     def _encode(self, text: str) -> np.ndarray:
-        return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint32)
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint32)
+        except ValueError as error:             # a pattern that backtracks without end is given up
+            raise UserError(f"the tokenizer's pattern cannot cut this text into words ({first_line(error)})") from None
 
     def prompt(self, text: str | bytes) -> list[int]:
         """The ids that a model is given to continue `text`; an empty one begins a document."""
@@ -139,6 +144,8 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Read a tokenizer.json: one of ours, or one that an import left (data/other_tokenizers.py); a UserError where it is neither."""
         try:
+            if (size := Path(path).stat().st_size) > LARGEST_FILE:
+                raise ValueError(f"{size:,} bytes are no tokenizer")
             described = json.loads(Path(path).read_text("utf-8"))
             beside = Path(path).with_name("tokenizer_config.json")
             if beside.exists() and (roles := json.loads(beside.read_text("utf-8")).get("gpt")):
@@ -152,12 +159,14 @@ class Tokenizer:
             ids = set(vocabulary.values())
             if len(ids) < len(vocabulary) or min(ids) < 0 or not vocabulary.keys() >= byte_of.keys():
                 raise ValueError("its ids are not those of a vocabulary with every byte in it")
+            if max(*ids, *special.values()) >= LARGEST_ID:
+                raise ValueError("its ids are larger than those of any tokenizer")
             ranks = {bytes(byte_of[c] for c in token): i for token, i in vocabulary.items() if token not in special}
             pattern = described["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
             tokenizer = cls(ranks, pattern, special, Path(path).parent.name)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file (a checkpoint and a data folder each hold their tokenizer)") from None
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path}: not a byte-level BPE in Hugging Face's format ({type(error).__name__}: {error})") from None
         tokenizer.json = Path(path).read_text("utf-8")      # its identity is the file's, whoever wrote it
         return tokenizer

@@ -5,7 +5,10 @@
                                 the rows of the lower triangle, 255 for an attention of 1
 """
 
+import contextlib
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from data.batches import documents
 from data.tokenizer import Tokenizer
+from errors import UserError, first_line
 from files import whole_file
 from induction.viewer import Passage, Snapshot
 from model.config import ModelConfig
@@ -78,20 +82,34 @@ class Snapshots:
     @property
     def passages(self) -> list[Passage]:
         path = self.folder / "passages.json"
-        return [Passage(p["title"], p["tokens"]) for p in json.loads(path.read_text("utf-8"))] if path.exists() else []
+        with _damaged(path):
+            return [Passage(p["title"], p["tokens"]) for p in json.loads(path.read_text("utf-8"))] if path.exists() else []
 
     def __iter__(self) -> Iterator[Snapshot]:
         """Oldest first, one in memory at a time."""
         for path in self._files():
-            with np.load(path, allow_pickle=False) as saved:
-                yield Snapshot(int(path.stem), int(saved["tokens"]),
-                               [_square(saved[f"pattern_{n}"]) for n in range(len(saved.files) - 1)])
+            with _damaged(path), np.load(path, allow_pickle=False) as saved:
+                if (size := sum(member.file_size for member in saved.zip.infolist())) > 2 * PAGE_BYTES:     # asked before it is inflated
+                    raise ValueError(f"{size:,} bytes of patterns")
+                snapshot = Snapshot(int(path.stem), int(saved["tokens"]),
+                                    [_square(saved[f"pattern_{n}"]) for n in range(len(saved.files) - 1)])
+            yield snapshot
 
     def __len__(self) -> int:
         return len(self._files())
 
     def _files(self) -> list[Path]:
         return sorted((p for p in self.folder.glob("*.npz") if p.stem.isdigit()), key=lambda p: int(p.stem))
+
+
+@contextlib.contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, MemoryError, RecursionError,
+            zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)})\n"
+                        f"  delete {path.parent if path.suffix == '.json' else path}: the report then goes without it") from None
 
 
 def _square(rows: np.ndarray) -> np.ndarray:

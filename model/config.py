@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from settings import Settings
+from settings import Settings, Size
 
 
 class RopeScaling(Settings):
@@ -14,7 +14,7 @@ class RopeScaling(Settings):
     kind: Literal["linear", "llama3", "yarn"]       # linear: all pairs slower (Chen et al. 2023); llama3: the slow pairs (Llama 3.1);
                                                     # yarn: those by another rule, and larger scores (Peng et al. 2023)
     factor: Annotated[float, Field(ge=1)]           # how many times slower
-    original_n_ctx: PositiveInt | None = None       # the context before; llama3 and yarn
+    original_n_ctx: Size | None = None              # the context before; llama3 and yarn
     fast: Annotated[float, Field(gt=0)] | None = None       # turns in original_n_ctx from which a pair stays; null: llama3 4, yarn 32
     slow: Annotated[float, Field(gt=0)] | None = None       # turns up to which it is `factor` times slower; null: 1
     attention_factor: Annotated[float, Field(gt=0)] | None = None       # yarn: of rotated queries and keys; null: 0.1 ln(factor) + 1
@@ -38,23 +38,23 @@ class RopeScaling(Settings):
 class ModelConfig(Settings):
     """A decoder-only transformer. Letters in brackets are those of the shape comments in the code."""
 
-    n_layers: PositiveInt = 4                          # L
-    n_heads: PositiveInt = 4                           # H query heads
-    n_kv_heads: PositiveInt | None = None              # K key/value heads, each shared by H/K queries; null: H
-    d_model: PositiveInt = 128                         # E residual stream
-    d_head: PositiveInt | None = None                  # D; null: d_model / n_heads
-    d_mlp: PositiveInt | None = None                   # F; null: 4 d_model, for swiglu 8/3 d_model
+    n_layers: Annotated[int, Field(gt=0, le=2 ** 12)] = 4      # L
+    n_heads: Size = 4                                  # H query heads
+    n_kv_heads: Size | None = None                     # K key/value heads, each shared by H/K queries; null: H
+    d_model: Size = 128                                # E residual stream
+    d_head: Size | None = None                         # D; null: d_model / n_heads
+    d_mlp: Size | None = None                          # F; null: 4 d_model, for swiglu 8/3 d_model
     mlp: Literal["swiglu", "gelu", "gelu_tanh", "relu2", "none"] = "swiglu"         # gelu_tanh: GPT-2's approximation; none: attention only
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # layernorm: with centring and a bias
     bias: Literal["none", "qkv", "attention", "mlp", "all"] = "none"    # which matrices add one; attention: q, k, v and o
     parallel: bool = False                             # attention and MLP of a block read the same residual stream (GPT-J, Pythia)
-    n_ctx: PositiveInt = 256                           # C longest sequence
+    n_ctx: Size = 256                                  # C longest sequence
     position: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
     rope_base: Annotated[float, Field(gt=0)] = 10000.0
-    rope_dims: PositiveInt | None = None               # how many numbers of each head, the first, rope turns; null: all
+    rope_dims: Size | None = None                      # how many numbers of each head, the first, rope turns; null: all
     rope_scaling: RopeScaling | None = None            # for longer contexts
     qk_norm: bool = False                              # RMSNorm on every query and key before positions
-    window: PositiveInt | list[PositiveInt | None] | None = None        # keys a query sees; a list repeats over layers
+    window: Size | list[Size | None] | None = None     # keys a query sees; a list repeats over layers
     smear: bool = False                                # mix each key with the one before it (a control, never a default)
     tied_embeddings: bool = False
     zero_init: bool = True                             # every block starts as the identity: the matrices that write to the
@@ -62,7 +62,7 @@ class ModelConfig(Settings):
                                                        # heads later (docs/experiments.md)
     embedding_std: Annotated[float, Field(gt=0)] = 0.02     # of tokens and positions at the start; in what the first blocks add
                                                        # (about 0.2 unless zero_init) small ones drown, and heads compose otherwise
-    vocab_size: PositiveInt | None = None              # V; null: the tokenizer's
+    vocab_size: Size | None = None                     # V; null: the tokenizer's
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
 
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -32,14 +31,6 @@ def test_wandb_holds_every_key_of_metrics_jsonl(workplace):
     for key in set().union(*records.values()):
         assert f'"{key}"' in text or key in text
     assert str(records[12]["val/loss"])[:10] in text
-
-
-def test_an_unreachable_server_does_not_hold_training_up(workplace):
-    started = time.monotonic()
-    done = command("train.py", "tiny.yaml", "log.wandb=online", cwd=workplace,
-                   env={"WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"})
-    assert done.returncode == 0 and "logging offline" in done.stdout, done.stderr
-    assert time.monotonic() - started < 60 and list(Path("runs/tiny/wandb").glob("offline-run-*")) and len(metrics(Path("runs/tiny"))) == 12
 
 
 def test_a_line_the_disk_takes_a_part_of_is_taken_back(tmp_path, monkeypatch):

@@ -48,6 +48,8 @@ def test_all_mistakes_come_at_once_each_with_its_key_value_and_fix():
     ("model={d_model: 100, n_heads: 3}", "try d_model=102"), ("data.files=a.txt", "try data.files='[a.txt]'"),
     ("data.files=[a.txt]", "set data.corpus=files"), ("lr=0.1", "did you mean optimizer.lr?"),
     ("modle.d_model=3", "command line: unknown key modle; did you mean model?"), ("train.micro_batch=5", "try 4"),
+    ("model.n_heads=1152921504606846976", "less than or equal to 1048576"), ("seed=0x" + "f" * 200, "a number of 202 digits"),
+    ("data.repeats={period: [8, 1000000000000]}", "less than or equal to 1048576"),
 ])
 def test_one_mistake(assignment, words):
     lines = errors_of({}, assignment)

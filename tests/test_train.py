@@ -1,21 +1,19 @@
-"""The real trainer in real processes: resumed, interrupted, broken."""
+"""The real trainer in real processes: finished, extended, started from weights, misused. What breaks it: tests/faults."""
 
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY, command, fails, metrics
+from faults.lab import same_bits, weights
 
-from training.checkpoint import find_checkpoint, load_model, load_optimizer, whole_checkpoints
+from training.checkpoint import find_checkpoint, load_model, whole_checkpoints
 
 
 def train(*arguments, cwd=None, **options):
@@ -25,15 +23,6 @@ def train(*arguments, cwd=None, **options):
 def start(*arguments, cwd: Path) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, ROOT / "train.py", *arguments], cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)},
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return dict(load_model(checkpoint)[0].named_parameters()) | load_optimizer(checkpoint)
-
-
-def same_bits(a: Path, b: Path) -> bool:
-    left, right = weights(a), weights(b)
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_a_run_holds_what_the_readme_says(trained):
@@ -69,43 +58,6 @@ def test_bits_per_byte_are_nats_over_bytes(trained):
             nats -= model(batch.tokens).double().log_softmax(-1).gather(2, batch.targets[..., None]).sum().item()
         characters += sum(len(tokenizer.decode_bytes(row)) for row in batch.targets.tolist())
     assert metrics(trained)[12]["val/bpb"] == pytest.approx(nats / log(2) / characters, rel=1e-5)
-
-
-def test_continuing_is_the_run_never_interrupted_bit_for_bit(workplace):
-    """Stopped by kill -9 and SIGTERM at random moments, then continued, it ends with the same weights and the same metrics."""
-    assert train("tiny.yaml", "run=whole", "train.steps=150", "checkpoint.every=5").returncode == 0
-    draw = random.Random(os.environ.get("FAULT_SEED", "1"))
-    ended, kills = None, 0
-    while ended != 0:
-        target = "runs/broken" if Path("runs/broken/config.yaml").exists() else "tiny.yaml"
-        process = start(target, "run=broken", "train.steps=150", "checkpoint.every=5", cwd=workplace)
-        for line in process.stdout:
-            if line.startswith(("training", "continuing")):
-                break
-        try:
-            process.wait(timeout=draw.uniform(0.0, 0.5) if kills < 4 else 60)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM if kills % 2 else signal.SIGKILL)
-            kills += 1
-        ended, output = process.wait(timeout=60), process.stdout.read()
-        assert ended in (0, -signal.SIGKILL, -signal.SIGTERM), output       # the last: before or after training
-        done = whole_checkpoints(Path("runs/broken/checkpoints"))
-        ended = ended if done and done[-1].name == "000150" else None
-    assert kills >= 2
-    assert metrics(Path("runs/broken")) == metrics(Path("runs/whole"))
-    assert same_bits(Path("runs/broken/checkpoints/000150"), Path("runs/whole/checkpoints/000150"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_says_how_to_go_on(workplace, number):
-    process = start("tiny.yaml", "train.steps=100000", "eval.every=0", "checkpoint.every=50000", cwd=workplace)
-    while not (Path("runs/tiny/metrics.jsonl").exists() and Path("runs/tiny/metrics.jsonl").read_text()):
-        time.sleep(0.05)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "finishing this step" in output and "python train.py runs/tiny" in output
-    step = int(find_checkpoint("runs/tiny").name)
-    assert step > 0 and list(metrics(Path("runs/tiny"))) == list(range(1, step + 1))
 
 
 def test_finishing_extending_and_starting_from_weights(workplace):
@@ -162,15 +114,6 @@ def test_a_console_that_is_gone_does_not_end_training(workplace):
     assert find_checkpoint("runs/tiny").name == "000300" and len(metrics(Path("runs/tiny"))) == 300
 
 
-def test_a_stopped_run_is_saved_even_where_it_saves_nothing_else(workplace):
-    process = start("tiny.yaml", "train.steps=100000", "eval.every=0", "checkpoint.every=0", cwd=workplace)
-    while not (Path("runs/tiny/metrics.jsonl").exists() and Path("runs/tiny/metrics.jsonl").read_text()):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert int(find_checkpoint("runs/tiny").name) == max(metrics(Path("runs/tiny")))
-
-
 def test_a_checkpoint_notes_the_validation_loss_of_its_own_step_and_best_is_the_lowest(workplace):
     assert train("tiny.yaml", "train.steps=20", "checkpoint.keep=9").returncode == 0        # evaluated at 6, 12, 18 and 20
     noted = {p.name: json.loads((p / "training_state/state.json").read_text())["val_loss"]
@@ -179,17 +122,6 @@ def test_a_checkpoint_notes_the_validation_loss_of_its_own_step_and_best_is_the_
     assert noted == {name: measured[name] for name in ("000004", "000008", "000012", "000016", "000020")}
     best = min(("000012", "000020"), key=measured.get)
     assert Path("runs/tiny/checkpoints/best").resolve().name == best
-
-
-def test_links_and_unfinished_folders_are_put_right(workplace, trained):
-    shutil.copytree(trained, "runs/tiny", symlinks=True)
-    folder = Path("runs/tiny/checkpoints")
-    (folder / "latest").unlink()
-    (folder / "latest").symlink_to("000001")                # killed between the rename and the link
-    assert train("runs/tiny").returncode == 0 and (folder / "latest").resolve().name == "000012"
-    (folder / "000012" / "manifest.json").unlink()          # never finished, as far as anyone can tell
-    assert train("runs/tiny").returncode == 0
-    assert find_checkpoint("runs/tiny").name == "000012" and same_bits(folder / "000012", trained / "checkpoints/000012")
 
 
 def test_weights_are_not_given_to_another_tokenizer_and_optimizers_not_exchanged(workplace, trained):
@@ -226,70 +158,12 @@ def test_mistakes_are_two_lines_and_leave_nothing(workplace, arguments, words):
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
-@pytest.mark.parametrize("name", ["model.safetensors", "training_state/optimizer.safetensors", "config.json"])
-def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(workplace, trained, damage, name):
-    shutil.copytree(trained, "runs/tiny", symlinks=True)
-    path = Path("runs/tiny/checkpoints/000012") / name
-    raw = bytearray(path.read_bytes())
-    if damage == "remove":
-        path.unlink()
-    elif damage == "truncate":
-        path.write_bytes(raw[:-3])
-    else:
-        raw[len(raw) // 2] ^= 4
-        path.write_bytes(raw)
-    done = train("runs/tiny", "train.steps=14")
-    fails(done, str(path), "is damaged", "to go on from runs/tiny/checkpoints/000008, delete runs/tiny/checkpoints/000012")
-    fails(command("sample.py", "runs/tiny"), str(path.name), "is damaged")
-    assert list(metrics(Path("runs/tiny"))) == list(range(1, 13))
-    shutil.rmtree("runs/tiny/checkpoints/000012")
-    if name == "config.json" and damage == "flip":          # the rest is the same: once is enough
-        assert train("runs/tiny").returncode == 0
-        assert same_bits(Path("runs/tiny/checkpoints/000012"), trained / "checkpoints/000012")
-
-
-def test_a_run_of_one_trainer_at_a_time(workplace):
-    process = start("tiny.yaml", "train.steps=100000", "eval.every=0", "checkpoint.every=0", cwd=workplace)
-    while not (Path("runs/tiny/metrics.jsonl").exists() and Path("runs/tiny/metrics.jsonl").read_text()):
-        time.sleep(0.05)
-    fails(train("runs/tiny"), "being trained by another process")
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert train("runs/tiny", "train.steps=12").returncode == 0             # a killed trainer's lock is free
-
-
 def test_a_loss_that_is_no_number_stops_the_run_at_the_last_good_checkpoint(workplace):
     done = train("tiny.yaml", "optimizer.kind=adamw", "optimizer.lr=1e19", "optimizer.clip=0", "optimizer.warmup_steps=0",
                  "checkpoint.every=1", "train.steps=40", "model.zero_init=false")
     fails(done, "at step", "batch", "optimizer.lr")
     for checkpoint in whole_checkpoints(Path("runs/tiny/checkpoints")):
         assert all(torch.isfinite(value).all() for value in weights(checkpoint).values())
-
-
-def test_a_full_disk_keeps_the_last_checkpoint(workplace):
-    """On a real file system of 3 MB, which the third checkpoint does not fit."""
-    Path("small").mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", "small"], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
-        Path("runs").symlink_to("small")
-        done = train("tiny.yaml", "model.d_model=64", "checkpoint.every=1", "checkpoint.keep=99")
-        fails(done, "No space left", "is intact", "python train.py runs/tiny")
-        whole = whole_checkpoints(Path("runs/tiny/checkpoints"))
-        assert whole and f"{whole[-1]} is intact" in done.stderr
-        assert not list(Path("runs/tiny/checkpoints").glob(".partial*"))
-        load_model(whole[-1])
-        shutil.rmtree(whole[0])
-        assert train("runs/tiny", "train.steps=4", "checkpoint.keep=1").returncode == 0
-    finally:
-        subprocess.run(["umount", "small"], check=True)
-
-
-def test_a_folder_that_cannot_be_written(workplace):
-    Path("runs").write_text("a file where the folder should be")
-    fails(train("tiny.yaml"), "runs/tiny")
 
 
 def test_our_kernels_train_the_same_model(workplace):

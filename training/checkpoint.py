@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -92,7 +93,8 @@ def save_checkpoint(folder: Path, what: Snapshot, world: World = ALONE) -> Path:
     with all_or_nothing():
         if world.first:
             shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / "training_state").mkdir(parents=True)
+            temporary.mkdir()                               # no parents: a run that was deleted does not come back in part
+            (temporary / "training_state").mkdir()
     with all_or_nothing():
         files = _files(what, world)
         for name, content in files.items():
@@ -159,7 +161,13 @@ def point(link: Path, target: Path) -> None:
 def point_at_newest(folder: Path) -> None:
     """Make `latest` name the newest whole checkpoint, whatever it named before."""
     if whole := whole_checkpoints(folder):
+        _note_dangling(folder / "latest", whole[-1])
         point(folder / "latest", whole[-1])
+
+
+def _note_dangling(link: Path, newest: Path) -> None:
+    if link.is_symlink() and not (link / "manifest.json").exists():
+        print(f"note: {link} names {os.readlink(link)}, which is no whole checkpoint; the newest is {newest}", file=sys.stderr)
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
@@ -192,28 +200,41 @@ def find_checkpoint(where: str | Path) -> Path:
     path = Path(where)
     if (path / "manifest.json").exists() and (path / "config.json").exists():
         return path.resolve()
+    if path.is_symlink() and path.parent.name == "checkpoints":         # latest or best, which name nothing any more
+        path = path.parent
     if not path.exists():
         near = sorted(p.name for p in path.parent.glob("*") if p.is_dir())[:8] if path.parent.is_dir() else []
         raise UserError(f"{where}: no such run or checkpoint" + (f"; there are {', '.join(near)} in {path.parent}" if near else ""))
-    whole = whole_checkpoints(path if path.name == "checkpoints" else path / "checkpoints")
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    whole = whole_checkpoints(folder)
     if not whole:
         raise UserError(f"{where}: holds no checkpoint (train first, or name runs/NAME or runs/NAME/checkpoints/STEP)")
+    _note_dangling(folder / "latest", whole[-1])
     return whole[-1]
 
 
 def read_state(checkpoint: Path) -> dict:
     """step, tokens, seconds, val_loss and what else was noted when the checkpoint was saved."""
+    verify(checkpoint, ["training_state/state.json"])
     with _damaged(checkpoint, "training_state/state.json"):
-        return json.loads((checkpoint / "training_state/state.json").read_text("utf-8"))
+        match json.loads((checkpoint / "training_state/state.json").read_text("utf-8")):
+            case {"step": int(), "tokens": int(), "seconds": int() | float(), "data": {"hash": str()} as data} as state:
+                if isinstance(data.get("folder", ""), str):
+                    return state
+        raise ValueError("it does not say step, tokens, seconds and data")
 
 
 def load_model(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer]:
     """The model and tokenizer of a checkpoint; a UserError where it is damaged."""
+    verify(checkpoint, ["config.json"])
     with _damaged(checkpoint, "config.json"):
-        described = json.loads((checkpoint / "config.json").read_text("utf-8"))["gpt"]
-    config = validate(ModelConfig, described, str(checkpoint / "config.json"))
-    with torch.device("meta"):
-        model = GPT(config)
+        config = validate(ModelConfig, json.loads((checkpoint / "config.json").read_text("utf-8"))["gpt"], str(checkpoint / "config.json"))
+        with torch.device("meta"):
+            model = GPT(config)
+        needed = 4 * sum(p.numel() for p in model.parameters())
+        there = sum((checkpoint / name).stat().st_size for name in _tensor_files(checkpoint, "model"))
+        if needed > there:                                  # asked before anything of that size is allocated
+            raise ValueError(f"it describes {needed:,} bytes of parameters, model.safetensors has {there:,}")
     model = model.to_empty(device="cpu")
     model.make_tables()
     load_weights(model, checkpoint)
@@ -223,7 +244,7 @@ def load_model(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[GP
 def load_weights(model: GPT, checkpoint: Path, world: World = ALONE) -> None:
     """Fill a model with the parameters of a checkpoint, after every file has passed its SHA-256."""
     with world.together():
-        verify(checkpoint, world)
+        verify(checkpoint, world=world)
     load_hf_state(model, _load_tensors(checkpoint, "model"), str(checkpoint / "model.safetensors"), fill=world.fill)
 
 
@@ -233,13 +254,17 @@ def load_optimizer(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def _load_tensors(checkpoint: Path, stem: str) -> dict[str, Tensor]:
-    """The tensors of `stem`.safetensors, or of all of stem-00001-of-….safetensors. They stay in the files until they are read."""
+    """The tensors of `stem`.safetensors, whoever wrote them. They stay in the files until they are read."""
     state: dict[str, Tensor] = {}
-    for name in _manifest(checkpoint):
-        if re.fullmatch(re.escape(stem) + r"(-\d+-of-\d+)?\.safetensors", name):
-            with _damaged(checkpoint, name):
-                state |= load_file(checkpoint / name)
+    for name in _tensor_files(checkpoint, stem):
+        with _damaged(checkpoint, name):
+            state |= load_file(checkpoint / name)
     return state
+
+
+def _tensor_files(checkpoint: Path, stem: str) -> list[str]:
+    """`stem`.safetensors, or stem-00001-of-….safetensors of each process that wrote."""
+    return [name for name in _manifest(checkpoint) if re.fullmatch(re.escape(stem) + r"(-\d+-of-\d+)?\.safetensors", name)]
 
 
 def _manifest(checkpoint: Path) -> dict[str, dict]:
@@ -247,11 +272,19 @@ def _manifest(checkpoint: Path) -> dict[str, dict]:
         return dict(json.loads((checkpoint / "manifest.json").read_text("utf-8")))
 
 
-def verify(checkpoint: Path, world: World = ALONE) -> None:
-    """Raise a UserError unless every file is there with the bytes it was saved with. Several processes share the reading."""
+def verify(checkpoint: Path, names: Iterable[str] = (), world: World = ALONE) -> None:
+    """Raise a UserError unless every file, or those of `names`, is there with the bytes it was saved with. Several processes share the
+    reading."""
     with _damaged(checkpoint, "manifest.json"):
-        for name, noted in list(_manifest(checkpoint).items())[world.rank::world.size]:
-            path = checkpoint / name
+        manifest = _manifest(checkpoint)
+        if missing := {"config.json", "tokenizer.json", *names} - manifest.keys():
+            raise ValueError(f"it does not list {', '.join(sorted(missing))}")
+        if not _tensor_files(checkpoint, "model"):
+            raise ValueError("it lists no model.safetensors")
+        for name in list(names or manifest)[world.rank::world.size]:
+            path, noted = checkpoint / name, manifest[name]
+            if ".." in Path(name).parts or Path(name).is_absolute():
+                raise ValueError(f"it lists {name}, which lies elsewhere")
             with _damaged(checkpoint, name):
                 if path.stat().st_size != noted["bytes"]:
                     raise ValueError(f"{path.stat().st_size} bytes of {noted['bytes']}")
@@ -263,7 +296,7 @@ def verify(checkpoint: Path, world: World = ALONE) -> None:
 def _damaged(checkpoint: Path, name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         before = [p for p in whole_checkpoints(checkpoint.parent) if checkpoint.name.isdigit() and int(p.name) < int(checkpoint.name)]
         fix = f"to go on from {before[-1]}, delete {checkpoint}" if before else "no earlier checkpoint is there to go on from"
         raise UserError(f"{checkpoint / name} is damaged ({error})\n  {fix}") from None

@@ -1,6 +1,7 @@
 """The whole YAML file as one frozen typed object."""
 
 from collections.abc import Iterator, Sequence
+from math import isqrt
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,7 +19,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 class TrainConfig(Settings):
     steps: PositiveInt = 1000
-    batch_tokens: PositiveInt = 4096            # tokens per update, over all micro-batches and processes
+    batch_tokens: Annotated[int, Field(gt=0, le=2 ** 28)] = 4096        # tokens per update, over all micro-batches and processes
     micro_batch: PositiveInt | None = None      # windows per forward pass; null: what fits
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"         # of activations; weights are float32. auto: bf16 on CUDA
     compile: bool | Literal["auto"] = "auto"    # auto: on CUDA
@@ -48,7 +49,7 @@ class OptimizerConfig(Settings):
 
 class EvalConfig(Settings):
     every: Every = 100
-    tokens: PositiveInt = 131072                # of the validation text, always the same ones
+    tokens: Annotated[int, Field(gt=0, le=2 ** 28)] = 131072    # of the validation text, always the same ones
 
 
 class CheckpointConfig(Settings):
@@ -93,7 +94,7 @@ class Config(Settings):
             yield ("train.batch_tokens", "model.n_ctx"), (f"train.batch_tokens={tokens} must be a multiple of model.n_ctx={n_ctx} "
                                        f"(try {max(1, round(tokens / n_ctx)) * n_ctx})")
         elif (micro := self.train.micro_batch) and (windows := self.windows_per_step) % micro:
-            near = min((m for m in range(1, windows + 1) if windows % m == 0), key=lambda m: abs(m - micro))
+            near = min(divisors(windows), key=lambda m: abs(m - micro))
             yield ("train.micro_batch", "train.batch_tokens", "model.n_ctx"), (
                 f"train.micro_batch={micro} must divide the {windows} windows of train.batch_tokens={tokens} (try {near})")
         longest, held_out = self.data.repeats.period[-1], self.data.repeats.held_out_periods
@@ -107,6 +108,12 @@ class Config(Settings):
         if self.model.vocab_size and self.data.tokenizer.vocab_size and self.model.vocab_size < self.data.tokenizer.vocab_size:
             yield ("model.vocab_size", "data.tokenizer.vocab_size"), (f"model.vocab_size={self.model.vocab_size} is smaller than "
                                       f"data.tokenizer.vocab_size={self.data.tokenizer.vocab_size} (leave it out)")
+
+
+def divisors(n: int) -> list[int]:
+    """All that divide n, ascending."""
+    small = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

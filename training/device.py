@@ -1,5 +1,6 @@
 """Where a model is trained, in which numbers, and how much of a batch fits at a time."""
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from kernels.attention import use_triton
 from model.config import ModelConfig
 from model.fit import Cluster, Plan
 from model.gpt import GPT
-from training.config import Config
+from training.config import Config, divisors
 from training.distributed import ALONE, World
 
 CPU_TOKENS = 16384          # a micro-batch on the CPU: larger ones leave its caches without saving overhead
@@ -95,7 +96,7 @@ def choose_micro_batch(config: Config, model: GPT, world: World = ALONE) -> int:
     else:
         fits = CPU_TOKENS // config.model.n_ctx
     fits = max(1, min(world.gather(fits)))
-    return max(m for m in range(1, windows + 1) if windows % m == 0 and m <= fits)
+    return max(m for m in divisors(windows) if m <= fits)
 
 
 def windows_that_fit(config: Config, model: ModelConfig, device: torch.device, world: World, distributed: str) -> int:
@@ -103,6 +104,17 @@ def windows_that_fit(config: Config, model: ModelConfig, device: torch.device, w
     memory = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     cluster = Cluster(world.size, memory, bandwidth=1, flops=1, mfu=1)          # how long it takes is not asked
     return Plan(model, config.optimizer.kind, config.train.batch_tokens, cluster, distributed, config.train.checkpoint_activations).room
+
+
+def check_memory(model: GPT, device: torch.device, world: World = ALONE) -> None:
+    """Raise a UserError where the weights, their gradients and two moments of each alone are more than there is memory."""
+    count, machines = sum(p.numel() for p in model.parameters()), world.size // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed, there = 4 * 4 * count, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * machines
+    if device.type == "cuda":
+        there = torch.cuda.mem_get_info(device)[1] * world.size
+    if needed > there:
+        raise UserError(f"{count:,} parameters take {needed / 1e9:,.0f} GB to train, {device} has {there / 1e9:,.0f} GB\n"
+                        "  make the model smaller; python -m model.budget CONFIG says what takes it")
 
 
 def training_loss(model: GPT, compile: bool | str, world: World = ALONE) -> Callable[..., Tensor]:

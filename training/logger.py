@@ -2,13 +2,14 @@
 
 import contextlib
 import errno
+import http.client
 import importlib.util
 import json
 import math
 import netrc
 import os
 import secrets
-import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +40,8 @@ class Metrics:
 
     def write(self, record: dict[str, float | list[float]]) -> None:
         line = (json.dumps({k: _finite(v) for k, v in record.items()}) + "\n").encode()
+        if os.fstat(self.file.fileno()).st_nlink == 0:          # it would take every line and keep none
+            raise FileNotFoundError(errno.ENOENT, "was deleted while it was written", str(self.path))
         written = self.file.write(line)
         if written != len(line):                    # a disk that is full takes a part: take that back
             self.file.truncate(self.file.seek(0, os.SEEK_END) - written)
@@ -148,15 +151,21 @@ class Wandb:
             try:
                 self.run.log({name: _as_wandb(value) for name, value in record.items()})
             except Exception as error:
-                self.say(f"wandb      stopped ({error}): metrics.jsonl has everything")
-                self.run = None
+                self._give_up(f"stopped ({error})")
 
     def finish(self, exit_code: int = 0) -> None:
         if self.run is not None:
             try:
                 self.run.finish(exit_code=exit_code)
             except Exception as error:
-                self.say(f"wandb      did not finish ({error}): metrics.jsonl has everything")
+                self._give_up(f"did not finish ({error})")
+
+    def _give_up(self, what: str) -> None:
+        import wandb
+        self.run = None
+        self.say(f"wandb      {what}: metrics.jsonl has everything")
+        with contextlib.suppress(Exception):        # or it tries again when Python ends, with a traceback
+            wandb.teardown()
 
 
 def _as_wandb(value):
@@ -188,14 +197,20 @@ def _host() -> str:
 
 
 def _reachable() -> bool:
-    """Asked first because wandb itself asks for over 20 s. A proxy answers for the host behind it."""
+    """Whether something answers there. Asked first because wandb itself asks for over 20 s. A proxy answers for the host behind it."""
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")):
         return True
     url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    connect = http.client.HTTPConnection if url.scheme == "http" else http.client.HTTPSConnection
     try:
-        socket.create_connection((_host(), url.port or (80 if url.scheme == "http" else 443)), timeout=3).close()
+        connection = connect(_host(), url.port, timeout=3)
+        connection.request("HEAD", "/")
+        connection.getresponse()
+        connection.close()
         return True
-    except OSError:
+    except ssl.SSLError:                            # it is there; which certificates it needs, wandb knows better
+        return True
+    except (OSError, http.client.HTTPException):
         return False
 
 

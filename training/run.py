@@ -76,6 +76,23 @@ def newest_state(folder: Path) -> dict:
     return read_state(whole[-1]) if whole else {"step": 0, "tokens": 0, "seconds": 0.0, "data": {}}
 
 
+def only_trainer(folder: Path):
+    """Hold the lock of a run."""
+    return only_one(folder / ".lock", f"{folder} is being trained by another process\n"
+                                      "  wait for it, stop it, or begin another run with: run=NEW")
+
+
+def tidy(checkpoints: Path, config: Config) -> None:
+    """Delete what a kill left of a checkpoint that was being written or deleted, and do what it left undone.
+
+    Only when the newest has been verified: a damaged one must not be left alone.
+    """
+    for unfinished in checkpoints.glob(".partial-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    point_at_newest(checkpoints)
+    prune(checkpoints, config.checkpoint.keep, config.checkpoint.steps)
+
+
 class LoadedRun(NamedTuple):
     """A run to look at: its model at one checkpoint, and what goes with it."""
 
@@ -144,7 +161,8 @@ class Run:
         self.stack = ExitStack()
         with world.together(), self.explained("opening"):
             if world.first:
-                self._take()
+                self.checkpoints.mkdir(parents=True, exist_ok=True)
+                self.stack.enter_context(only_trainer(folder))
         try:
             with world.together(), self.explained("opening"):
                 if not (folder / ".lock").exists():
@@ -157,34 +175,29 @@ class Run:
             self.stack.close()
             raise
 
-    def _take(self) -> None:
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self.stack.enter_context(only_one(self.folder / ".lock", f"{self.folder} is being trained by another process\n"
-                                          "  wait for it, stop it, or begin another run with: run=NEW"))
-        for unfinished in self.checkpoints.glob(".partial-*"):
-            shutil.rmtree(unfinished, ignore_errors=True)
-
     def _restore(self) -> None:
         state = newest_state(self.folder)
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-        if not (whole := whole_checkpoints(self.checkpoints)):
-            return
-        if not self.step:                                   # imported: nothing of ours but the weights, which are its tokenizer's
+        whole = whole_checkpoints(self.checkpoints)
+        if whole and not self.step:                         # imported: nothing of ours but the weights, which are its tokenizer's
             if Tokenizer.load(whole[-1] / "tokenizer.json").hash != self.data.tokenizer.hash:
                 raise self.world.error(f"{self.folder} was imported with another tokenizer, its weights mean other tokens\n"
                                        f"  use its own: data.tokenizer={self.folder}/checkpoints/latest")
             load_weights(self.model, whole[-1], self.world)
-        else:
+        elif whole:
             if state["data"]["hash"] != self.data.identity["hash"]:
                 raise self.world.error(
                     f"{self.folder} was trained on other data than is there now; it lay in {state['data'].get('folder')}\n"
                     "  bring that back, or begin another run with: run=NEW")
+            theirs = load_config(whole[-1] / "training_state" / "config.yaml")
+            if fixed := [change for change in differences(self.config, theirs) if change.startswith(FIXED)]:
+                raise self.world.error(f"{whole[-1]} belongs to another run ({'; '.join(fixed[:3])})\n"
+                                       "  delete it to go on from the one before, or begin another run with: run=NEW")
             load_weights(self.model, whole[-1], self.world)
             self.optimizer.load_state_dict(load_optimizer(whole[-1]))
-            self.world.gather(None)                         # all have read what is about to be pruned
-            if self.world.first:
-                point_at_newest(self.checkpoints)
-                prune(self.checkpoints, self.config.checkpoint.keep, self.config.checkpoint.steps)
+        self.world.gather(None)                             # all have read what is about to be pruned
+        if self.world.first:
+            tidy(self.checkpoints, self.config)
 
     def _open(self) -> None:
         self.git = git_revision()

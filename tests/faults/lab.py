@@ -1,0 +1,146 @@
+"""Where runs are broken: how to start them, and what must hold of what is left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import ROOT, command, metrics
+
+from data.shards import Shards
+from errors import UserError
+from settings import read_file
+from training.checkpoint import load_model, load_optimizer, verify, whole_checkpoints
+
+BREAKER = Path(__file__).with_name("breaker.py")
+
+
+class Lab:
+    """A workplace in which runs are begun, broken and continued."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    def train(self, *arguments: str, code: int = 0, **options) -> subprocess.CompletedProcess:
+        """train.py in its own process, which must end with `code`."""
+        return self.ended(command("train.py", *arguments, cwd=self.folder, **options), code)
+
+    def train_broken(self, moment: str, n: int, deed: str, *arguments: str, codes: tuple[int, ...] = (0,), **options):
+        """train.py, with `deed` done the n-th time that `moment` comes."""
+        return self.ended(command(str(BREAKER), moment, str(n), deed, "train.py", *arguments, cwd=self.folder, **options), *codes)
+
+    def start(self, *arguments: str, **options) -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, ROOT / "train.py", *arguments], cwd=self.folder, stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True,
+                                env=os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("env", {}), **options)
+
+    def wait_for_a_line(self, run: Path) -> None:
+        """Until it has trained a step."""
+        while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+            time.sleep(0.05)
+
+    @staticmethod
+    def records(run: Path) -> list[dict]:
+        """The lines of its metrics.jsonl."""
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+    @staticmethod
+    def wandb_records(run: Path) -> list[dict]:
+        """What an offline wandb run holds, read with wandb's own tool."""
+        folder = max((run / "wandb").glob("offline-run-*"))
+        done = subprocess.run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)], capture_output=True, text=True,
+                              timeout=60, env=os.environ | {"WANDB_ERROR_REPORTING": "false"})
+        assert done.returncode == 0, done.stderr
+        records = [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
+        return [record for record in records if record.get("type") == "history"]
+
+    @staticmethod
+    def ended(done: subprocess.CompletedProcess, *codes: int) -> subprocess.CompletedProcess:
+        assert done.returncode in codes, (done.returncode, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    def go_on(self, name: str, *arguments: str, **options) -> subprocess.CompletedProcess:
+        """Continue run `name`, or begin it anew where it had not begun."""
+        run = f"runs/{name}"
+        begun = (self / run / "config.yaml").exists()
+        return self.train(*([run] if begun else ["tiny.yaml", f"run={name}", *arguments]), **options)
+
+
+def check_what_is_left(run: Path, shards: Path | None = None) -> None:
+    """No file of a broken run says anything wrong: each is whole, or is not taken for one."""
+    for checkpoint in whole_checkpoints(run / "checkpoints"):
+        verify(checkpoint)
+        assert json.loads((checkpoint / "training_state/state.json").read_text())["step"] == int(checkpoint.name)
+    if (run / "config.yaml").exists():
+        assert read_file(run / "config.yaml")["run"]
+    if (run / "metrics.jsonl").exists():
+        *whole, end = (run / "metrics.jsonl").read_bytes().split(b"\n")
+        steps = [json.loads(line)["step"] for line in whole]
+        assert steps == list(range(1, len(steps) + 1))
+        assert end == b"" or not json_or_none(end)              # a torn end, which no reader takes for a line
+    for path in (run / "heads").glob("*.npz"):
+        with np.load(path) as saved:
+            assert all(saved[name].size for name in saved.files)
+    if (run / "report.html").exists():
+        assert (run / "report.html").read_text().rstrip().endswith("</script>")
+    if shards is not None and shards.exists():
+        try:
+            Shards(shards, verify=True)
+        except UserError as error:
+            assert "no prepared corpus" in str(error) and not (shards / "manifest.json").exists()   # refused whole, not read in part
+
+
+def json_or_none(text: bytes):
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Parameters, and everything that the optimizer remembers."""
+    return dict(load_model(checkpoint)[0].named_parameters()) | load_optimizer(checkpoint)
+
+
+def same_bits(a: Path, b: Path) -> bool:
+    left, right = weights(a), weights(b)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def check_same_run(run: Path, whole: Path) -> None:
+    """A run that was broken and continued is the run that was not: metrics, weights, optimizer and snapshots, bit for bit."""
+    last = whole_checkpoints(whole / "checkpoints")[-1].name
+    assert metrics(run) == metrics(whole)
+    assert same_bits(run / "checkpoints" / last, whole / "checkpoints" / last)
+    assert (run / "checkpoints/latest").resolve().name == last
+    assert {p.name for p in (run / "heads").iterdir()} == {p.name for p in (whole / "heads").iterdir()}
+    for path in (run / "heads").iterdir():
+        assert path.read_bytes() == (whole / "heads" / path.name).read_bytes(), path
+    pages = [(folder / "report.html").read_text().replace(f'"{folder.name}"', "") for folder in (run, whole)]
+    assert pages[0] == pages[1]
+    assert not list(run.rglob("*partial*"))
+
+
+def is_left(of: int) -> bool:
+    """Whether wandb's own process runs for the trainer of that number."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"wandb-core" in command[0] and str(of).encode() in command:
+            return True
+    return False
+
+
+OFFLINE = {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}       # wandb's own files, and no request to anyone
+SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}

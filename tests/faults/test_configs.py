@@ -1,0 +1,194 @@
+"""A config that was damaged in any way is a run or a clear error: never a traceback, never half a run."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, TINY, command, fails, make_workplace
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from errors import UserError
+from model.budget import parameters
+from train import train
+from training.config import Config
+from training.device import check_memory, choose_attention, choose_device, choose_micro_batch, choose_precision
+from training.run import config_of
+
+FILES = {"tiny": TINY} | {path.stem: yaml.safe_load(path.read_text()) for path in sorted(ROOT.glob("configs/**/*.yaml"))}
+JUNK = [None, True, False, -1, 0, 1, 3, 7, 2 ** 20, 2 ** 31, 2 ** 40, 2 ** 63, 10 ** 30, -10 ** 30, 0.5, -0.5, 1e-320, 1e300, -1e300,
+        float("nan"), float("inf"), "", "x", "..", "../../x", "/", "a" * 300, "a" * 5000, "\0", "\ud800", "ü", "1e3", "~", "{}",
+        [], {}, [[]], [None], [[[[1]]]], list(range(50)), {"a": {"b": [1]}}, {"kind": "bytes"}, {1: 2}, ["x"] * 3]
+BOMB = "&b0 [x, x, x, x, x, x, x, x]"
+DOUBLED = [f"&b{n} [{', '.join([f'*b{n - 1}'] * 9)}]" for n in range(1, 12)]        # 9 times the one before, each
+MERGED = [f"&m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 9)}]}}" for n in range(1, 12)]
+DAMAGE = [
+    b"\xff\xfe", b"\x80", b"\0", b"\t", b"{", b"[", b"]}", b": ", b"- ", b"'", b'"', b"&a *a", b"*nothing", b"!!python/name:os.system ",
+    b"!!binary x", b"!!set {a, b}", b"%YAML 9.9\n---\n", b"\n---\nrun: second\n", b"? ", b"|", b"<<: *x", b"0x" + b"f" * 9000, b"9" * 9000,
+    b"\xef\xbb\xbf", b"\x1b[31m", b"[" * 3000, b"{a: " * 800, b"# " + b"x" * 70_000,
+    f"\nb0: {BOMB}{''.join(f'{chr(10)}b{n}: {one}' for n, one in enumerate(DOUBLED, 1))}\n".encode(),
+    f"\nmodel: {{n_layers: {BOMB}{''.join(f', k{n}: {one}' for n, one in enumerate(DOUBLED))}}}\n".encode(),
+    f"\nm0: &m0 {{a: 1}}{''.join(f'{chr(10)}m{n}: {one}' for n, one in enumerate(MERGED, 1))}\n".encode(),
+    b"\nmodel: &m {n_heads: *m, x: *m}\n",
+]
+
+
+def paths(tree, inside=()):
+    """Where there is a value."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ():
+        yield (*inside, key)
+        yield from paths(value, (*inside, key))
+
+
+@st.composite
+def damaged(draw, names=tuple(FILES)) -> bytes:
+    """A config file with one to three things wrong with it, or perhaps with none."""
+    tree = yaml.safe_load(yaml.safe_dump(FILES[draw(st.sampled_from(names))]))
+    for _ in range(draw(st.integers(0, 2))):
+        where = draw(st.sampled_from(sorted(paths(tree), key=str)))
+        node = tree
+        for key in where[:-1]:
+            node = node[key]
+        match draw(st.sampled_from(["replace", "replace", "delete", "unknown", "nest", "move"])):
+            case "replace":
+                node[where[-1]] = draw(st.sampled_from(JUNK) | st.integers() | st.floats() | st.text(max_size=8))
+            case "delete":
+                del node[where[-1]]
+            case "unknown" if isinstance(node, dict):
+                node[draw(st.sampled_from(["modle", "steps", "lr", "x", "__class__", 3]))] = draw(st.sampled_from(JUNK))
+            case "nest":
+                node[where[-1]] = {where[-1]: node[where[-1]]}
+            case "move":
+                tree[str(where[-1])] = node[where[-1]]
+        if not tree:
+            break
+    text = yaml.safe_dump(tree).encode()
+    for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
+        at = draw(st.integers(0, len(text)))
+        match draw(st.sampled_from(["insert", "append", "cut", "double", "flip"])):
+            case "insert":
+                text = text[:at] + draw(st.sampled_from(DAMAGE) | st.binary(max_size=4)) + text[at:]
+            case "append":
+                text += draw(st.sampled_from(DAMAGE))
+            case "cut":
+                text = text[:at] + text[at + draw(st.integers(1, 40)):]
+            case "double":
+                text += text[:at]
+            case "flip":
+                text = text[:at] + bytes([text[at] ^ 1 << draw(st.integers(0, 7))]) + text[at + 1:] if at < len(text) else text
+    return text
+
+
+def small(config: Config) -> bool:
+    """Whether a step of it takes no time: the texts of the tests, a small vocabulary, a small model, nothing to compile."""
+    data, size = config.data, config.model.model_copy(update={"vocab_size": config.model.vocab_size or 2000})
+    return (data.corpora in (["files"], ["files", "repeats"]) and data.tokenizer.kind in ("bpe", "bytes")
+            and (data.tokenizer.vocab_size or 0) < 2000 and config.train.compile is not True and config.train.batch_tokens <= 4096
+            and config.eval.tokens <= 2 ** 20 and config.model.n_layers < 20 and config.model.n_ctx <= 1024
+            and parameters(size).total() < 10 ** 6)
+
+
+def before_training(config: Config) -> None:
+    """What is asked before anything is prepared or made."""
+    device = choose_device(config.train.device)
+    choose_micro_batch(config, device, choose_precision(config.train.precision, device))
+    choose_attention(config.train.attention, device, config.model.head_size)
+    check_memory(config.model.model_copy(update={"vocab_size": config.model.vocab_size or 2 ** 16}), device)
+
+
+def outcome(text: bytes) -> str:
+    """Go as far as a command would: to an error, through a step where that is cheap, or until training would start."""
+    Path("damaged.yaml").write_bytes(text)
+    shutil.rmtree("runs", ignore_errors=True)
+    try:
+        config, folder, changed = config_of("damaged.yaml", ["train.steps=1"])
+        if not small(config):
+            before_training(config)
+            return "valid"
+        train(config, folder, changed)
+        assert (folder / "config.yaml").exists() and (folder / "metrics.jsonl").exists()
+        return "trained"
+    except OSError as error:                                    # of a file with a name: errors.run_command says which
+        assert error.filename
+        return "refused"
+    except UserError as error:
+        assert str(error).strip() and all(len(line) < 2500 for line in str(error).splitlines()), str(error)
+        begun = " became " in str(error)                        # a loss that is no number: a run, if a short one
+        assert begun or not Path("runs").exists() or not any(Path("runs").iterdir()), (str(error), list(Path("runs").iterdir()))
+        return "refused"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("configs")
+    make_workplace(place)
+    before = os.getcwd()
+    os.chdir(place)
+    yield place
+    os.chdir(before)
+
+
+OPTIONS = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+
+
+def go_through(fault, examples: int) -> dict[str, int]:
+    seen = {"refused": 0, "valid": 0, "trained": 0}
+
+    @settings(max_examples=examples, **OPTIONS)
+    @given(damaged())
+    def each(text: bytes) -> None:
+        with fault("damaged config", "in the test's process"):
+            started = time.monotonic()
+            seen[outcome(text)] += 1
+            assert time.monotonic() - started < 20
+
+    each()
+    return seen
+
+
+@pytest.mark.parametrize("examples", [60, pytest.param(500, marks=pytest.mark.faults)])
+def test_a_damaged_config_is_a_run_or_a_clear_error(folder, fault, examples):
+    seen = go_through(fault, examples)
+    assert all(seen.values()), seen                             # or nothing was tested here
+
+
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.faults)])
+def test_each_damage_alone(folder, fault, every):
+    whole = yaml.safe_dump(TINY).encode()
+    replaced = [yaml.safe_dump(TINY | {key: junk}).encode() for key in ("run", "init_from", "seed") for junk in JUNK]
+    for text in [*DAMAGE, *(whole + damage for damage in DAMAGE), *replaced][::every]:
+        with fault("damaged config", "in the test's process"):
+            outcome(text)
+
+
+@pytest.mark.parametrize("examples", [3, pytest.param(25, marks=pytest.mark.faults)])
+def test_and_so_it_is_for_who_types_the_command(folder, fault, examples):
+    @settings(max_examples=examples, **OPTIONS)
+    @given(damaged(("tiny",)))
+    def each(text: bytes) -> None:
+        with fault("damaged config", "in a process of its own"):
+            if outcome(text) == "valid":                        # of a size that is not for a test
+                return
+            shutil.rmtree("runs", ignore_errors=True)
+            done = command("train.py", "damaged.yaml", "train.steps=1")
+            assert "Traceback" not in done.stderr, (text, done.stderr)
+            assert done.returncode in (0, 2), (text, done.stderr)
+            if done.returncode == 2:
+                assert done.stderr.lstrip().splitlines()[-1] and "error: " in done.stderr
+            else:
+                assert list(Path("runs").glob("*/metrics.jsonl"))
+
+    each()
+
+
+def test_run_names_and_targets_cannot_leave_their_folder(folder, fault):
+    for target in (["damaged.yaml", "run=../out"], ["damaged.yaml", "run=/tmp/out"], ["damaged.yaml", "run=.."], ["a" * 5000],
+                   ["damaged.yaml", "run=a/b"]):
+        with fault("damaged config", "in a process of its own"):
+            Path("damaged.yaml").write_text(yaml.safe_dump(TINY))
+            shutil.rmtree("runs", ignore_errors=True)
+            fails(command("train.py", *target))
+            assert not Path("runs").exists()
