@@ -158,7 +158,8 @@ def described(config: ModelConfig, model_type: str) -> dict[str, Any]:
     elif config.position == "rope":
         said["rope_theta"] = config.rope_base
     if scaling := config.rope_scaling:
-        given = {theirs: value for ours, theirs in SCALING[scaling.kind].items() if (value := getattr(scaling, ours)) is not None}
+        exact = scaling.model_copy(update={"fast": scaling.fast_turns, "slow": scaling.slow_turns})
+        given = {theirs: value for ours, theirs in SCALING[scaling.kind].items() if (value := getattr(exact, ours)) is not None}
         said["rope_scaling"] = {"rope_type": scaling.kind} | given
     if of.windows != "none":
         said["sliding_window"] = next((window for window in config.windows if window), None)

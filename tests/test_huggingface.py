@@ -20,6 +20,10 @@ FAMILIES = {
     "llama base": {"rope_base": 500.0}, "llama attention only": {"mlp": "none"},
     "qwen3": {"qk_norm": True}, "qwen3 windows": {"qk_norm": True, "window": [None, 6]}, "qwen3 window": {"qk_norm": True, "window": 5},
     "mistral": {"window": 7}, "ministral": {"window": [6, None]},
+    "llama scaled rope": {"rope_scaling": {"kind": "llama3", "factor": 4.0, "original_n_ctx": 32}, "bias": "attention"},
+    "qwen2": {"bias": "qkv", "window": [None, 6]},
+    "gpt2": {"norm": "layernorm", "bias": "all", "mlp": "gelu_tanh", "position": "learned", "n_kv_heads": 4, "tied_embeddings": True},
+    "gpt_neox": {"norm": "layernorm", "bias": "all", "mlp": "gelu", "parallel": True, "rope_dims": 4, "n_kv_heads": 4},
 }
 
 
@@ -66,6 +70,8 @@ def test_no_code_of_ours_is_needed(trained, tmp_path):
 
 @pytest.mark.parametrize("kind", [{"position": "learned"}, {"position": "sinusoidal", "tied_embeddings": True},
                                   {"position": "none", "mlp": "none"}, {"smear": True},
+                                  {"norm": "layernorm"}, {"bias": "qkv", "qk_norm": True}, {"parallel": True}, {"rope_dims": 4},
+                                  {"norm": "layernorm", "bias": "all", "mlp": "gelu", "position": "learned"},       # grouped heads
                                   {"mlp": "gelu"}, {"mlp": "relu2", "qk_norm": True}, {"window": [3, 5]}])
 @torch.no_grad()
 def test_what_has_no_form_there_is_saved_the_same_way(kind, tmp_path):

@@ -165,6 +165,19 @@ def test_initial_weights_are_named_one_by_one():
         model.init_weights(0)
 
 
+@pytest.mark.parametrize("wrong, words", [
+    ({"rope_dims": 3}, "rope_dims=3 must be even"), ({"rope_dims": 34}, "at most the 32"),
+    ({"rope_dims": 4, "position": "none"}, "leave it out"),
+    ({"rope_scaling": {"kind": "linear", "factor": 2.0}, "position": "learned"}, "rope_scaling is for position: rope"),
+    ({"rope_scaling": {"kind": "yarn", "factor": 2.0}}, "original_n_ctx is missing"),
+    ({"rope_scaling": {"kind": "llama3", "factor": 2.0, "original_n_ctx": 64, "slow": 9.0}}, "fast=4.0 must be more than slow=9.0"),
+    ({"mlp": "none", "parallel": True}, "parallel=true needs an MLP"), ({"mlp": "none", "bias": "all"}, "try bias=attention"),
+])
+def test_options_that_exclude_each_other_are_named(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        ModelConfig(**wrong)
+
+
 def test_more_tokens_than_n_ctx_are_refused():
     model = make(n_ctx=8)
     with pytest.raises(ValueError, match="n_ctx=8"):
