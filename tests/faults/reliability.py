@@ -30,7 +30,7 @@ PAGE = """# Faults: what was broken, and what survived
 
 Written by `{command}` on {date}, whole, from what the tests counted. {machine}
 
-**{injected:,} faults were injected; {survived:,} were survived as promised.**{failed}
+**{injected:,} faults were injected, {configs:,} of them damaged configs; {survived:,} were survived as promised.**{failed}
 
 Each test starts the real `train.py` (or `sample.py`, `heads.py`, `data.prepare`) and breaks it. Moments are hit for certain: a wrapper
 ends the process at the n-th call that marks a moment (`tests/faults/breaker.py`); the code that is tested is not changed. Which n, is
@@ -79,6 +79,7 @@ def write_page(path: Path, found: list[tuple[str, str, int, int]]) -> None:
     injected, survived = (sum(count[n] for count in counts.values()) for n in (0, 1))
     path.write_text(PAGE.format(
         command="make test-faults", date=time.strftime("%Y-%m-%d"), machine=machine(), injected=injected, survived=survived,
+        configs=sum(count[0] for (fault, _), count in counts.items() if fault == "damaged config"),
         failed="" if survived == injected else f" The table says which {injected - survived} were not.",
         rows="\n".join(f"| {fault} | {moment} | {count[0]} | {count[1]} |" for (fault, moment), count in table),
         meanings="\n".join(f"- **{fault}**: {checked}." for fault, checked in CHECKED.items() if any(fault == key[0] for key in counts))))
