@@ -40,6 +40,9 @@ def join(matrices: Sequence[Linear]) -> tuple[Tensor, Tensor | None]:
 def joined(x: Tensor, *matrices: Linear, packed: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
     """Matrices that read the same input, applied as one product (…, sum of their outputs): one large one is faster than
     several small ones, and each stays a parameter of its own. `packed`: what `join` makes of them, where it is at hand."""
+    if packed is None and matrices[0].weight.dtype == x.dtype != torch.float32:
+        # In 16 bits weights are here for this block alone, gathered by FSDP; a joined copy would be kept for the backward pass.
+        return torch.cat([matrix(x) for matrix in matrices], dim=-1)
     return affine(x, *(join(matrices) if packed is None else packed))
 
 

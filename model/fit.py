@@ -65,25 +65,18 @@ class Plan:
     def passing(self) -> Counter[str]:
         """Bytes besides state and activations that a forward and backward pass holds at its height.
 
-        Autograd saves the bf16 copies of weights that it multiplied by: under DDP all of them; under FSDP those of matrices
-        that are joined to one product (model/attention.py), the others are gathered again. Recomputed blocks: one block's.
+        Under DDP autograd saves the bf16 copies of the weights that it multiplied by, of recomputed blocks one block's; under FSDP it
+        saves what is gathered again.
         """
         block, head = self.matrices / self.model.n_layers, self.model.d_model * (self.model.vocab_size or 0)
         parts = Counter({"cross-entropy": 2 * FP32 * head + BF16 * head + (FP32 + 2 * BF16) * CHUNK_ELEMENTS})
-        copies = block
         if self.distributed == "fsdp":
-            copies -= self._unjoined
-            outside = self.parameters.total() - self.matrices               # embedding and head stay gathered
+            outside = self.parameters.total() - self.matrices               # embedding and head
             parts["gathered"] = BF16 * (2 * block + outside)                # a block, and the next one on its way
             parts["gradients of a block"] = (BF16 + FP32) * block           # as computed, and on their way to their owners
-        parts["copies of weights"] = BF16 * copies * (1 if self.checkpointed else self.model.n_layers)
+        else:
+            parts["copies of weights"] = BF16 * block * (1 if self.checkpointed else self.model.n_layers)
         return Counter({name: int(n) for name, n in parts.items()})
-
-    @property
-    def _unjoined(self) -> int:
-        """Parameters of one block's matrices that are multiplied by themselves: w_o, w_down, and w_up without a gate."""
-        E, F = self.model.d_model, self.model.mlp_size
-        return self.model.n_heads * self.model.head_size * E + E * F * (1 if self.model.mlp == "swiglu" else 2)
 
     @property
     def orthogonalising(self) -> int:

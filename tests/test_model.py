@@ -201,3 +201,17 @@ def test_activations_computed_again_give_the_same_gradients_from_fewer_numbers()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
     assert kept[1] < kept[0] / 3
+
+
+def test_weights_that_arrive_in_16_bits_are_not_copied_for_the_backward_pass():
+    """As FSDP gathers them: multiplied one by one, to the same result, and autograd keeps none but those it was given."""
+    model = make(n_layers=1, mlp="swiglu").bfloat16()
+    model.compute_dtype = torch.bfloat16
+    tokens, kept = torch.arange(24).view(2, 12) % 50, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.untyped_storage().data_ptr()) or t, lambda t: t):
+        logits = model(tokens)
+    attn = model.blocks[0].attn
+    assert {matrix.weight.untyped_storage().data_ptr() for matrix in (attn.w_q, attn.w_k, attn.w_v)} <= set(kept)
+    model.float()
+    model.compute_dtype = torch.float32
+    assert torch.allclose(logits.float(), model(tokens), atol=0.3, rtol=0.1)
