@@ -27,7 +27,7 @@ test-lens: .venv-lens/installed
 
 # The real trainer killed, starved, lied to: all of it, half an hour on two cores. Writes docs/reliability.md.
 test-faults: .venv/installed
-	$(BIN)/python -m pytest -n 2 -m "faults or not faults" tests/faults --reliability docs/reliability.md
+	$(BIN)/python -m pytest -n 2 -m "faults or not faults" tests/faults tests/test_distributed.py --reliability docs/reliability.md
 
 .venv-lens/installed: requirements-lens.txt requirements.txt
 	@$(PYTHON) -m venv --clear .venv-lens

@@ -280,7 +280,7 @@ def verify(checkpoint: Path, names: Iterable[str] = (), world: World = ALONE) ->
         if missing := {"config.json", "tokenizer.json", *names} - manifest.keys():
             raise ValueError(f"it does not list {', '.join(sorted(missing))}")
         if not _tensor_files(checkpoint, "model"):
-            raise ValueError("it lists no model.safetensors")
+            raise ValueError("it does not list model.safetensors")
         for name in list(names or manifest)[world.rank::world.size]:
             path, noted = checkpoint / name, manifest[name]
             if ".." in Path(name).parts or Path(name).is_absolute():

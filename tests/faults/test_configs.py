@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT, TINY, command, fails, make_workplace
 from hypothesis import HealthCheck, given, settings
@@ -13,9 +14,11 @@ from hypothesis import strategies as st
 
 from errors import UserError
 from model.budget import parameters
+from model.gpt import GPT
 from train import train
 from training.config import Config
-from training.device import check_memory, choose_attention, choose_device, choose_micro_batch, choose_precision
+from training.device import check_memory, choose_hardware, choose_micro_batch
+from training.distributed import ALONE
 from training.run import config_of
 
 FILES = {"tiny": TINY} | {path.stem: yaml.safe_load(path.read_text()) for path in sorted(ROOT.glob("configs/**/*.yaml"))}
@@ -97,10 +100,11 @@ def small(config: Config) -> bool:
 
 def before_training(config: Config) -> None:
     """What is asked before anything is prepared or made."""
-    device = choose_device(config.train.device)
-    choose_micro_batch(config, device, choose_precision(config.train.precision, device))
-    choose_attention(config.train.attention, device, config.model.head_size)
-    check_memory(config.model.model_copy(update={"vocab_size": config.model.vocab_size or 2 ** 16}), device)
+    hardware = choose_hardware(config)
+    with torch.device("meta"):
+        model = GPT(config.model.model_copy(update={"vocab_size": config.model.vocab_size or 2 ** 16}))
+    choose_micro_batch(config, model)
+    check_memory(model, hardware.device)
 
 
 def outcome(text: bytes) -> str:
@@ -112,7 +116,7 @@ def outcome(text: bytes) -> str:
         if not small(config):
             before_training(config)
             return "valid"
-        train(config, folder, changed)
+        train(config, folder, changed, ALONE)
         assert (folder / "config.yaml").exists() and (folder / "metrics.jsonl").exists()
         return "trained"
     except OSError as error:                                    # of a file with a name: errors.run_command says which
