@@ -189,11 +189,11 @@ class Run:
                 raise self.world.error(
                     f"{self.folder} was trained on other data than is there now; it lay in {state['data'].get('folder')}\n"
                     "  bring that back, or begin another run with: run=NEW")
+            load_weights(self.model, whole[-1], self.world)
             theirs = load_config(whole[-1] / "training_state" / "config.yaml")
             if fixed := [change for change in differences(self.config, theirs) if change.startswith(FIXED)]:
                 raise self.world.error(f"{whole[-1]} belongs to another run ({'; '.join(fixed[:3])})\n"
                                        "  delete it to go on from the one before, or begin another run with: run=NEW")
-            load_weights(self.model, whole[-1], self.world)
             self.optimizer.load_state_dict(load_optimizer(whole[-1]))
         self.world.gather(None)                             # all have read what is about to be pruned
         if self.world.first:
