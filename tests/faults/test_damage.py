@@ -54,7 +54,7 @@ def test_a_damaged_checkpoint_is_refused_and_nothing_is_lost(lab: Lab, fault, na
             if name in ("model.safetensors", "tokenizer.json"):
                 fails(command("sample.py", f"runs/{run.name}", cwd=lab.folder), name, "is damaged")
             assert list(metrics(run)) == list(range(1, 13)) and before.exists()
-            if (name, damage) not in SHORT:                 # the way on is the same: a few times is enough
+            if (name, damage) != ("model.safetensors", "flip"):         # the way on is the same for all
                 return
             shutil.rmtree(newest)
             lab.train(f"runs/{run.name}")

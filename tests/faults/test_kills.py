@@ -65,7 +65,7 @@ def test_killed_again_and_again_by_the_clock_it_is_the_same_run(lab: Lab, fault,
     check_same_run(run, lab / f"runs/whole-{kills}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)])
 def test_a_signal_saves_and_says_how_to_go_on(lab: Lab, fault, number):
     with fault(number.name, "any moment, by the clock"):
         run = lab / f"runs/told-{number.name}"
@@ -79,6 +79,7 @@ def test_a_signal_saves_and_says_how_to_go_on(lab: Lab, fault, number):
         assert saved == (run / "metrics.jsonl").read_text().count("\n") > 0
 
 
+@pytest.mark.faults
 def test_wandb_ends_with_the_trainer_that_was_killed(lab: Lab, fault):
     with fault("kill -9", "with wandb's own process beside it"):
         process = lab.start("tiny.yaml", "run=orphan", "train.steps=100000", "eval.every=0", "heads.every=0", "log.wandb=offline",
@@ -94,7 +95,7 @@ def test_wandb_ends_with_the_trainer_that_was_killed(lab: Lab, fault):
         assert not is_left(process.pid)
 
 
-@pytest.mark.parametrize("group", [False, True], ids=["the trainer", "everything in the terminal"])
+@pytest.mark.parametrize("group", [pytest.param(False, marks=pytest.mark.faults), True], ids=["the trainer", "everything in the terminal"])
 def test_ctrl_c_with_wandb_saves_too(lab: Lab, fault, group):
     """A terminal sends Ctrl-C to wandb's process as well."""
     with fault("SIGINT", "with wandb's own process beside it"):

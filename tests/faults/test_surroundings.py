@@ -154,7 +154,7 @@ def test_training_goes_on_where_wandbs_process_is_killed(lab: Lab, fault, n):
         check_same_run(run, lab / "runs/whole")
 
 
-@pytest.mark.parametrize("server", ["refuses", "is silent"])
+@pytest.mark.parametrize("server", ["is silent", pytest.param("refuses", marks=full)])
 def test_training_goes_on_where_wandbs_server_cannot_be_reached(lab: Lab, fault, server):
     """Nothing listens there, or something that takes a call and never answers: a black hole."""
     run = lab / f"runs/server-{server.replace(' ', '-')}"

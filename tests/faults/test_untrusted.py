@@ -126,7 +126,7 @@ CHANGES = {
     "a tokenizer of brackets": lambda c: (c / "tokenizer.json").write_text("[" * 200_000),
     "a tokenizer of 300 MB": large("tokenizer.json", 300 * 2 ** 20),
 }
-SHORT = {"a width of 2^20", "a header of 2^60 weights", "a pickle for weights", "ids of 2^60"}
+SHORT = {"a width of 2^20", "a header of 2^60 weights", "a pickle for weights"}
 
 
 @pytest.mark.parametrize("change", [pytest.param(name, marks=[full] * (name not in SHORT)) for name in CHANGES])
@@ -157,7 +157,7 @@ MANIFESTS = {
 }
 
 
-@pytest.mark.parametrize("change", [pytest.param(name, marks=[full] * (n > 2)) for n, name in enumerate(MANIFESTS)])
+@pytest.mark.parametrize("change", [pytest.param(name, marks=[full] * (n not in (0, 2))) for n, name in enumerate(MANIFESTS)])
 def test_a_manifest_lists_what_is_loaded_and_nothing_elsewhere(lab: Lab, fault, change):
     with fault("untrusted checkpoint", f"a manifest of {change}"):
         checkpoint = stranger(lab, f"manifest-{list(MANIFESTS).index(change)}")
@@ -173,7 +173,7 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("change", [pytest.param(name, marks=[full] * (n > 1)) for n, name in enumerate(STATES)])
+@pytest.mark.parametrize("change", [pytest.param(name, marks=[full] * (n != 3)) for n, name in enumerate(STATES)])
 def test_a_state_that_lies_is_refused(lab: Lab, fault, change):
     with fault("untrusted checkpoint", f"a state with {change}"):
         checkpoint = stranger(lab, f"state-{list(STATES).index(change)}")
@@ -201,7 +201,7 @@ BOMBS = {
 }
 
 
-@pytest.mark.parametrize("bomb", [pytest.param(name, marks=[full] * (n > 1)) for n, name in enumerate(BOMBS)])
+@pytest.mark.parametrize("bomb", [pytest.param(name, marks=[full] * (n > 0)) for n, name in enumerate(BOMBS)])
 def test_a_config_that_grows_without_end_is_refused(lab: Lab, fault, bomb):
     with fault("untrusted config", f"a bomb of {bomb}"):
         path = lab / f"bomb-{bomb.replace(' ', '-')}.yaml"
@@ -263,7 +263,7 @@ SHARDS = {
 }
 
 
-@pytest.mark.parametrize("change", [pytest.param(name, marks=[full] * (n > 1)) for n, name in enumerate(SHARDS)])
+@pytest.mark.parametrize("change", [pytest.param(name, marks=[full] * (n > 0)) for n, name in enumerate(SHARDS)])
 def test_a_shard_that_lies_is_refused(lab: Lab, fault, change):
     with fault("untrusted shards", change):
         folder = lab / f"shards-{list(SHARDS).index(change)}"
