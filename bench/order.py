@@ -111,7 +111,7 @@ def sources(tokens: int, shards: int, n_ctx: int, batch_tokens: int, repeats: bo
     text: dict = {"files": TextWindows(corpus(tokens, shards), n_ctx, seed=0)}
     entries = [MixtureEntry(corpus="files", weight=0.9 if repeats else 1.0)]
     if repeats:
-        text["repeats"] = RepeatRows(RepeatsConfig(), n_ctx, 2 ** 16, seed=0)
+        text["repeats"] = RepeatRows(RepeatsConfig(), n_ctx, 2 ** 16, np.arange(2 ** 16), seed=0)
         entries.append(MixtureEntry(corpus="repeats", weight=0.1))
     return Batches(text, entries, batch_tokens, n_ctx)
 

@@ -236,8 +236,7 @@ def test_light_and_dark(show):
         assert light != dark
     drawn = pages[0].evaluate("document.getElementById('matrix').toDataURL()")
     pages[0].emulate_media(color_scheme="dark")                                             # while it is open
-    settled(pages[0])
-    assert pages[0].evaluate("document.getElementById('matrix').toDataURL()") != drawn
+    pages[0].wait_for_function("drawn => document.getElementById('matrix').toDataURL() !== drawn", arg=drawn)
 
 
 def test_a_single_snapshot_needs_no_slider(show):
