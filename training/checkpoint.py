@@ -232,7 +232,7 @@ def load_model(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[GP
         with torch.device("meta"):
             model = GPT(config)
         needed = 4 * sum(p.numel() for p in model.parameters())
-        there = sum((checkpoint / name).stat().st_size for name in _tensor_files(checkpoint, "model"))
+        there = sum((checkpoint / name).stat().st_size for name in _tensor_files(_manifest(checkpoint), "model"))
         if needed > there:                                  # asked before anything of that size is allocated
             raise ValueError(f"it describes {needed:,} bytes of parameters, model.safetensors has {there:,}")
     model = model.to_empty(device="cpu")
@@ -256,15 +256,15 @@ def load_optimizer(checkpoint: Path) -> dict[str, Tensor]:
 def _load_tensors(checkpoint: Path, stem: str) -> dict[str, Tensor]:
     """The tensors of `stem`.safetensors, whoever wrote them. They stay in the files until they are read."""
     state: dict[str, Tensor] = {}
-    for name in _tensor_files(checkpoint, stem):
+    for name in _tensor_files(_manifest(checkpoint), stem):
         with _damaged(checkpoint, name):
             state |= load_file(checkpoint / name)
     return state
 
 
-def _tensor_files(checkpoint: Path, stem: str) -> list[str]:
-    """`stem`.safetensors, or stem-00001-of-….safetensors of each process that wrote."""
-    return [name for name in _manifest(checkpoint) if re.fullmatch(re.escape(stem) + r"(-\d+-of-\d+)?\.safetensors", name)]
+def _tensor_files(names: Iterable[str], stem: str) -> list[str]:
+    """Of a manifest's `names`, `stem`.safetensors, or stem-00001-of-….safetensors of each process that wrote."""
+    return [name for name in names if re.fullmatch(re.escape(stem) + r"(-\d+-of-\d+)?\.safetensors", name)]
 
 
 def _manifest(checkpoint: Path) -> dict[str, dict]:
@@ -279,7 +279,7 @@ def verify(checkpoint: Path, names: Iterable[str] = (), world: World = ALONE) ->
         manifest = _manifest(checkpoint)
         if missing := {"config.json", "tokenizer.json", *names} - manifest.keys():
             raise ValueError(f"it does not list {', '.join(sorted(missing))}")
-        if not _tensor_files(checkpoint, "model"):
+        if not _tensor_files(manifest, "model"):
             raise ValueError("it does not list model.safetensors")
         for name in list(names or manifest)[world.rank::world.size]:
             path, noted = checkpoint / name, manifest[name]
