@@ -1,8 +1,12 @@
-"""How YAML files become typed settings: YAML 1.2 values, `key.path=value` overrides, all errors at once."""
+"""How YAML files become typed settings: YAML 1.2 values, `key.path=value` overrides, all errors at once, a schema for editors."""
 
+import ast
 import difflib
+import inspect
+import io
 import re
 import reprlib
+import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -240,3 +244,50 @@ def _without(tree: Any, keys: list[str], path: str = "") -> Any:
     if not isinstance(tree, dict):
         return tree
     return {k: _without(v, keys, f"{path}{k}.") for k, v in tree.items() if f"{path}{k}" not in keys}
+
+
+# --- for editors -----------------------------------------------------------------------------------------------------
+
+def json_schema(kind: type[Settings]) -> dict:
+    """The JSON schema of `kind`; keys are described by the comments behind them in its source."""
+    schema = kind.model_json_schema(mode="validation")
+    for of in (kind, *_kinds_in(kind)):
+        part = schema["$defs"].get(of.__name__, schema)
+        part = next((one for one in part.get("anyOf", ()) if "properties" in one), part)
+        for key, comment in _comments(of).items():
+            keyed = part["properties"][key]
+            keyed["description"] = "; ".join([comment, *filter(None, [keyed.get("description")])])      # of its type besides
+    return _plain(schema)
+
+
+def _plain(schema: Any) -> Any:
+    """Without the titles that pydantic derives from names, and the defaults of whole parts, which stand at their keys."""
+    match schema:
+        case {"properties": dict(keys), **rest}:
+            return _plain(rest) | {"properties": {key: _plain(value) for key, value in keys.items()}}
+        case dict():
+            return {k: _plain(v) for k, v in schema.items() if k != "title" and not (k == "default" and isinstance(v, dict))}
+        case list():
+            return [_plain(one) for one in schema]
+    return schema
+
+
+def _kinds_in(kind: type[Settings]) -> Iterator[type[Settings]]:
+    for field in kind.model_fields.values():
+        if below := _settings_in(field.annotation):
+            yield below
+            yield from _kinds_in(below)
+
+
+def _comments(kind: type[Settings]) -> dict[str, str]:
+    """Key → the comment behind it, with the lines below that hold nothing but more of it."""
+    source = inspect.getsource(kind)
+    keys = {node.end_lineno: node.target.id for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)}
+    found, last, line = {}, None, 0
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            key = keys.get(token.start[0]) or (last if token.start[0] == line + 1 else None)
+            if key:
+                found[key] = f"{found.get(key, '')} {token.string.removeprefix('#').strip()}".strip()
+            last, line = key, token.start[0]
+    return found

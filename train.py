@@ -3,6 +3,7 @@
 A run directory in place of the file continues that run: `python train.py runs/quickstart`.
 """
 
+import os
 from math import log
 from pathlib import Path
 
@@ -185,14 +186,29 @@ def evaluate(model, validation, data, world) -> dict[str, float]:
     return found
 
 
+def list_configs() -> None:
+    """Every config that is here, with what its first line of comment says it trains, and how to start one."""
+    files = (Path(__file__).parent / "configs").glob("**/*.yaml")
+    shown = {os.path.relpath(file): next((line.lstrip("# ") for line in file.read_text("utf-8").splitlines()
+                                          if line.startswith("# ") and "$schema=" not in line), "") for file in files}
+    for path in sorted(shown, key=lambda path: (path.count(os.sep), path)):
+        print(f"{path:<{max(map(len, shown))}}  {shown[path]}")
+    print("\nstart one     python train.py configs/quickstart.yaml"
+          "\nchange a key  python train.py configs/quickstart.yaml run=wide model.d_model=256"
+          "\ncontinue      python train.py runs/quickstart")
+
+
 def main() -> None:
     parser = ArgumentParser("python train.py", description="Train a model as a YAML file says, or continue a run.",
-                            epilog="Ctrl-C finishes the step, saves and says how to continue. "
+                            epilog="Without arguments: the configs there are. Ctrl-C finishes the step, saves and says how to continue. "
                                    "Every key is listed with its default in training/config.py, model/config.py and data/config.py.")
-    parser.add_argument("config", help="configs/NAME.yaml, or runs/NAME to continue that run")
+    parser.add_argument("config", nargs="?", help="configs/NAME.yaml, or runs/NAME to continue that run")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value",
                         help="change values, for example optimizer.lr=0.01 train.steps=500")
     args = parser.parse_args()
+    if args.config is None:
+        list_configs()
+        return
     from training.distributed import join
     from training.run import config_of
     world = join()

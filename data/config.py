@@ -23,6 +23,10 @@ class TokenizerConfig(Settings):
     def _bare_name(cls, value):
         return {"kind": value} if isinstance(value, str) else value       # `tokenizer: gpt2`
 
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core, handler):
+        return {"anyOf": [{"type": "string"}, handler(core)]}
+
     def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
         if self.kind == "bpe" and not 258 <= (self.vocab_size or 0) <= 2 ** 20:
             yield ("vocab_size",), (f"data.tokenizer.vocab_size={self.vocab_size} must be 258 to 1048576 for a bpe: "

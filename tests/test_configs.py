@@ -1,5 +1,7 @@
-"""Every config under configs/ trains, for three steps, with what would be downloaded replaced by text from this machine."""
+"""Every config under configs/ is listed and trains, for three steps, with what would be downloaded replaced by text from this machine."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,3 +30,22 @@ def test_three_steps(name, workplace):
     records = metrics(Path("runs") / config.run)
     assert list(records) == [1, 2, 3] and records[3]["val/loss"] > 0
     assert config.run == name
+
+
+def test_without_arguments_train_lists_every_config_and_what_it_trains():
+    # -S: neither torch nor any other package can be imported, so the list is quick
+    done = subprocess.run([sys.executable, "-S", "train.py"], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    listed, _, how = done.stdout.partition("\n\n")
+    says = dict(line.split(maxsplit=1) for line in listed.splitlines())
+    assert set(says) == {str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*.yaml")}
+    assert all(10 < len(what) <= 90 for what in says.values()), says
+    assert says["configs/quickstart.yaml"].startswith("two attention-only layers")
+    assert "python train.py configs/quickstart.yaml" in how
+
+
+def test_train_help_needs_no_package_and_names_all_that_it_takes():
+    done = subprocess.run([sys.executable, "-S", "train.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    for word in ("configs/NAME.yaml", "runs/NAME", "key.path=value", "Without arguments", "training/config.py"):
+        assert word in done.stdout

@@ -1,4 +1,8 @@
-"""Configs: YAML 1.2 values, overrides, and errors that come all at once with their fix."""
+"""Configs: YAML 1.2 values, overrides, errors that come all at once with their fix, and the schema for editors."""
+
+import json
+import re
+from collections.abc import Iterator
 
 import pytest
 import yaml
@@ -7,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errors import UserError
-from settings import override, read_yaml, validate
+from settings import json_schema, override, read_file, read_yaml, validate
 from training.config import Config, dump_config, load_config
 
 
@@ -100,3 +104,81 @@ def test_a_dumped_config_reads_back_the_same():
     for path in ROOT.glob("configs/**/*.yaml"):
         config = load_config(path)
         assert validate(Config, yaml.safe_load(dump_config(config)), "dump") == config
+
+
+# --- configs/schema.json ---
+
+SCHEMA = json.loads((ROOT / "configs" / "schema.json").read_text("utf-8"))
+TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int, "number": (int, float), "null": type(None)}
+BOUNDS = {"minimum": float.__ge__, "exclusiveMinimum": float.__gt__, "maximum": float.__le__, "exclusiveMaximum": float.__lt__}
+
+
+def misfits(value: object, schema: dict = SCHEMA, path: str = "") -> Iterator[str]:
+    """The paths at which `value` is not as `schema` says, as far as our schema says anything: the words it uses, and no other."""
+    assert schema.keys() <= {"$defs", "$ref", "anyOf", "type", "enum", "const", "pattern", "maxLength", "properties", "required", "items",
+                             "additionalProperties", "default", "description", *BOUNDS}
+    if "$ref" in schema:
+        schema = SCHEMA["$defs"][schema["$ref"].removeprefix("#/$defs/")]
+    if "anyOf" in schema:
+        if all(list(misfits(value, one, path)) for one in schema["anyOf"]):
+            yield path
+        return
+    kind = schema["type"]
+    if not isinstance(value, TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
+        yield path
+    elif kind == "object":
+        assert schema["additionalProperties"] is False
+        yield from (f"{path}.{key}" for key in [*(value.keys() - schema["properties"]), *(set(schema.get("required", ())) - value.keys())])
+        for key in value.keys() & schema["properties"]:
+            yield from misfits(value[key], schema["properties"][key], f"{path}.{key}")
+    elif kind == "array":
+        for n, one in enumerate(value):
+            yield from misfits(one, schema["items"], f"{path}.{n}")
+    elif (value not in schema.get("enum", [value]) or value != schema.get("const", value)
+          or (kind == "string" and (not re.search(schema.get("pattern", ""), value) or len(value) > schema.get("maxLength", 1000)))
+          or not all(within(float(value), float(schema[word])) for word, within in BOUNDS.items() if word in schema)):
+        yield path
+
+
+def test_the_schema_is_what_its_command_writes():
+    assert json_schema(Config) == SCHEMA, "python -m training.config > configs/schema.json renews it"
+
+
+def test_the_schema_describes_keys_by_their_comments():
+    model, train, eval = (SCHEMA["$defs"][name]["properties"] for name in ("ModelConfig", "TrainConfig", "EvalConfig"))
+    assert train["batch_tokens"]["description"] == "tokens per update, over all micro-batches and processes"
+    assert model["zero_init"]["description"].startswith("every block starts as the identity: the matrices that write to the residual")
+    assert "description" not in model["position"] and model["position"]["default"] == "rope"
+    assert eval["every"]["description"] == "steps between two; 0: never"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: path.stem)
+def test_editors_find_the_schema_and_every_config_fits_it(path):
+    prefix, schema = path.read_text("utf-8").splitlines()[0].split("$schema=")
+    assert prefix == "# yaml-language-server: " and (path.parent / schema).resolve() == ROOT / "configs" / "schema.json"
+    assert not list(misfits(read_file(path)))
+
+
+@pytest.mark.parametrize("assignment", [
+    "data.tokenizer=gpt2", "data.tokenizer={kind: bpe, vocab_size: 300}", "data.tokenizer=runs/a/checkpoints/latest",
+    "train.compile=auto", "train.compile=true", "train.compile=false", "train.micro_batch=null", "model.window=8", "model.window=[null, 8]",
+    "model.window=null", "data.mixture=[{corpus: stdlib, weight: 1}, {corpus: repeats, weight: 0.5, until: 9}]", "optimizer.lr=1",
+    "data={corpus: hub, hub: {dataset: a/b, max_tokens: 5}}", "model.rope_scaling={kind: linear, factor: 2}", "heads.every=0",
+])
+def test_the_schema_accepts_what_a_config_accepts(assignment):
+    tree = {}
+    validate(Config, tree, "x.yaml", override(tree, [assignment]))
+    assert not list(misfits(tree))
+
+
+@pytest.mark.parametrize(("assignment", "where"), [
+    ("model.n_head=4", ".model.n_head"), ("model.n_heads=0", ".model.n_heads"), ("model.mlp=relu", ".model.mlp"), ("run=../x", ".run"),
+    ("train.compile=yes", ".train.compile"), ("train.steps=many", ".train.steps"), ("model.qk_norm=1", ".model.qk_norm"),
+    ("data.tokenizer={vocab_size: 300}", ".data.tokenizer"), ("data.val_fraction=1", ".data.val_fraction"), ("model=5", ".model"),
+    ("data.mixture=[{corpus: stdlib}]", ".data.mixture"), ("optimizer.betas=[0.9, 1]", ".optimizer.betas.1"), ("lr=1", ".lr"),
+])
+def test_the_schema_refuses_what_a_config_refuses(assignment, where):
+    tree = {}
+    with pytest.raises(UserError):
+        validate(Config, tree, "x.yaml", override(tree, [assignment]))
+    assert list(misfits(tree)) == [where]

@@ -1,5 +1,6 @@
-"""The whole YAML file as one frozen typed object."""
+"""The whole YAML file as one frozen typed object. `python -m training.config > configs/schema.json` writes its schema for editors."""
 
+import json
 from collections.abc import Iterator, Sequence
 from math import isqrt
 from pathlib import Path
@@ -10,9 +11,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from data.config import DataConfig
 from model.config import ModelConfig
-from settings import Settings, override, read_file, validate
+from settings import Settings, json_schema, override, read_file, validate
 
-Every = NonNegativeInt                          # steps between two; 0: never
+Every = Annotated[NonNegativeInt, Field(description="steps between two; 0: never")]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -136,3 +137,7 @@ def differences(a: Config, b: Config) -> list[str]:
 
     left, right = (flat(c.model_dump(), "") for c in (a, b))
     return [f"{key}: {left.get(key)!r} → {right.get(key)!r}" for key in {**left, **right} if left.get(key) != right.get(key)]
+
+
+if __name__ == "__main__":                      # python -m training.config > configs/schema.json
+    print(json.dumps(json_schema(Config), indent=1, ensure_ascii=False))
