@@ -4,20 +4,24 @@ as runs of ours: `python -m model.huggingface import DIR runs/NAME [key.path=val
 The exact ModelConfig is kept inside config.json under `gpt`, and is what our own loading reads. model/families.py holds the tables.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from errors import ArgumentParser, UserError, first_line, run_command
 from files import explain_disk_errors
 from model.config import ModelConfig
 from model.families import FAMILIES, OWN, by_their_name, described, family, read_description, to_ours, to_theirs
-from model.gpt import GPT
+
+if TYPE_CHECKING:                   # torch takes a second or more: --help, and what is wrong with a config.json, need none
+    from torch import Tensor
+
+    from model.gpt import GPT
 
 LONGEST = 2 ** 22                   # positions: more would make position tables of gigabytes
 # Tensors in older files that hold no parameter: causal masks and rope's frequencies.
@@ -37,7 +41,7 @@ def one_or_all(ids: Sequence[int]) -> int | list[int]:
     return ids[0] if len(ids) == 1 else list(ids)
 
 
-def hf_state(model: GPT, whole: Callable[[Tensor], Tensor] = Tensor.detach) -> Iterator[tuple[str, Tensor]]:
+def hf_state(model: GPT, whole: Callable[[Tensor], Tensor] = lambda part: part) -> Iterator[tuple[str, Tensor]]:
     """The parameters under Hugging Face's names, one after another; `whole` makes all of one that is shared out. An attention-only model
     gets MLPs of one unit of zeros."""
     config, of = model.config, FAMILIES.get(family(model.config), OWN)
@@ -49,9 +53,10 @@ def hf_state(model: GPT, whole: Callable[[Tensor], Tensor] = Tensor.detach) -> I
 
 
 def load_hf_state(model: GPT, state: Mapping[str, Tensor], source: str, model_type: str | None = None,
-                  fill: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+                  fill: Callable[[Tensor, Tensor], object] = lambda p, value: p.copy_(value)) -> None:
     """Copy `state` into the model's parameters, tensor by tensor; a UserError where a name or a shape does not fit. `source` names it.
     `model_type`: whose names these are, where not those that we would give. `fill` copies all of a parameter into it."""
+    import torch
     config, of = model.config, FAMILIES.get(model_type or family(model.config), OWN)
     parameters = dict(model.named_parameters())
     theirs = by_their_name(parameters, of)
@@ -69,6 +74,7 @@ def load_hf_state(model: GPT, state: Mapping[str, Tensor], source: str, model_ty
 
 
 def _empty_mlps(config: ModelConfig) -> dict[str, Tensor]:
+    import torch
     E = config.d_model
     shapes = {"post_attention_layernorm": (E,), "mlp.gate_proj": (1, E), "mlp.up_proj": (1, E), "mlp.down_proj": (E, 1)}
     return {f"model.layers.{layer}.{part}.weight": torch.zeros(shape)
@@ -77,7 +83,7 @@ def _empty_mlps(config: ModelConfig) -> dict[str, Tensor]:
 
 # --- other people's models ----------------------------------------------------------------------------------------------------
 
-class Weights(Mapping[str, Tensor]):
+class Weights(Mapping[str, "Tensor"]):
     """The tensors of a model directory's safetensors files by name, each read when it is asked for, as float32."""
 
     def __init__(self, folder: Path):
@@ -153,6 +159,9 @@ def _read_json(path: Path) -> dict:
 
 def read_model(folder: Path, config: ModelConfig, model_type: str, weights: Weights) -> GPT:
     """The model of that config and family, on the CPU; its shapes are compared with the files' before memory is asked for."""
+    import torch
+
+    from model.gpt import GPT
     try:
         with torch.device("meta"):
             model = GPT(config)
