@@ -46,7 +46,9 @@ class TextCorpus:
             case "stdlib":
                 yield from _pieces_of_files(self.paths)
                 yield from _pieces_of_documents(pydoc_topics())
-            case "files":
+            case "hub":
+                yield from _pieces_of_documents(hub_documents(self.config.hub))
+            case _:                     # files, and whatever else is a list of files
                 for path in self.paths:
                     if loader := STRUCTURED.get(kind_of(path)):
                         if path.suffix.lower() in COMPRESSED:           # it is read by others, which inflate a line at once
@@ -54,8 +56,6 @@ class TextCorpus:
                         yield from _pieces_of_documents(_no_bomb(path, _rows(loader, path, self.config.column)))
                     else:
                         yield from _pieces_of_files([path])
-            case "hub":
-                yield from _pieces_of_documents(hub_documents(self.config.hub))
 
     def identity(self) -> str:
         """Changes when the corpus does. The hub's is its name: what is behind it is only known by reading it."""

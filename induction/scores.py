@@ -61,7 +61,8 @@ def attention_scores(model: GPT, tokens: Tensor, queries: Tensor) -> Look:
         final = model.hidden(tokens)
     scores = {name: torch.stack([means[name] for means in layers]) for name in layers[0]}
     profile = scores.pop("offset_profile")
-    return Look({name: scores.get(name, profile[..., REACH]) for name in SCORES if name != "copying"}, profile, final)
+    scores["latest_match"] = profile[..., REACH]
+    return Look({name: scores[name] for name in SCORES if name in scores}, profile, final)
 
 
 class Measured(NamedTuple):

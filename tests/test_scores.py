@@ -140,6 +140,11 @@ def test_any_text_is_scored():
         assert torch.allclose(found[name][1], values, atol=1e-4), name
 
 
+def test_a_score_that_is_listed_and_not_measured_is_not_made_up(monkeypatch):
+    monkeypatch.setitem(SCORES, "new", "a score that somebody is about to add")
+    assert "new" not in attention_scores(make_model(), PROBE.tokens, PROBE.queries).scores
+
+
 def statistics_of(wanted: torch.Tensor, probe: Repeats):
     """Scores of a head whose attention logits are `wanted` (B, T, T)."""
     T = wanted.shape[1]
