@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from errors import UserError
 from settings import json_schema, override, read_file, read_yaml, validate
-from training.config import Config, dump_config, load_config
+from training.config import Config, differences, dump_config, load_config
 
 
 @pytest.mark.parametrize(("text", "value"), [
@@ -104,6 +104,14 @@ def test_a_dumped_config_reads_back_the_same():
     for path in ROOT.glob("configs/**/*.yaml"):
         config = load_config(path)
         assert validate(Config, yaml.safe_load(dump_config(config)), "dump") == config
+
+
+def test_differences_say_which_values_were_never_told():
+    told = {"model": {"n_ctx": 64}, "data": {"hub": None}}
+    other = {"model": {"n_ctx": 32, "n_heads": 2}, "data": {"hub": {"dataset": "a/b"}}}
+    assert differences(validate(Config, told, "a"), validate(Config, other, "b")) == [
+        "model.n_heads: 4 (by default) → 2", "model.n_ctx: 64 → 32", "data.hub.dataset: None → 'a/b'", "data.hub.split: None → 'train'",
+        "data.hub.column: None → 'text'"]
 
 
 # --- configs/schema.json ---

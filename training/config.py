@@ -129,14 +129,15 @@ def dump_config(config: Config) -> str:
 
 
 def differences(a: Config, b: Config) -> list[str]:
-    """`key.path: a → b` for every value that differs."""
+    """`key.path: a → b` for every value that differs; where `a` was not told the value, it says so."""
     def flat(tree: object, path: str) -> dict[str, object]:
         if not isinstance(tree, dict):
             return {path: tree}
         return {k: v for key, value in tree.items() for k, v in flat(value, f"{path}.{key}" if path else key).items()}
 
-    left, right = (flat(c.model_dump(), "") for c in (a, b))
-    return [f"{key}: {left.get(key)!r} → {right.get(key)!r}" for key in {**left, **right} if left.get(key) != right.get(key)]
+    left, right, told = (flat(tree, "") for tree in (a.model_dump(), b.model_dump(), a.model_dump(exclude_unset=True)))
+    return [f"{key}: {left.get(key)!r}{' (by default)' if key in left and key not in told else ''} → {right.get(key)!r}"
+            for key in {**left, **right} if left.get(key) != right.get(key)]
 
 
 if __name__ == "__main__":                      # python -m training.config > configs/schema.json
