@@ -194,7 +194,7 @@ def list_configs() -> None:
     for path in sorted(shown, key=lambda path: (path.count(os.sep), path)):
         print(f"{path:<{max(map(len, shown))}}  {shown[path]}")
     print("\nstart one     python train.py configs/quickstart.yaml"
-          "\nchange a key  python train.py configs/quickstart.yaml run=wide model.d_model=256"
+          "\nchange a key  python train.py configs/quickstart.yaml run=one_layer model.n_layers=1"
           "\ncontinue      python train.py runs/quickstart")
 
 

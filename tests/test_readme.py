@@ -1,5 +1,6 @@
 """What README.md tells a reader to type is typed here, block by block, top to bottom, in one folder, on small runs."""
 
+import json
 import os
 import re
 import subprocess
@@ -73,6 +74,18 @@ def test_links_lead_somewhere_and_every_page_is_reached_from_the_readme():
             reached.add(page)
             ahead += linked(page)
     assert set(ROOT.glob("docs/**/*.md")) <= reached
+
+
+def test_metrics_have_the_names_that_the_docs_give_them(trained):
+    logged = {"/".join(key.split("/")[:2]) for line in (trained / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
+    named = set()
+    for page, group in (("runs.md", ""), ("heads.md", "heads/")):
+        rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / page).read_text("utf-8"), re.MULTILINE)       # the first column
+        names = [name.removesuffix("/L1H3") for row in rows for name in re.findall(r"`([a-z_/]+(?:/L1H3)?)`", row)]
+        named |= {name if "/" in name or not group else group + name for name in names}
+    assert logged <= named, "measured and in no table of docs/runs.md and docs/heads.md"
+    # a CPU's peak is not known, and in twelve steps no head forms
+    assert named - logged <= {"train/mfu", "phase/onset_tokens"}, "in a table and not measured"
 
 
 COMMANDS = ["train.py", "sample.py", "heads.py", "-m model.huggingface", "-m model.budget", "-m data.prepare"]
