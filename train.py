@@ -21,6 +21,7 @@ def train(config, folder: Path, changed: list[str], world) -> None:
     from induction.report import write_report
     from training.device import choose_hardware, choose_micro_batch, training_loss
     from training.optimizer import Optimizer
+    from training.profile import profiled
     from training.run import Run, newest_state
 
     begun = newest_state(folder)
@@ -44,7 +45,7 @@ def train(config, folder: Path, changed: list[str], world) -> None:
     optimizer = Optimizer(model, config.optimizer, config.train.steps, world)
     loss_of = training_loss(model, config.train.compile, world)
 
-    with Run(config, folder, model, optimizer, data, world) as run:
+    with Run(config, folder, model, optimizer, data, world) as run, profiled(run) as profiler:
         watch = watch_heads(run, validation)
         announce(run, micro_batch, changed)
         mine = batches.ahead(run.step, config.train.steps, run.device, world.rank, world.size)      # this process's windows of each batch
@@ -71,6 +72,8 @@ def train(config, folder: Path, changed: list[str], world) -> None:
                 run.end_step()
                 if due(step, config.checkpoint.every, last) or step in config.checkpoint.steps or stopping:
                     run.save()
+            if profiler:
+                profiler.step()
             if stopping:
                 break
         run.wait_for_checkpoint()

@@ -5,7 +5,6 @@ taking turns, medians. The floor is the time that reading every weight once take
 run: no decoder of one token at a time can be faster.
 """
 
-import multiprocessing
 import os
 import platform
 import statistics
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 from bench import results
+from bench.side import Side
 from data.tokenizer import bytes_tokenizer
 from errors import ArgumentParser, run_command
 from model.config import ModelConfig
@@ -26,28 +26,6 @@ SHAPES = {
     "small": ModelConfig(n_layers=4, n_heads=4, d_model=128, d_mlp=344, n_ctx=2048, vocab_size=257),
     "gpt2-small": ModelConfig(n_layers=12, n_heads=12, d_model=768, d_mlp=2048, n_ctx=2048, vocab_size=50304, tied_embeddings=True),
 }
-
-
-class Side:
-    """One of the two, in its own process: `seconds, tokens = side(context, n)`."""
-
-    def __init__(self, serve, path: Path, threads: int, environment: dict[str, str]):
-        here, there = multiprocessing.Pipe()
-        kept = dict(os.environ)
-        os.environ.update(environment)                          # a spawned process starts with it
-        self.process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, path, threads), daemon=True)
-        self.process.start()
-        os.environ.clear()
-        os.environ.update(kept)
-        self.pipe = here
-
-    def __call__(self, *request):
-        self.pipe.send(request)
-        return self.pipe.recv()
-
-    def close(self) -> None:
-        self.pipe.send(None)
-        self.process.join()
 
 
 def prompt_of(context: int) -> torch.Tensor:
@@ -117,8 +95,8 @@ def main() -> None:
             for p in model.parameters():
                 p.add_(torch.randn_like(p) * 0.02)
             path = save_checkpoint(Path(folder), snapshot(model, {}, {"step": 1}, "", bytes_tokenizer(), copy=False))
-            ours = Side(serve_ours, path, args.threads, {"THP_MEM_ALLOC_ENABLE": "1"})      # as sample.py sets it
-            theirs = Side(serve_transformers, path, args.threads, {})
+            ours = Side(serve_ours, path, args.threads, environment={"THP_MEM_ALLOC_ENABLE": "1"})     # as sample.py sets it
+            theirs = Side(serve_transformers, path, args.threads)
             read = sum(p.numel() for part, p in model.named_parameters() if "embed" not in part or model.lm_head is None)
             floor = min(ours("floor")[0] for _ in range(10)) * read / (4096 * 16384) * 1e3
             print(f"\n{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, read floor {floor:.2f} ms a token")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, command
 
 from bench.study import spread
@@ -17,6 +18,16 @@ def test_time_to_loss(workplace):
     assert done.returncode == 0, done.stderr
     result = json.loads((workplace / "results" / "time_to_loss.json").read_text())
     assert result["runs"][0]["plain"]["tokens"] == 3 * 768 and result["runs"][0]["ours"][0]["loss"] > 0
+
+
+def test_train(workplace):
+    done = command("-m bench.train", "--eager", "--rounds", "1", "--shape", "0", cwd=workplace,
+                   env={"BENCH_RESULTS": str(workplace / "results")})
+    assert done.returncode == 0, done.stderr
+    row = json.loads((workplace / "results" / "train.json").read_text())["rows"][0]
+    ours, matrices = row["arms"]["ours, AdamW"], 4 * 12 * 128 ** 2 + 257 * 128
+    assert row["flops"] == pytest.approx(6 * 768 * matrices, rel=0.05)      # attention besides
+    assert row["products_ms"] < ours["passes_ms"] and 0 < ours["of_matrix_rate"] < 1
 
 
 def test_sampling(workplace):

@@ -181,3 +181,15 @@ def test_our_kernels_without_a_gpu_are_refused(workplace):
     done = command("train.py", "tiny.yaml", "train.attention=triton", "train.device=cpu", cwd=workplace)
     fails(done, "train.attention", "GPU", "train.attention=auto")
     assert not (workplace / "runs").exists() or not list((workplace / "runs").iterdir())
+
+
+def test_a_profiled_run_is_the_same_run(trained, workplace):
+    """The trace holds the matrix products of the steps that it names, and looking changes nothing."""
+    done = train("tiny.yaml", "train.profile=true", cwd=workplace)
+    assert done.returncode == 0 and "steps 10 to 12 in runs/tiny/trace.json" in done.stdout, done.stdout + done.stderr
+    events = json.loads((workplace / "runs/tiny/trace.json").read_text())["traceEvents"]
+    products = sum(event.get("name") == "aten::mm" for event in events)
+    a_step = 3 * (2 * 4 + 1)                # two blocks of four products and the head; each asks for two more in the backward pass
+    assert products >= 3 * a_step and "aten::mm" in done.stdout
+    assert metrics(workplace / "runs/tiny") == metrics(trained)
+    assert same_bits(find_checkpoint(workplace / "runs/tiny"), find_checkpoint(trained))

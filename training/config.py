@@ -27,6 +27,7 @@ class TrainConfig(Settings):
     checkpoint_activations: bool = False        # keep each block's input alone and compute the rest again: less memory, a third more work
     attention: Literal["auto", "reference", "sdpa", "triton"] = "auto"  # auto: our Triton kernels on CUDA, PyTorch's elsewhere
     device: str = "auto"                        # cuda, cpu, mps; auto: the first there is
+    profile: bool = False                       # write what a few early steps spend their time on, as trace.json
 
 
 class OptimizerConfig(Settings):
