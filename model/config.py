@@ -36,14 +36,14 @@ class RopeScaling(Settings):
 
 
 class ModelConfig(Settings):
-    """A decoder-only transformer. Letters in brackets are those of the shape comments in the code."""
+    """A decoder-only transformer. Capital letters are those of the shape comments in the code."""
 
-    n_layers: Annotated[int, Field(gt=0, le=2 ** 12)] = 4      # L
+    n_layers: Annotated[int, Field(gt=0, le=2 ** 12)] = 4      # L blocks
     n_heads: Size = 4                                  # H query heads
     n_kv_heads: Size | None = None                     # K key/value heads, each shared by H/K queries; null: H
     d_model: Size = 128                                # E residual stream
-    d_head: Size | None = None                         # D; null: d_model / n_heads
-    d_mlp: Size | None = None                          # F; null: 4 d_model, for swiglu 8/3 d_model
+    d_head: Size | None = None                         # D head size; null: d_model / n_heads
+    d_mlp: Size | None = None                          # F MLP width; null: 4 d_model, for swiglu 8/3 d_model
     mlp: Literal["swiglu", "gelu", "gelu_tanh", "relu2", "none"] = "swiglu"         # gelu_tanh: GPT-2's approximation; none: attention only
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # layernorm: with centring and a bias
     bias: Literal["none", "qkv", "attention", "mlp", "all"] = "none"    # which matrices add one; attention: q, k, v and o
