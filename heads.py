@@ -164,7 +164,8 @@ def read(path: str, option: str) -> str:
 def score_rows(model, tokens, queries) -> dict:
     """Scores averaged over all rows and all queries with an earlier key, some rows at a time."""
     from induction.scores import attention_scores
-    device, total = model.embed.weight.device, {}
+    device = model.embed.weight.device
+    total: dict = {}
     for n in range(0, len(tokens), BATCH):
         some, asked = tokens[n:n + BATCH], queries[n:n + BATCH]
         for name, values in attention_scores(model, some.to(device), asked.to(device)).scores.items():
@@ -194,7 +195,7 @@ def print_composition(model, head) -> None:
     if not found:
         return
     by_keys = {Head(layer, index): one.k[head.index, index].item() for layer, (one, _) in enumerate(found) for index in range(len(one.k))}
-    best = max(by_keys, key=by_keys.get)
+    best = max(by_keys, key=lambda one: by_keys[one])
     print(f"by its weights {head}'s keys read most what {best} writes (K-composition {by_keys[best]:+.2f} above chance), and look for the\n"
           f"same token {found[best.layer][1][head.index, best.index]:.1f} deviations more than for others (at distance 0)")
 
