@@ -3,7 +3,7 @@
 import difflib
 import re
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -177,7 +177,7 @@ _shown.maxlevel, _shown.maxlist, _shown.maxdict, _shown.maxtuple = 2, 8, 8, 8
 _shown.maxstring = _shown.maxother = _shown.maxlong = 120
 
 
-def _mistakes(e: dict, kind: type[Settings]) -> Iterator[tuple[list[str], str]]:
+def _mistakes(e: Mapping[str, Any], kind: type[Settings]) -> Iterator[tuple[list[str], str]]:
     """(keys involved, message) of one of pydantic's errors."""
     key, cause = _key(e["loc"]), e.get("ctx", {}).get("error")
     if isinstance(cause, Conflict):
