@@ -178,12 +178,12 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 def prune(folder: Path, keep: int, listed: list[int]) -> None:
     """Delete all but the newest `keep`, the listed steps and the best (lowest validation loss), which `best` points at."""
-    whole, losses = whole_checkpoints(folder), {}
+    whole, losses = whole_checkpoints(folder), dict[Path, float]()
     for path in whole:
         with contextlib.suppress(UserError):                    # a damaged one is no reason to stop training
-            losses[path] = read_state(path).get("val_loss")
-    losses = {path: loss for path, loss in losses.items() if loss is not None}
-    best = min(losses, key=losses.get, default=None)
+            if (loss := read_state(path).get("val_loss")) is not None:
+                losses[path] = loss
+    best = min(losses, key=lambda path: losses[path], default=None)
     if best:
         point(folder / "best", best)
     else:

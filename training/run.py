@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,7 +104,8 @@ class Run:
         self.model, self.optimizer, self.data = model, optimizer, data
         self.device = model.embed.weight.device
         self.stop_requested = False
-        self.writer, self.writing = ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), None
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writing: Future | None = None
         self.stack = ExitStack()
         with world.together(), self.explained("opening"):
             if world.first:
@@ -159,8 +161,8 @@ class Run:
         half = self.model.compute_dtype.itemsize == 2
         self.peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if half and name in device), None)
         self.flops_per_token = 3 * flops_per_token(self.model.config).total()
-        self.record: dict[str, float] = {}              # this step's measurements
-        self.latest: dict[str, float] = {}              # the newest of each
+        self.record: dict[str, Any] = {}                # this step's measurements
+        self.latest: dict[str, Any] = {}              # the newest of each
         self.validated: tuple[int | None, float | None] = (None, None)      # the last step evaluated, and its loss
         self.unchecked: tuple[int, Tensor, Tensor] | None = None
         self.opened = self.timed_from = time.monotonic()
@@ -226,7 +228,7 @@ class Run:
                     f"{step * windows - 1}); {f'the newest checkpoint is {whole[-1]}' if whole else 'no checkpoint was saved yet'}\n"
                     f"  try a lower optimizer.lr{', or train.precision=bf16' if self.config.train.precision == 'fp16' else ''}")
 
-    def log(self, metrics: dict[str, float | list[float]]) -> None:
+    def log(self, metrics: Mapping[str, float | list[float]]) -> None:
         """Add measurements to this step's record."""
         if not self.record:
             self.record = {"step": self.step, "tokens": self.tokens, "seconds": round(self.elapsed, 3)}
@@ -270,7 +272,7 @@ class Run:
                  "val_loss": self.validated[1] if self.validated[0] == self.step else None}
         what = snapshot(self.model, self.optimizer.state_dict(), state, dump_config(self.config), self.data.tokenizer,
                         copy=self.config.checkpoint.background, world=self.world)
-        self.writing: Future | None = self.writer.submit(self._write, what)
+        self.writing = self.writer.submit(self._write, what)
         if not self.config.checkpoint.background:
             self.wait_for_checkpoint()
 
@@ -295,7 +297,7 @@ class Run:
             lines.append(f"validation {latest['val/loss']:.4f} nats per token, {latest['val/bpb']:.4f} bits per byte{then}")
         heads = {key.rsplit("/", 1)[-1]: value for key, value in latest.items() if key.startswith("heads/prefix_matching/")}
         if heads:
-            best = max(heads, key=heads.get)
+            best = max(heads, key=lambda head: heads[head])
             lines.append(f"heads      {best} matches prefixes at {heads[best]:.2f} (1: a perfect induction head); random tokens cost "
                          f"{latest['repeat/loss_first']:.2f} nats, repeated {latest['repeat/loss_second']:.2f}")
         if "train/tokens_per_second" in latest:
