@@ -1,9 +1,9 @@
-# make quickstart · make test · make test-kernels · make test-lens · make test-faults
+# make quickstart · make lint · make test · make test-kernels · make test-lens · make test-faults
 # make study-toy, -text, -positions, -gqa · make venv
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-kernels test-lens test-faults venv
+.PHONY: quickstart lint test test-kernels test-lens test-faults venv
 
 quickstart: .venv/installed
 	$(BIN)/python train.py configs/quickstart.yaml
@@ -13,6 +13,10 @@ quickstart: .venv/installed
 	@echo "see heads    $(BIN)/python heads.py runs/quickstart"
 	@echo "sample more   $(BIN)/python sample.py runs/quickstart \"class \" -n 3 --max-tokens 40"
 	@echo "train longer  $(BIN)/python train.py runs/quickstart train.steps=4600"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2
@@ -29,21 +33,18 @@ test-lens: .venv-lens/installed
 test-faults: .venv/installed
 	$(BIN)/python -m pytest -n 2 -m "faults or not faults" tests/faults tests/test_distributed.py --reliability docs/reliability.md
 
-.venv-lens/installed: requirements-lens.txt requirements.txt
-	@$(PYTHON) -m venv --clear .venv-lens
-	@echo "installing TransformerLens beside the pinned requirements into .venv-lens (a minute or two)"
-	@.venv-lens/bin/python -m pip install --disable-pip-version-check -q -r $<
-	@touch $@
-
 # Train the runs of a study and renew docs/studies: 15 to 25 minutes each on two cores.
 study-%: .venv/installed
 	$(BIN)/python -m bench.study $*
 
 venv: .venv/installed
 
-# Made anew where it is missing or broken, brought up to date where requirements.txt is newer.
 .venv/installed: requirements.txt
-	@$(BIN)/python -c "" 2>/dev/null || $(PYTHON) -m venv --clear .venv
-	@echo "installing the pinned requirements into .venv (a minute or two)"
-	@$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.txt
+.venv-lens/installed: requirements-lens.txt requirements.txt
+
+# Made anew where it is missing or broken, brought up to date where what it holds has changed.
+.venv/installed .venv-lens/installed:
+	@$(@D)/bin/python -c "" 2>/dev/null || $(PYTHON) -m venv --clear $(@D)
+	@echo "installing the pinned $< into $(@D) (a minute or two)"
+	@$(@D)/bin/python -m pip install --disable-pip-version-check -q -r $<
 	@touch $@

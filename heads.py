@@ -16,7 +16,7 @@ def main() -> None:
     args = parse_arguments()
     from induction.report import plots, write_movie
     from training.device import choose_device
-    from training.run import load_run
+    from training.loaded_run import load_run
     run = load_run(args.run, args.step, choose_device(args.device, "--device "))
     rows = given_rows(args, run)
     with explain_disk_errors(f"writing into {run.folder}", "make room, or copy the run to where you may write"):
@@ -34,7 +34,7 @@ def looks_back(run, probes) -> list[dict]:
     """What the trainer would have logged at every checkpoint that is kept."""
     from induction.scores import measure
     from induction.watch import as_metrics
-    from training.run import load_run
+    from training.loaded_run import load_run
     then = [load_run(checkpoint, device=run.model.embed.weight.device) for checkpoint in run.checkpoints()]
     return [{key: one.state[key] for key in ("step", "tokens")}
             | as_metrics(one.model, measure(one.model, probes.held_out, probes.unrepeated)) for one in then]
@@ -164,7 +164,8 @@ def read(path: str, option: str) -> str:
 def score_rows(model, tokens, queries) -> dict:
     """Scores averaged over all rows and all queries with an earlier key, some rows at a time."""
     from induction.scores import attention_scores
-    device, total = model.embed.weight.device, {}
+    device = model.embed.weight.device
+    total: dict = {}
     for n in range(0, len(tokens), BATCH):
         some, asked = tokens[n:n + BATCH], queries[n:n + BATCH]
         for name, values in attention_scores(model, some.to(device), asked.to(device)).scores.items():
@@ -194,7 +195,7 @@ def print_composition(model, head) -> None:
     if not found:
         return
     by_keys = {Head(layer, index): one.k[head.index, index].item() for layer, (one, _) in enumerate(found) for index in range(len(one.k))}
-    best = max(by_keys, key=by_keys.get)
+    best = max(by_keys, key=lambda one: by_keys[one])
     print(f"by its weights {head}'s keys read most what {best} writes (K-composition {by_keys[best]:+.2f} above chance), and look for the\n"
           f"same token {found[best.layer][1][head.index, best.index]:.1f} deviations more than for others (at distance 0)")
 
@@ -210,7 +211,7 @@ def pictures(args, run, ids=None, what: str = "") -> dict:
     from induction.snapshots import Snapshots, patterns, shown, spelled
     from induction.viewer import Passage, Snapshot
     from training.checkpoint import read_state
-    from training.run import load_run
+    from training.loaded_run import load_run
     if ids is None and not args.all_steps and args.step is None and len(Snapshots(run.folder / "heads")):
         return {}
     if ids is None:
@@ -248,7 +249,7 @@ def examine_run(where: str, device: str = "auto"):
     from induction.report import kind_of_run, model_transition
     from induction.verdict import examine
     from training.device import choose_device
-    from training.run import load_run
+    from training.loaded_run import load_run
     run = load_run(where, device=choose_device(device, "--device "))
     config, shape = run.config.data, run.config.model
     fixed = "repeats" in config.corpora and config.repeats.period[0] == config.repeats.period[1]

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from io import TextIOWrapper
 from pathlib import Path
 
 from errors import ArgumentParser, UserError, run_command
@@ -13,7 +14,8 @@ from errors import ArgumentParser, UserError, run_command
 def main() -> None:
     args = parse_arguments()
     for stream in (sys.stdin, sys.stdout):                      # bytes that are no UTF-8 pass through as they are
-        stream.reconfigure(errors="surrogateescape")
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # large pages: on a CPU, weights are read a third faster
     from model.generate import Sampling, generate
     from training.checkpoint import find_checkpoint, load_model

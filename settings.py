@@ -7,7 +7,7 @@ import io
 import re
 import reprlib
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -181,7 +181,7 @@ _shown.maxlevel, _shown.maxlist, _shown.maxdict, _shown.maxtuple = 2, 8, 8, 8
 _shown.maxstring = _shown.maxother = _shown.maxlong = 120
 
 
-def _mistakes(e: dict, kind: type[Settings]) -> Iterator[tuple[list[str], str]]:
+def _mistakes(e: Mapping[str, Any], kind: type[Settings]) -> Iterator[tuple[list[str], str]]:
     """(keys involved, message) of one of pydantic's errors."""
     key, cause = _key(e["loc"]), e.get("ctx", {}).get("error")
     if isinstance(cause, Conflict):
@@ -282,8 +282,10 @@ def _kinds_in(kind: type[Settings]) -> Iterator[type[Settings]]:
 def _comments(kind: type[Settings]) -> dict[str, str]:
     """Key → the comment behind it, with the lines below that hold nothing but more of it."""
     source = inspect.getsource(kind)
-    keys = {node.end_lineno: node.target.id for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)}
-    found, last, line = {}, None, 0
+    keys = {node.end_lineno: node.target.id for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    found: dict[str, str] = {}
+    last, line = None, 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             key = keys.get(token.start[0]) or (last if token.start[0] == line + 1 else None)

@@ -30,10 +30,10 @@ class Batch(NamedTuple):
     def split(self, rows: int) -> Iterator["Batch"]:
         """Micro-batches of `rows` windows."""
         for n in range(0, len(self.tokens), rows):
-            yield Batch(*(None if part is None else part[n:n + rows] for part in self))
+            yield Batch._make(None if part is None else part[n:n + rows] for part in self)
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in self))
+        return Batch._make(None if part is None else part.to(device, non_blocking=True) for part in self)
 
 
 class Batches:
@@ -42,7 +42,7 @@ class Batches:
     def __init__(self, sources: dict[str, "TextWindows | RepeatRows"], entries: list[MixtureEntry], batch_tokens: int,
                  n_ctx: int, separator: int | None = None):
         """`separator`: number the documents by the token that each begins with, so that attention can be kept inside each."""
-        self.sources, self.separator = sources, separator
+        self.sources, self.separator, self.n_ctx = sources, separator, n_ctx
         self.windows = batch_tokens // n_ctx
         self.quotas = Quotas(entries, self.windows)
 
@@ -54,20 +54,18 @@ class Batches:
         mine = range(step * self.windows + rank * self.windows // world_size,
                      step * self.windows + (rank + 1) * self.windows // world_size)
         where = [self.quotas.locate(n) for n in mine]
-        rows = None
+        rows = np.empty((len(mine), self.n_ctx + 1), np.int64)
         for name, source in self.sources.items():
             here = [r for r, (owner, _) in enumerate(where) if owner == name]
             if here:
-                found = source.rows(np.array([where[r][1] for r in here], dtype=np.int64))
-                rows = np.empty((len(mine), found.shape[1]), np.int64) if rows is None else rows
-                rows[here] = found
+                rows[here] = source.rows(np.array([where[r][1] for r in here], dtype=np.int64))
         return as_batch(rows, self.separator)
 
     def ahead(self, first: int, last: int, device: torch.device, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Batches first … last − 1 on `device`, two of them made in the background so that it never waits."""
         def make(step: int) -> Batch:
             batch = self.share(step, rank, world_size)
-            return Batch(*(None if part is None else part.pin_memory() for part in batch)) if device.type == "cuda" else batch
+            return Batch._make(None if part is None else part.pin_memory() for part in batch) if device.type == "cuda" else batch
 
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
             queue = [pool.submit(make, step) for step in range(first, min(first + 2, last))]
@@ -80,9 +78,9 @@ class Batches:
 
 def as_batch(rows: np.ndarray, separator: int | None = None) -> Batch:
     """(B, T + 1) tokens as inputs and the targets one to the right."""
-    rows = torch.from_numpy(rows)
-    tokens = rows[:, :-1].contiguous()
-    return Batch(tokens, rows[:, 1:].contiguous(), documents(tokens, separator))
+    windows = torch.from_numpy(rows)
+    tokens = windows[:, :-1].contiguous()
+    return Batch(tokens, windows[:, 1:].contiguous(), documents(tokens, separator))
 
 
 def documents(tokens: Tensor, separator: int | None) -> Tensor | None:
@@ -167,7 +165,7 @@ class Quotas:
     def __init__(self, entries: list[MixtureEntry], windows_per_step: int):
         ends = [*sorted({e.until for e in entries if e.until}), None]
         self.phases: list[tuple[int, list[tuple[str, Fraction]], dict[str, int]]] = []
-        first, had = 0, dict.fromkeys((e.corpus for e in entries), 0)
+        first, had = 0, dict.fromkeys((str(e.corpus) for e in entries), 0)
         for end in ends:
             active: dict[str, Fraction] = {}
             for entry in entries:                       # the first entry of a corpus that has not ended counts

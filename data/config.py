@@ -94,12 +94,12 @@ class DataConfig(Settings):
     folder: str | None = None                   # where shards lie; null: prepared/<name>-<hash of what they hold>
 
     @property
-    def corpora(self) -> list[str]:
+    def corpora(self) -> list[Corpus]:
         """The names of all corpora in use, each once."""
         return list(dict.fromkeys(e.corpus for e in self.mixture)) if self.mixture else [self.corpus or "stdlib"]
 
     @property
-    def text_corpus(self) -> str | None:
+    def text_corpus(self) -> Corpus | None:
         """The one corpus that is text, if there is one."""
         return next((name for name in self.corpora if name != "repeats"), None)
 

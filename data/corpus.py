@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from errors import UserError, first_line
 
 PIECE_BYTES = 16 * 1024
 LARGEST_RATIO = 200             # of text to compressed text; prose has 3 to 5, logs some 20, a bomb 1000
-COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSED: dict[str, Callable] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 PACKED = {".zst", ".zip", ".7z", ".lz4", ".tar", ".tgz", ".rar"}
 STRUCTURED = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}
 
@@ -38,16 +38,16 @@ class TextCorpus:
 
     def __init__(self, config: DataConfig):
         self.config = config
-        self.name = config.text_corpus
-        self.paths = {"stdlib": stdlib_files, "files": lambda: matching_files(config.files), "hub": list}[self.name]()
+        self.name, self.hub = config.text_corpus, config.hub
+        self.paths = stdlib_files() if self.name == "stdlib" else matching_files(config.files) if self.name == "files" else []
 
     def pieces(self) -> Iterator[Piece]:
         match self.name:
             case "stdlib":
                 yield from _pieces_of_files(self.paths)
                 yield from _pieces_of_documents(pydoc_topics())
-            case "hub":
-                yield from _pieces_of_documents(hub_documents(self.config.hub))
+            case "hub" if self.hub:
+                yield from _pieces_of_documents(hub_documents(self.hub))
             case _:                     # files, and whatever else is a list of files
                 for path in self.paths:
                     if loader := STRUCTURED.get(kind_of(path)):
@@ -59,8 +59,8 @@ class TextCorpus:
 
     def identity(self) -> str:
         """Changes when the corpus does. The hub's is its name: what is behind it is only known by reading it."""
-        if self.name == "hub":
-            return self.config.hub.model_dump_json()
+        if self.name == "hub" and self.hub:
+            return self.hub.model_dump_json()
         seen = hashlib.sha256(sys.version.encode() if self.name == "stdlib" else b"")
         for path in self.paths:
             stat = path.stat()
@@ -97,7 +97,7 @@ def pydoc_topics() -> Iterator[bytes]:
 
 def matching_files(patterns: Iterable[str]) -> list[Path]:
     """The files that the globs name, sorted, each once; a UserError names a glob that matches none."""
-    found = {}
+    found: dict[Path, Path] = {}
     for pattern in patterns:
         matches = [Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
         matches = [path for path in matches if not is_ours(path.parent)]

@@ -19,10 +19,10 @@ class Dataset:
     """
 
     def __init__(self, config: DataConfig, seed: int, folder: str | None = None):
-        self.config, self.seed, self.shards = config, seed, None
+        self.config, self.seed = config, seed
+        self.shards: Shards | None = None                       # of a text
         if config.text_corpus is not None:
-            begun = folder is not None and (Path(folder) / "manifest.json").exists()
-            self.shards = Shards(folder if begun else prepare(config))
+            self.shards = Shards(folder if folder and (Path(folder) / "manifest.json").exists() else prepare(config))
         self.tokenizer = self.shards.tokenizer if self.shards else make_tokenizer(config.tokenizer, iter(()))
         self.begin = self.tokenizer.begin
 
@@ -35,8 +35,11 @@ class Dataset:
 
     def training(self, batch_tokens: int, n_ctx: int) -> Batches:
         """Batches by step, text and synthetic rows mixed as the config says."""
-        sources = {name: self._repeats(n_ctx, "repeats") if name == "repeats" else TextWindows(self.shards.train, n_ctx, self.seed)
-                   for name in self.config.corpora}
+        sources: dict[str, TextWindows | RepeatRows] = {}
+        if self.shards and self.config.text_corpus:
+            sources[self.config.text_corpus] = TextWindows(self.shards.train, n_ctx, self.seed)
+        if "repeats" in self.config.corpora:
+            sources["repeats"] = self._repeats(n_ctx, "repeats")
         entries = self.config.mixture or [MixtureEntry(corpus=self.config.corpora[0], weight=1.0)]
         return Batches(sources, entries, batch_tokens, n_ctx, self._separator)
 

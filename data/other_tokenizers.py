@@ -66,7 +66,7 @@ class OtherTokenizer(Tokenizer):
         ids, spelt = self._encode("".join(stand_in if isinstance(part, bytes) else part for part in stretches)), stand_in.encode()
         at = np.flatnonzero(np.all([ids[n:len(ids) - 3 + n] == self.byte_ids[b][0] for n, b in enumerate(spelt)], axis=0))
         ids[at] = [self.byte_ids[part[0]][0] for part in odd]
-        return np.delete(ids, (at[:, None] + [1, 2, 3]).ravel())
+        return np.delete(ids, np.add.outer(at, [1, 2, 3]).ravel())
 
     def _encode(self, text: str) -> np.ndarray:
         return np.array(self.library.encode(text, add_special_tokens=False).ids, dtype=np.uint32)

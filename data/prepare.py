@@ -100,7 +100,7 @@ def _prepare(corpus: TextCorpus, config: DataConfig, folder: Path, key: str) -> 
             file.write(tokenizer.json)
     else:
         tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    limit = config.hub.max_tokens if corpus.name == "hub" else None
+    limit = config.hub.max_tokens if corpus.name == "hub" and config.hub else None
 
     pieces = corpus.pieces()
     skipped = sum(len(piece.text) for piece in islice(pieces, sum(part["pieces"] for part in journal)))

@@ -41,7 +41,7 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self.ranks, self.pattern, self.special, self.name = ranks, pattern, special, name
         self.begin = special[END_OF_TEXT]                       # here one token does both
-        self.ends = (self.begin,)
+        self.ends: tuple[int, ...] = (self.begin,)
         self.byte_ids = [[ranks[bytes([b])]] for b in range(256)]       # what spells each byte
         self.n_vocab = max(*ranks.values(), *special.values()) + 1
 
@@ -220,6 +220,7 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
         case "bytes":
             return bytes_tokenizer()
         case "bpe":
+            assert config.vocab_size is not None            # TokenizerConfig has seen to it
             return train_bpe(texts, config.vocab_size)
         case path if "/" in path:
             return Tokenizer.load(Path(path) / "tokenizer.json" if Path(path).is_dir() else path)

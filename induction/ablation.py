@@ -68,7 +68,7 @@ def _intact(model: GPT, batch: Batch, names: list[str]) -> dict[str, Tensor]:
 
 def _silenced(indices: list[int], kind: Kind, intact: Tensor | None):
     """A tap on z (B, H, T, D) that takes from some heads what they say; `intact`: z as it was."""
-    if kind == "zero":
+    if intact is None or kind == "zero":
         return lambda z: _with(indices, torch.zeros_like(z))(z)
     return _with(indices, intact.mean((0, 2), keepdim=True) if kind == "mean" else intact.roll(-1, 0))
 
@@ -100,11 +100,11 @@ def effect(model: GPT, heads: Collection[Head], probe: Repeats, text: Batch | No
     intact, without = (losses_without(model, probe.batch, some, kind, patterns_kept=patterns_kept) for some in ((), heads))
     first, second = mean_of(intact, probe.first_copy), mean_of(intact, probe.second_copy)
     lost, gain = mean_of(without, probe.second_copy) - second, first - second
-    on_text = (None, None)
+    on_text: tuple[float | None, float | None] = (None, None)
     if text is not None:
         before, after = (losses_without(model, text, some, kind, patterns_kept=patterns_kept).cpu() for some in ((), heads))
-        score = icl_score(before)
-        on_text = None if score is None else icl_score(after) - score, (after.double() - before.double()).mean().item()
+        score, score_after = icl_score(before), icl_score(after)
+        on_text = None if score is None or score_after is None else score_after - score, (after.double() - before.double()).mean().item()
     return Effect(lost, lost / gain if gain else 0.0, *on_text)
 
 

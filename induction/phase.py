@@ -7,6 +7,7 @@ import numpy as np
 
 FORMED = 0.4                            # the prefix matching from which a head counts as an induction head here
 LEVELS = (0.3, 0.4, 0.5)                # how much the moment depends on where that line is drawn
+Curve = Sequence[float] | np.ndarray
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}        # 95%, two-sided, by sample size
 
 
@@ -19,20 +20,21 @@ class Transition(NamedTuple):
     crossings: dict[float, float | None]        # where it first reaches each of LEVELS
 
 
-def transition(x: Sequence[float], scores: Sequence[float], least: float = FORMED) -> Transition | None:
+def transition(at: Curve, scores: Curve, least: float = FORMED) -> Transition | None:
     """The transition of a curve to at least `least`; None where it never gets there. Its rise is from the first measurement to the
     final score; linear between measurements."""
-    x, y = np.asarray(x, float), np.asarray(scores, float)
+    x, y = np.asarray(at, float), np.asarray(scores, float)
     if len(y) == 0:
         return None
     final = float(y[-max(1, len(y) // 10):].mean())
-    at = [y[0] + share * (final - y[0]) for share in (0.1, 0.9)]
-    end = crossing(x, y, at[1])
+    low, high = (y[0] + share * (final - y[0]) for share in (0.1, 0.9))
+    end = crossing(x, y, high)
     if final < least or end is None:
         return None
-    before = np.flatnonzero((x <= end) & (y < at[0]))
+    before = np.flatnonzero((x <= end) & (y < low))
     start = int(before[-1]) if len(before) else 0           # the last measurement still below: earlier blips are noise
-    onset = crossing(x[start:], y[start:], at[0])
+    onset = crossing(x[start:], y[start:], low)
+    assert onset is not None                                # it comes before the end
     return Transition(onset, end, final, {level: crossing(x, y, level) for level in LEVELS})
 
 
@@ -56,7 +58,7 @@ class Band(NamedTuple):
     high: np.ndarray
 
 
-def band(curves: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Band:
+def band(curves: Sequence[tuple[Curve, Curve]]) -> Band:
     """Curves (x, y) of one seed each → their band; one curve alone has no width."""
     x = np.unique(np.concatenate([np.asarray(xs, float) for xs, _ in curves]))
     x = x[(x >= max(xs[0] for xs, _ in curves)) & (x <= min(xs[-1] for xs, _ in curves))]

@@ -86,14 +86,14 @@ class Probes(NamedTuple):
     note: str                       # which periods these are
 
     def to(self, device: torch.device) -> "Probes":
-        return Probes(*(part.to(device) if isinstance(part, (Repeats, Tensor)) else part for part in self))
+        return Probes._make(part.to(device) if isinstance(part, (Repeats, Tensor)) else part for part in self)
 
 
 def probes_of(data: DataConfig, n_ctx: int, tokenizer: Tokenizer, seed: int, most: int = ROWS) -> Probes | None:
     """The probes for a run with this data, `most` rows or about 256 tokens for each, at least four; None where its context is too short
     to repeat anything (fewer than 7 tokens)."""
     rows = min(most, max(4, 256 * most // n_ctx))               # of a long context few say as much, and each costs more
-    fits = range(3, (n_ctx - 1) // 2 + 1)                       # the periods that fit twice behind the first token
+    fits = list(range(3, (n_ctx - 1) // 2 + 1))                 # the periods that fit twice behind the first token
     known, unseen = repeat_vocabulary(data.repeats, tokenizer.ordinary, seed)
     fits = [period for period in fits if period <= len(known)]
     if not fits:
@@ -114,7 +114,9 @@ def probes_of(data: DataConfig, n_ctx: int, tokenizer: Tokenizer, seed: int, mos
         periods = [p for p in periods if p <= len(vocabulary)]
         return repeats(periods, n_ctx, vocabulary, tokenizer.begin, rows=rows, seed=seed) if periods else None
 
-    return Probes(of(shown, known), bool(held_out), of(in_training, known), of(shown, unseen),
+    scored = of(shown, known)
+    assert scored is not None                                   # the periods shown are of those that fit
+    return Probes(scored, bool(held_out), of(in_training, known), of(shown, unseen),
                   unrepeated(n_ctx, known, tokenizer.begin, rows=rows, seed=seed), note)
 
 

@@ -70,7 +70,10 @@ def best_of_looks(records: list[dict]) -> list[tuple[int, float]]:
 def model_transition(records: list[dict]) -> Transition | None:
     """When the model's best head of each moment rose to match prefixes, in tokens."""
     looks = best_of_looks(records)
-    return transition(*zip(*looks)) if looks else None
+    if not looks:
+        return None
+    tokens, best = zip(*looks)
+    return transition(tokens, best)
 
 
 def icl_transition(records: list[dict]) -> Transition | None:
@@ -117,8 +120,8 @@ FIRST, SECOND = "#e0a458", "#c8553d"            # the copies of a block
 def plots(folder: Path, config, records: list[dict], measured: Measured) -> list[Path]:
     """Figures of a run in `folder`/figures, PNG and SVG each; the paths of the PNGs."""
     made = {"scores": grids(config.model, measured), "offsets": offsets(config.model, measured)}
-    if score_curves(records, "prefix_matching", config.model):
-        made = {"formation": formation(config.model, records)} | made
+    if found := score_curves(records, "prefix_matching", config.model):
+        made = {"formation": formation(config.model, records, *found)} | made
     target = folder / "figures"
     target.mkdir(exist_ok=True)
     for name, figure in made.items():
@@ -144,7 +147,7 @@ def titled(axes, text: str) -> None:
     axes.set_title(text, fontsize=9, loc="left", color=INK)
 
 
-def formation(model: ModelConfig, records: list[dict]):
+def formation(model: ModelConfig, records: list[dict], tokens: np.ndarray, scores: np.ndarray):
     """Losses above, prefix matching of every head below, on one axis of tokens."""
     drawn, ((above,), (below,)) = figure(6.4, 4.4, 2, 1, sharex=True)
     for name, label, colour in (("train/loss", "training", GREY), ("val/loss", "validation", INK),
@@ -153,12 +156,12 @@ def formation(model: ModelConfig, records: list[dict]):
             above.plot(found[0] / 1e6, found[1], color=colour, lw=1.2, label=label)
     above.set_ylabel("loss, nats per token")
     above.legend(frameon=False, fontsize=8)
-    moved, (tokens, scores) = model_transition(records), score_curves(records, "prefix_matching", model)
     for head in heads_of(model):
         strong = scores[-1][head] >= FORMED
         below.plot(tokens / 1e6, scores[:, *head], **_line(head, strong))
-    for axes in (above, below) if moved else ():
-        axes.axvspan(moved.onset / 1e6, moved.end / 1e6, color=BLUE, alpha=0.10, lw=0)
+    if moved := model_transition(records):
+        for axes in (above, below):
+            axes.axvspan(moved.onset / 1e6, moved.end / 1e6, color=BLUE, alpha=0.10, lw=0)
     below.set(xlabel="million tokens", ylabel="prefix matching", ylim=(-0.02, 1.02))
     if (scores[-1] >= FORMED).any():
         below.legend(frameon=False, fontsize=8)
@@ -191,7 +194,7 @@ def offsets(model: ModelConfig, measured: Measured):
     """Attention around the induction target, a line a head."""
     drawn, ((axes,),) = figure(6.4, 2.6)
     for head in heads_of(model):
-        strong = measured.scores["prefix_matching"][head] >= FORMED or measured.offset_profile[head].max() >= FORMED
+        strong = bool(measured.scores["prefix_matching"][head] >= FORMED or measured.offset_profile[head].max() >= FORMED)
         axes.plot(range(-REACH, REACH + 1), measured.offset_profile[head], **_line(head, strong))
     axes.axvline(0, color=GREY, lw=0.8, ls=":")
     axes.set(xlabel="position, relative to the token after the latest earlier copy", ylabel="attention", ylim=(-0.02, 1.02))
@@ -238,8 +241,8 @@ def _frame(snapshot: Snapshot, head: Head, tokens: np.ndarray, scores: np.ndarra
     upper.set(ylim=(-0.02, 1.02), xticklabels=[])
     titled(upper, "prefix matching, every head")
     for name, colour, label in (("repeat/loss_first", FIRST, "first copy"), ("repeat/loss_second", SECOND, "second copy")):
-        x, y = curve(records, name)
-        lower.plot(x / 1e6, y, color=colour, lw=1.5, label=label)
+        if found := curve(records, name):
+            lower.plot(found[0] / 1e6, found[1], color=colour, lw=1.5, label=label)
     lower.legend(frameon=False, fontsize=7, loc="lower left")
     lower.set(xlabel="million tokens trained on")
     titled(lower, "loss on random tokens")

@@ -44,7 +44,8 @@ def attention_scores(model: GPT, tokens: Tensor, queries: Tensor) -> Look:
     keys that its row sees. The offset profile is attention around the induction target, position by position.
     """
     share = queries.float() / queries.sum().clamp(min=1)
-    seen, layers = torch.arange(1, tokens.shape[1] + 1, device=tokens.device), []
+    seen = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    layers: list[dict[str, Tensor]] = []
 
     def look(layer: int, window: int | None):
         def at(lse: Tensor) -> None:                        # the last of the three: nothing of a layer is held once it is measured

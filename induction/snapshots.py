@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +76,8 @@ class Snapshots:
             json.dump([{"title": p.title, "tokens": p.tokens, "ids": i.tolist()} for p, i in zip(passages, ids)], file)
 
     def save(self, snapshot: Snapshot) -> None:
-        rows = {f"pattern_{n}": pattern[..., *np.tril_indices(pattern.shape[-1])] for n, pattern in enumerate(snapshot.patterns)}
+        rows: dict[str, Any] = {f"pattern_{n}": pattern[..., *np.tril_indices(pattern.shape[-1])]
+                                for n, pattern in enumerate(snapshot.patterns)}
         with whole_file(self.folder / f"{snapshot.step:06d}.npz") as file:
             np.savez_compressed(file, tokens=snapshot.tokens, **rows)
 

@@ -53,11 +53,14 @@ class Aim(NamedTuple):
     by: dict[str, float]        # on the direct path into the induction heads' q, k or v alone
 
 
+Answer = Literal["yes", "no", "not shown"]
+
+
 class Verdict(NamedTuple):
     run: str
     kind: str                   # runs of one kind differ by their seed alone
     control: bool               # one layer that could only meet the probe without induction
-    answer: Literal["yes", "no", "not shown"]
+    answer: Answer
     measured: Measured
     moved: Transition | None
     cause: CausalSet | None
@@ -133,7 +136,7 @@ def examine(run: str, kind: str, control: bool, model: GPT, probes: Probes, move
         findings.append(Finding("On tokens that training never repeated?", f"prefix matching {unseen:.2f}, first copy "
                                 f"{there.loss_first:.2f} nats, second {there.loss_second:.2f}", None))
     speak = [finding.speaks for finding in findings if finding.speaks is not None]
-    answer = "no" if not all(speak) else "yes" if probes.never_trained else "not shown"
+    answer: Answer = "no" if not all(speak) else "yes" if probes.never_trained else "not shown"
     return Verdict(run, kind, control, answer, measured, moved, cause, aimed, unseen, findings)
 
 
@@ -153,7 +156,7 @@ def _offsets(measured: Measured, head: Head, matches: bool) -> Finding:
     """Attention around the target, of the strongest head; where no head matches, of whichever peaks highest."""
     profile = measured.offset_profile
     if not matches:
-        flat = profile.flatten(0, 1).max(-1).values.argmax().item()
+        flat = int(profile.flatten(0, 1).max(-1).values.argmax())
         head = Head(flat // profile.shape[1], flat % profile.shape[1])
     at = int(profile[head].argmax()) - REACH
     figures = f"{head} peaks {'on it' if at == 0 else f'{at:+d} tokens from it'} with {profile[head].max():.2f}"

@@ -101,4 +101,4 @@ def as_json(view: View, moments: list[dict]) -> str:
 def series(tokens: np.ndarray, values: np.ndarray) -> dict[str, list]:
     """Numbers to four decimals, more than a screen can show. What is not finite becomes null: JSON has no NaN."""
     rounded = np.round(np.asarray(values, dtype=np.float64), 4)
-    return {"tokens": np.asarray(tokens).tolist(), "values": np.where(np.isfinite(rounded), rounded, None).tolist()}
+    return {"tokens": np.asarray(tokens).tolist(), "values": np.where(np.isfinite(rounded), rounded, np.array(None)).tolist()}

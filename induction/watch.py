@@ -3,6 +3,7 @@
 It draws no random number and leaves no trace in the model: training with it and without it is the same run, bit for bit.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ class HeadWatch:
     """Measures all heads of a model as it trains, and keeps small pictures of their patterns in the run's folder."""
 
     def __init__(self, model: GPT, probes: Probes, text: Tensor | None, tokenizer: Tokenizer, folder: Path, *, every: int, steps: int,
-                 step: int = 0, history: list[tuple[int, float]] = (), separator: int | None = None):
+                 step: int = 0, history: Sequence[tuple[int, float]] = (), separator: int | None = None):
         """text      (T,) ids of a passage of held-out text, for the pictures; `separator`: begins documents that do not see each other
         every     steps between two looks at a run of `steps`, of which `step` are completed
         history   (tokens, prefix matching of the best head) of the looks before
@@ -46,7 +47,8 @@ class HeadWatch:
         if step % self.between == 0 or step == self.last:
             self.snapshots.save(Snapshot(step, tokens, patterns(model, self.ids, self.separator)))
         found = as_metrics(model, self.measured)
-        if moved := transition(*zip(*self.history)):
+        at, best = zip(*self.history)
+        if moved := transition(at, best):
             found["phase/onset_tokens"] = round(moved.onset)
         return found
 

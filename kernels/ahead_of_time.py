@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -92,7 +93,7 @@ def compile_kernel(target: str, kernel: str, dtype: str, D: int, masks: str = "c
         "statistics_rows": lambda: head_statistics_triton.statistics(q, k, lse, ids, ids, ids, *rest[1:]),
     }
     family, _, _ = TARGETS[target]
-    found = []
+    found: list[tuple[Any, Tile]] = []
 
     def compile_only(self, *arguments, grid, warmup, **named):
         binary = launched(self, *arguments, grid=grid, warmup=True, **named)
@@ -116,18 +117,18 @@ def resources(binary) -> dict:
     """What the assembler says of a compiled kernel."""
     if "amdgcn" in binary.asm:
         text = binary.asm["amdgcn"]
-        registers, spilled = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "private_segment_fixed_size"))
+        registers, spilled = (int(re.findall(rf"\.{name}:\s+(\d+)", text)[0]) for name in ("vgpr_count", "private_segment_fixed_size"))
         return {"registers": registers, "spilled": spilled, "shared": binary.metadata.shared, "wgmma": 0, "serialised": False}
     from triton.backends.nvidia.compiler import get_ptxas
     ptx = binary.asm["ptx"]
-    arch = re.search(r"\.target (sm_\w+)", ptx)[1]
+    arch = re.findall(r"\.target (sm_\w+)", ptx)[0]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
-        assembler = get_ptxas(int(re.search(r"\d+", arch)[0])).path
+        assembler = get_ptxas(int(re.findall(r"\d+", arch)[0])).path
         log = subprocess.run([assembler, "-v", f"--gpu-name={arch}", path, "-o", Path(folder, "kernel")],
                              capture_output=True, text=True, check=True).stderr
-    return {"registers": int(re.search(r"Used (\d+) registers", log)[1]), "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+    return {"registers": int(re.findall(r"Used (\d+) registers", log)[0]), "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
             "shared": binary.metadata.shared, "wgmma": ptx.count("wgmma.mma_async"), "serialised": "serialized" in log}
 
 

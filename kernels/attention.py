@@ -3,6 +3,7 @@
 import os
 from importlib.util import find_spec
 from math import inf
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"             # triton's k
 FEW_QUERIES = 32                # up to so many queries a key head, the keys are split over programs: kernels/decode.py
 
 
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None, segments: Tensor | None = None,
+              scale: float | None = None, backend: str = "auto", return_lse: Literal[False] = False,
+              precision: str = "tf32x3") -> Tensor: ...
+@overload
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None, segments: Tensor | None = None,
+              scale: float | None = None, backend: str = "auto", return_lse: Literal[True],
+              precision: str = "tf32x3") -> tuple[Tensor, Tensor]: ...
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None,
               segments: Tensor | None = None, scale: float | None = None, backend: str = "auto",
               return_lse: bool = False, precision: str = "tf32x3") -> Tensor | tuple[Tensor, Tensor]:
@@ -74,10 +83,9 @@ def decode(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor, key_positio
     return F.scaled_dot_product_attention(q, k, v, attn_mask=sees, scale=scale, enable_gqa=True)
 
 
-def use_triton(caller: str, backend: str, *tensors: Tensor | None) -> bool:
+def use_triton(caller: str, backend: str, q: Tensor, *others: Tensor | None) -> bool:
     """Whether a call with this backend runs our kernels; ValueError where it asks for them and they cannot serve it."""
-    q, reason = tensors[0], ""
-    tensors = [t for t in tensors if t is not None]
+    tensors, reason = [q, *(t for t in others if t is not None)], ""
     dtypes = [t.dtype for t in tensors if t.dim() == 4]                 # of q, k and v
     if not HAS_TRITON:
         reason = "anything here: triton is not installed"

@@ -129,8 +129,8 @@ def decode(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, key_
     # By pointers: the rows of q belong to several heads, and a cache may lie anyhow.
     launch(decode_part, lambda tile: (B * K, parts, triton.cdiv(packed, tile.rows)), q, columns={"k": k, "v": v}, copy_engine=False,
            n_rows=rows, q=q, q_strides=q.stride(), out=part_out, lse=part_lse,
-           query_positions=None if ordered else query_positions.contiguous(),
-           key_positions=None if ordered else key_positions.contiguous(), H=H, K=K, T=T, S=S, window=window or 0,
+           query_positions=None if query_positions is None else query_positions.contiguous(),
+           key_positions=None if key_positions is None else key_positions.contiguous(), H=H, K=K, T=T, S=S, window=window or 0,
            chunk=chunk, scale=scale, WINDOW=window is not None, ORDERED=ordered, PRECISION=precision)
     if parts > 1:
         start(decode_whole, q, (B * H * T,), part_out=part_out, part_lse=part_lse, out=out, lse=lse, parts=parts, rows=B * H * T,

@@ -61,7 +61,7 @@ def head_statistics(q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, *, window
         filled = statistics(q, k, lse, tokens, before, targets, window, segments, scale, precision)
     else:
         filled = _in_chunks(q, k, lse, tokens, before, targets, window, segments, scale)
-    return HeadStatistics(*filled[:PLAIN], filled[PLAIN:].movedim(0, -1))
+    return HeadStatistics._make([*filled[:PLAIN], filled[PLAIN:].movedim(0, -1)])
 
 
 def tokens_before(tokens: Tensor, segments: Tensor | None = None) -> Tensor:

@@ -185,7 +185,7 @@ def masks_of(q: Tensor, k: Tensor, causal: bool, window: int | None, segments: T
         window = None                                               # every query sees as far back as there are keys
     least, most = (None, None) if segments is None else segment_ends(segments)
     return {"segments": None if segments is None else segments.contiguous(), "least": least, "most": most,
-            "blocks": 0 if segments is None else least.shape[1], "H": q.shape[1], "K": k.shape[1], "T": q.shape[2], "S": S,
+            "blocks": 0 if least is None else least.shape[1], "H": q.shape[1], "K": k.shape[1], "T": q.shape[2], "S": S,
             "window": window or 0, "scale": scale, "CAUSAL": causal, "WINDOW": window is not None, "SEGMENTS": segments is not None,
             "PRECISION": precision}
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ class Linear(nn.Linear):
 
     def __init__(self, n_in: int, n_out: int, bias: bool = False):
         super().__init__(n_in, n_out, bias=False)
-        self.bias = nn.Parameter(torch.zeros(n_out)) if bias else None
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x: Tensor) -> Tensor:
         return affine(x, self.weight, self.bias)
@@ -81,7 +83,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.gain.shape, self.gain.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 
 @dataclass
@@ -131,7 +133,8 @@ class CausalSelfAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Each query's average of the values (B, H, T, D): never through a pattern, unless a tap has replaced it."""
-        taps, masks = context.taps, {"window": self.window, "segments": context.segments}
+        taps = context.taps
+        masks: dict[str, Any] = {"window": self.window, "segments": context.segments}
         if context.cache is not None:
             for part in ("lse", "pattern"):
                 taps.refuse(part, "is not made in a pass with a cache (run the whole sequence)", self.layer)

@@ -120,10 +120,13 @@ def report(config: ModelConfig, context: int | None = None) -> str:
 
 def in_units(n: float) -> str:
     """A number of bytes, short."""
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if n < 1000 or unit == "TB":
-            return f"{n:,.1f} {unit}" if unit != "B" else f"{n:.0f} B"
+    if n < 1000:
+        return f"{n:.0f} B"
+    for unit in ("KB", "MB", "GB"):
         n /= 1000
+        if n < 1000:
+            return f"{n:,.1f} {unit}"
+    return f"{n / 1000:,.1f} TB"
 
 
 def with_vocabulary(config: ModelConfig, tokenizer: str | dict) -> ModelConfig:

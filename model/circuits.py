@@ -6,8 +6,9 @@ the division by the norm, positions (under RoPE they are the circuits at distanc
 add the same whatever is read. LayerNorm's centring is linear and is folded in with its gain.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from model.attention import LayerNorm, RMSNorm
 from model.config import ModelConfig
 from model.gpt import GPT
 
@@ -38,7 +39,7 @@ def unembedding(model: GPT) -> Tensor:
     return _behind(model.config, model.norm_final, model.unembedding).T
 
 
-def _behind(config: ModelConfig, norm: nn.Module, weight: Tensor) -> Tensor:
+def _behind(config: ModelConfig, norm: RMSNorm | LayerNorm, weight: Tensor) -> Tensor:
     """`weight` (outputs, E) as it reads the residual stream from behind a norm, whose division is left out: with its gain, and blind to
     the mean that LayerNorm takes away."""
     weight = weight * norm.gain

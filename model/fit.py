@@ -68,7 +68,7 @@ class Plan:
         Under DDP autograd saves the bf16 copies of the weights that it multiplied by, of recomputed blocks one block's; under FSDP it
         saves what is gathered again.
         """
-        block, head = self.matrices / self.model.n_layers, self.model.d_model * (self.model.vocab_size or 0)
+        block, head = self.matrices // self.model.n_layers, self.model.d_model * (self.model.vocab_size or 0)
         parts = Counter({"cross-entropy": 2 * FP32 * head + BF16 * head + (FP32 + 2 * BF16) * CHUNK_ELEMENTS})
         if self.distributed == "fsdp":
             outside = self.parameters.total() - self.matrices               # embedding and head

@@ -42,7 +42,7 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, samp
     randoms = [np.random.Generator(np.random.Philox(key=[seed, r])) for r in range(len(rows))]
     ended = [False] * len(rows)
     forgotten = [0] * len(rows)                             # tokens of each row that the context no longer holds
-    cache, chosen = None, None
+    cache, chosen, draws = None, torch.empty(0), torch.empty(0)
     for n in range(max_tokens):
         if cache is None:
             forgotten = [f if len(row) - f <= n_ctx else len(row) - max(1, n_ctx // 2) for row, f in zip(rows, forgotten)]

@@ -1,6 +1,7 @@
 """A decoder-only transformer, read top to bottom: tokens → embedding → L blocks → logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ class GPT(nn.Module):
     """tokens (B, T) → logits (B, T, V). Parameters are float32; `compute_dtype` is what activations are kept in,
     `attention_backend` one of `kernels.attention`'s, `recompute` keeps a block's input alone for the backward pass (Chen et al. 2016)."""
 
+    rope: Tensor                # make_tables'
+    sinusoids: Tensor
+
     def __init__(self, config: ModelConfig, seed: int = 0):
         super().__init__()
         if config.vocab_size is None:
@@ -30,7 +34,7 @@ class GPT(nn.Module):
         self.tapped: dict[int, tuple] = {}                  # who looks at activations, by thread: model/taps.py
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.embed_position = nn.Embedding(config.n_ctx, config.d_model) if config.position == "learned" else None
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.blocks = cast("Sequence[Block]", nn.ModuleList(Block(config, layer) for layer in range(config.n_layers)))
         self.norm_final = NORMS[config.norm](config.d_model, config.norm_eps)
         self.lm_head = None if config.tied_embeddings else Linear(config.d_model, config.vocab_size)
         self.make_tables()
@@ -181,6 +185,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         match self.kind:
             case "swiglu":
+                assert self.w_gate is not None
                 gate, up = joined(x, self.w_gate, self.w_up, packed=self.w_gate_up).chunk(2, dim=-1)
                 h = F.silu(gate) * up
             case "gelu":

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from errors import ArgumentParser, UserError, first_line, run_command
 from files import explain_disk_errors
@@ -88,7 +88,8 @@ class Weights(Mapping[str, "Tensor"]):
 
     def __init__(self, folder: Path):
         from safetensors import SafetensorError, safe_open
-        self.folder, self.files = folder, {}
+        self.folder = folder
+        self.files: dict[str, Any] = {}                     # by tensor
         for path in _weight_files(folder):
             try:
                 file = safe_open(path, "pt")
@@ -172,7 +173,7 @@ def read_model(folder: Path, config: ModelConfig, model_type: str, weights: Weig
     weights.call(list(theirs), config.tied_embeddings)
     for name, ours in theirs.items():
         expected = tuple(to_theirs([parameters[p] for p in ours], ours[0], of, config.n_heads).shape)
-        here = weights.shapes.get(weights.names.get(name))
+        here = weights.shapes.get(weights.names.get(name, ""))
         if here is None:
             raise UserError(f"{folder}: its safetensors files lack {name}, which its config.json asks for")
         if ours == ["embed_position.weight"] and here[0] > config.n_ctx:        # model.n_ctx asks for a shorter context
@@ -229,7 +230,7 @@ def _config_of(source: Path, given: dict, weights: Weights, target: Path, overri
         model = read_description(given, name, len(weights), largest)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{name}: cannot be understood ({first_line(error)})") from None
-    tree = {"run": target.name, "model": dict(model), "data": {"tokenizer": f"{target}/checkpoints/latest"},
+    tree: dict[str, Any] = {"run": target.name, "model": dict(model), "data": {"tokenizer": f"{target}/checkpoints/latest"},
             "train": {"steps": 200}, "optimizer": {"kind": "adamw", "lr": 2e-5, "warmup_steps": 20}}
     overridden = override(tree, overrides)
     n_ctx = tree["model"].get("n_ctx") if isinstance(tree["model"], dict) else None

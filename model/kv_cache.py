@@ -50,16 +50,16 @@ class KVCache:
 
     def end(self) -> None:
         """Count the tokens that `attend` has stored in every layer."""
-        if self.new is None:
+        if self.start is not None and self.new is None:
             self.start += self.T
         else:
-            self._lengths, self.start = self.lengths + self.new, None
+            self._lengths, self.start = self.lengths + self._counts(), None
         self.empty = False
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k, v (B, K, T, D) and attend to all that each query q (B, H, T, D) may see → (B, H, T, D)."""
         T, slots, window = q.shape[2], self.keys[layer].shape[2], self.windows[layer]
-        if self.new is None and self.start + T <= slots:            # in order, no wrap
+        if self.start is not None and self.new is None and self.start + T <= slots:     # in order, no wrap
             n = self.start + T
             self.keys[layer][:, :, self.start:n] = k
             self.values[layer][:, :, self.start:n] = v

@@ -29,6 +29,7 @@ def scaled(frequencies: Tensor, base: float, scaling: RopeScaling) -> Tensor:
     slower = frequencies / scaling.factor
     if scaling.kind == "linear":
         return slower
+    assert scaling.original_n_ctx is not None       # RopeScaling has seen to it
     if scaling.kind == "llama3":
         turns = scaling.original_n_ctx * frequencies / (2 * pi)
         stays = ((turns - scaling.slow_turns) / (scaling.fast_turns - scaling.slow_turns)).clamp(0, 1)

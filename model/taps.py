@@ -41,7 +41,7 @@ class Head(NamedTuple):
     """A query head, written L1H3."""
 
     layer: int
-    index: int
+    index: int                  # type: ignore[assignment]      # hides a tuple's method, which nobody asks a head for
 
     def __str__(self) -> str:
         return f"L{self.layer}H{self.index}"
@@ -86,13 +86,13 @@ def taps(model: "GPT", what: str | Sequence[str] | Callable[[str], bool] | dict[
 def _functions(config: ModelConfig, what) -> dict[str, list[Function]]:
     """Which activations are meant, and what is to be done with each."""
     known = names(config)
+    found: dict[str, list[Function]] = {}
     if callable(what):
         found = {name: [] for name in known if what(name)}
         if not found:
             raise ValueError("taps: the function names none of the activations " + ", ".join(known))
         return found
     asked = what if isinstance(what, dict) else dict.fromkeys([what] if isinstance(what, str) else what)
-    found: dict[str, list[Function]] = {}
     for pattern, function in asked.items():
         matching = [name for name in known if fnmatchcase(name, pattern)]
         if not matching:
@@ -108,7 +108,8 @@ class _Block:
     """One `with taps(…)`."""
 
     def __init__(self, functions: dict[str, list[Function]]):
-        self.functions, self.cache = functions, {}
+        self.functions = functions
+        self.cache: dict[str, Tensor] = {}
 
     def passes(self, name: str, x: Tensor) -> Tensor:
         for function in self.functions[name]:

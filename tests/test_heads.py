@@ -13,7 +13,7 @@ from test_scores import dense_scores
 
 from induction.ablation import losses_without
 from model.taps import heads_of, taps
-from training.run import load_run
+from training.loaded_run import load_run
 
 
 def heads(*arguments, cwd: Path | None = None):

@@ -18,7 +18,7 @@ from induction.scores import Measured, measure
 from induction.snapshots import Snapshots, spelled
 from model.config import ModelConfig
 from model.taps import heads_of, taps
-from training.run import load_run
+from training.loaded_run import load_run
 
 SCORES = ("prefix_matching", "latest_match", "previous_token", "duplicate_token", "first_token", "entropy", "distance", "copying")
 HEADS = [f"L{layer}H{head}" for layer in range(2) for head in range(4)]

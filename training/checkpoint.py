@@ -178,12 +178,12 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 def prune(folder: Path, keep: int, listed: list[int]) -> None:
     """Delete all but the newest `keep`, the listed steps and the best (lowest validation loss), which `best` points at."""
-    whole, losses = whole_checkpoints(folder), {}
+    whole, losses = whole_checkpoints(folder), dict[Path, float]()
     for path in whole:
         with contextlib.suppress(UserError):                    # a damaged one is no reason to stop training
-            losses[path] = read_state(path).get("val_loss")
-    losses = {path: loss for path, loss in losses.items() if loss is not None}
-    best = min(losses, key=losses.get, default=None)
+            if (loss := read_state(path).get("val_loss")) is not None:
+                losses[path] = loss
+    best = min(losses, key=lambda path: losses[path], default=None)
     if best:
         point(folder / "best", best)
     else:
@@ -226,7 +226,7 @@ def read_state(checkpoint: Path) -> dict:
 
 def load_model(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer]:
     """The model and tokenizer of a checkpoint; a UserError where it is damaged."""
-    verify(checkpoint, ["config.json"])
+    verify(checkpoint)
     with _damaged(checkpoint, "config.json"):
         config = validate(ModelConfig, json.loads((checkpoint / "config.json").read_text("utf-8"))["gpt"], str(checkpoint / "config.json"))
         with torch.device("meta"):
@@ -237,7 +237,7 @@ def load_model(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[GP
             raise ValueError(f"it describes {needed:,} bytes of parameters, model.safetensors has {there:,}")
     model = model.to_empty(device="cpu")
     model.make_tables()
-    load_weights(model, checkpoint)
+    _fill(model, checkpoint)
     return model.to(device).eval(), Tokenizer.load(checkpoint / "tokenizer.json")
 
 
@@ -245,6 +245,10 @@ def load_weights(model: GPT, checkpoint: Path, world: World = ALONE) -> None:
     """Fill a model with the parameters of a checkpoint, after every file has passed its SHA-256."""
     with world.together():
         verify(checkpoint, world=world)
+    _fill(model, checkpoint, world)
+
+
+def _fill(model: GPT, checkpoint: Path, world: World = ALONE) -> None:
     load_hf_state(model, _load_tensors(checkpoint, "model"), str(checkpoint / "model.safetensors"), fill=world.fill)
 
 

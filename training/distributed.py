@@ -103,14 +103,14 @@ class World:
 
     def in_turn(self, make: Callable[[], T]) -> T:
         """What `make` makes in every process, after the first has done it, and after the first of each machine: they leave files."""
-        made = None
+        made: list[T] = []
         for turn in (self.first, self.local_rank == 0, True):
             with self.together():
-                if turn and made is None:
-                    made = make()
+                if turn and not made:
+                    made.append(make())
             if self.size == 1:
                 break
-        return made
+        return made[0]
 
     @contextmanager
     def others_may_die(self, target: str) -> Iterator[None]:
@@ -131,7 +131,7 @@ class World:
         if self.sharded:
             from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # a second to import
             half = model.compute_dtype if model.compute_dtype.itemsize == 2 else None
-            options = {"mesh": dist.init_device_mesh(device.type, (self.size,)),
+            options: dict[str, Any] = {"mesh": dist.init_device_mesh(device.type, (self.size,)),
                        "mp_policy": MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)}
             for block in model.blocks:
                 fully_shard(block, **options)
@@ -158,12 +158,12 @@ class World:
             return DistributedDataParallel(_Loss(model, loss), device_ids=[device] if device.type == "cuda" else None,
                                            broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    def accumulate(self, parts: list[T], model: GPT, loss: Callable[..., Tensor]) -> Iterator[T]:
+    def accumulate(self, parts: list[T], model: Any, loss: Callable[..., Tensor]) -> Iterator[T]:
         """A batch's parts, one after another; gradients are exchanged behind the last alone."""
         for n, part in enumerate(parts, 1):
             if self.sharded:
                 model.set_requires_gradient_sync(n == len(parts))
-            elif self.size > 1:
+            elif isinstance(loss, DistributedDataParallel):
                 loss.require_backward_grad_sync = n == len(parts)
             yield part
 
@@ -178,9 +178,9 @@ class World:
             self.twin.to_empty(device=model.embed.weight.device)
             self.twin.make_tables()
             self.twin.compute_dtype, self.twin.attention_backend = model.compute_dtype, model.attention_backend
-        twins = dict(self.twin.named_parameters()) if self.first else {}
+        twins = dict(self.twin.named_parameters()) if self.twin else {}
         for name, p in model.named_parameters():
-            full = p.full_tensor()
+            full = whole_tensor(p)
             if self.first:
                 twins[name].copy_(full)
         return self.twin

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 from urllib.parse import urlparse
 
 from errors import UserError
@@ -106,7 +107,8 @@ class Wandb:
     """A wandb run, or nothing: training never waits for it and never fails because of it."""
 
     def __init__(self, log: LogConfig, folder: Path, name: str, config: dict, say: Callable[[str], None]):
-        self.run, self.say, mode = None, say, log.wandb
+        self.run: Any = None                        # wandb.Run
+        self.say, mode = say, log.wandb
         if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
             return
         if importlib.util.find_spec("wandb") is None:
@@ -127,9 +129,10 @@ class Wandb:
             with whole_file(id_file, "w") as file:
                 json.dump({"id": f"{name}-{secrets.token_hex(4)}"}, file)
         settings = wandb.Settings(console="off", init_timeout=WANDB_SECONDS, x_transaction_log_flush_interval=1.0)
-        options = {"dir": str(folder), "project": log.project, "name": name, "config": config, "settings": settings,
+        options: dict[str, Any] = {"dir": str(folder), "project": log.project, "name": name, "config": config, "settings": settings,
                    "id": json.loads(id_file.read_text())["id"], "resume": "allow"}
-        for way in ["online", "offline"] if online else ["offline"]:
+        ways: list[Literal["online", "offline"]] = ["online", "offline"] if online else ["offline"]
+        for way in ways:
             try:
                 self.run = wandb.init(mode=way, **options)
                 self.run.define_metric("*", step_metric="step")
@@ -172,8 +175,9 @@ def _as_wandb(value):
     import wandb
     match value:
         case list():
-            half = (len(value) - 1) / 2             # offsets −half … half, a bin each
-            return wandb.Histogram(np_histogram=(value, [n - half - 0.5 for n in range(len(value) + 1)]))
+            import numpy as np
+            edges = np.arange(len(value) + 1) - len(value) / 2          # offsets around 0, a bin each
+            return wandb.Histogram(np_histogram=(np.array(value), edges))
         case tuple():
             return wandb.Table(columns=value[0], data=value[1])
         case Path():

@@ -1,6 +1,7 @@
 """Muon for matrices, AdamW for the rest, and rates that are pure functions of the step."""
 
 from math import cos, pi
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +40,13 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, steps: int, world: World = ALONE):
         self.config, self.steps, self.world = config, steps, world
-        self.names = {p: name for name, p in model.named_parameters()}
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         matrices = [p for p, name in self.names.items() if p.ndim == 2 and "embed" not in name and "lm_head" not in name]
         others = [p for p in self.names if all(p is not m for m in matrices)]
         assert len(matrices) + len(others) == len(self.names), "the groups must partition the parameters"
         decay = config.weight_decay
         device = next(iter(self.names)).device.type
-        adam = {"betas": tuple(config.betas), "fused": device in ("cuda", "cpu", "mps")}
+        adam: dict[str, Any] = {"betas": tuple(config.betas), "fused": device in ("cuda", "cpu", "mps")}
         if config.kind == "muon":
             self.parts = {"muon": Muon([{"params": matrices, "height": config.lr, "weight_decay": decay}], world),
                           "adam": torch.optim.AdamW([{"params": others, "height": config.adam_lr, "weight_decay": 0.0}], **adam)}
@@ -109,7 +110,7 @@ class Muon(torch.optim.Optimizer):
         self.world = world
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:     # type: ignore[override]        # torch's may ask for the loss again
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
@@ -120,7 +121,7 @@ class Muon(torch.optim.Optimizer):
                     if "momentum" not in self.state[p]:
                         self.state[p]["momentum"] = torch.zeros_like(p)
                 averages = [local(self.state[p]["momentum"]) for p in matrices]
-                gradients, weights = [local(p.grad) for p in matrices], [local(p) for p in matrices]
+                gradients, weights = [local(p.grad) for p in matrices if p.grad is not None], [local(p) for p in matrices]
                 torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
                 nesterov = torch._foreach_lerp(gradients, averages, group["momentum"])
                 updates = over_whole_matrices(orthogonalise, torch.stack(nesterov), rows, self.world)
@@ -153,10 +154,11 @@ def _newton_schulz(x: Tensor) -> Tensor:
 def _newton_schulz_by_gram(x: Tensor) -> Tensor:
     """The same for wide matrices with two thirds of the work: each step multiplies x by a polynomial q of its Gram matrix,
     and these commute, so the long side is needed at the beginning and at the end only. Squaring asks for fp32."""
-    gram, product = x @ x.mT, None
+    gram = x @ x.mT
+    product: Tensor | None = None
     for a, b, c in NEWTON_SCHULZ:
         q = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         q.diagonal(dim1=-2, dim2=-1).add_(a)
         product = q if product is None else q @ product
         gram = q @ gram @ q
-    return product @ x
+    return x if product is None else product @ x

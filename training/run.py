@@ -7,16 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.batches import Batch
 from data.dataset import Dataset
 from data.tokenizer import Tokenizer
 from errors import UserError
@@ -24,8 +23,6 @@ from files import explain_disk_errors, only_one, whole_file
 from model.budget import flops_per_token
 from model.gpt import GPT
 from training.checkpoint import (
-    find_checkpoint,
-    load_model,
     load_optimizer,
     load_weights,
     point_at_newest,
@@ -37,7 +34,7 @@ from training.checkpoint import (
 )
 from training.config import Config, differences, dump_config, load_config
 from training.distributed import ALONE, World
-from training.logger import Console, Metrics, Wandb, read_metrics, short
+from training.logger import Console, Metrics, Wandb, short
 from training.optimizer import Optimizer
 
 FIXED = ("run:", "seed:", "init_from:", "model.", "data.", "optimizer.kind:")       # what a run cannot be continued without
@@ -93,56 +90,6 @@ def tidy(checkpoints: Path, config: Config) -> None:
     prune(checkpoints, config.checkpoint.keep, config.checkpoint.steps)
 
 
-class LoadedRun(NamedTuple):
-    """A run to look at: its model at one checkpoint, and what goes with it."""
-
-    folder: Path            # of the run; of the checkpoint itself where it lies outside a run
-    checkpoint: Path
-    state: dict             # step, tokens, seconds … when it was saved
-    config: Config
-    model: GPT
-    tokenizer: Tokenizer
-
-    @property
-    def step(self) -> int:
-        return self.state["step"]
-
-    def checkpoints(self) -> list[Path]:
-        """All that the run keeps, oldest first."""
-        return whole_checkpoints(self.checkpoint.parent) or [self.checkpoint]
-
-    def records(self) -> list[dict]:
-        """Its measurements up to this checkpoint, oldest first."""
-        return [record for record in read_metrics(self.folder / "metrics.jsonl") if record["step"] <= self.step]
-
-    def validation(self, windows: int) -> Batch | None:
-        """So many windows of the text held out of its training, on the model's device; None where it saw no text."""
-        data, n_ctx = self.config.data, self.config.model.n_ctx
-        if not data.text_corpus or not self.step:
-            return None
-        opened = Dataset(data, self.config.seed, self.state["data"].get("folder"))
-        return opened.validation(windows * n_ctx, n_ctx, windows)[0].to(self.model.embed.weight.device)
-
-
-def load_run(where: str | Path, step: int | None = None, device: torch.device | str = "cpu") -> LoadedRun:
-    """Open runs/NAME at its newest checkpoint, or at that of `step`, or the checkpoint that `where` itself names.
-
-        run = load_run("runs/quickstart")
-        with taps(run.model, "L*.pattern") as cache:
-            run.model(tokens)
-    """
-    checkpoint = find_checkpoint(where)
-    if step is not None:
-        kept = {int(path.name): path for path in whole_checkpoints(checkpoint.parent)}
-        if step not in kept:
-            raise UserError(f"{where} has no checkpoint of step {step}; there are {', '.join(map(str, kept))}")
-        checkpoint = kept[step]
-    model, tokenizer = load_model(checkpoint, device)
-    config = load_config(checkpoint / "training_state" / "config.yaml")
-    folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
-    return LoadedRun(folder, checkpoint, read_state(checkpoint), config, model.requires_grad_(False), tokenizer)
-
-
 class Run:
     """An open run directory. Leaving `with Run(…) as run` closes everything and frees the lock."""
 
@@ -157,7 +104,8 @@ class Run:
         self.model, self.optimizer, self.data = model, optimizer, data
         self.device = model.embed.weight.device
         self.stop_requested = False
-        self.writer, self.writing = ThreadPoolExecutor(1, thread_name_prefix="checkpoint"), None
+        self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writing: Future | None = None
         self.stack = ExitStack()
         with world.together(), self.explained("opening"):
             if world.first:
@@ -213,8 +161,8 @@ class Run:
         half = self.model.compute_dtype.itemsize == 2
         self.peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if half and name in device), None)
         self.flops_per_token = 3 * flops_per_token(self.model.config).total()
-        self.record: dict[str, float] = {}              # this step's measurements
-        self.latest: dict[str, float] = {}              # the newest of each
+        self.record: dict[str, Any] = {}                # this step's measurements
+        self.latest: dict[str, Any] = {}              # the newest of each
         self.validated: tuple[int | None, float | None] = (None, None)      # the last step evaluated, and its loss
         self.unchecked: tuple[int, Tensor, Tensor] | None = None
         self.opened = self.timed_from = time.monotonic()
@@ -280,7 +228,7 @@ class Run:
                     f"{step * windows - 1}); {f'the newest checkpoint is {whole[-1]}' if whole else 'no checkpoint was saved yet'}\n"
                     f"  try a lower optimizer.lr{', or train.precision=bf16' if self.config.train.precision == 'fp16' else ''}")
 
-    def log(self, metrics: dict[str, float | list[float]]) -> None:
+    def log(self, metrics: Mapping[str, float | list[float]]) -> None:
         """Add measurements to this step's record."""
         if not self.record:
             self.record = {"step": self.step, "tokens": self.tokens, "seconds": round(self.elapsed, 3)}
@@ -324,7 +272,7 @@ class Run:
                  "val_loss": self.validated[1] if self.validated[0] == self.step else None}
         what = snapshot(self.model, self.optimizer.state_dict(), state, dump_config(self.config), self.data.tokenizer,
                         copy=self.config.checkpoint.background, world=self.world)
-        self.writing: Future | None = self.writer.submit(self._write, what)
+        self.writing = self.writer.submit(self._write, what)
         if not self.config.checkpoint.background:
             self.wait_for_checkpoint()
 
@@ -349,7 +297,7 @@ class Run:
             lines.append(f"validation {latest['val/loss']:.4f} nats per token, {latest['val/bpb']:.4f} bits per byte{then}")
         heads = {key.rsplit("/", 1)[-1]: value for key, value in latest.items() if key.startswith("heads/prefix_matching/")}
         if heads:
-            best = max(heads, key=heads.get)
+            best = max(heads, key=lambda head: heads[head])
             lines.append(f"heads      {best} matches prefixes at {heads[best]:.2f} (1: a perfect induction head); random tokens cost "
                          f"{latest['repeat/loss_first']:.2f} nats, repeated {latest['repeat/loss_second']:.2f}")
         if "train/tokens_per_second" in latest:
