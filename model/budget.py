@@ -151,25 +151,27 @@ def main() -> None:
                             "with --world-size, what fits on so many devices and how long a step takes.")
     parser.add_argument("config", help="a YAML file of configs/, or runs/NAME")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="change a value, for example model.n_ctx=4096")
-    parser.add_argument("--world-size", type=int, metavar="N", help="devices to train on")
+    parser.add_argument("--world-size", type=int, metavar="N", help="devices to train on (1 where one is described below)")
     parser.add_argument("--device-memory", type=positive, default=80, metavar="GB", help="of one device, in 10⁹ bytes (default 80)")
     parser.add_argument("--bandwidth", type=positive, default=50, metavar="GB/s", help="that one device sends and receives (default 50)")
     parser.add_argument("--tflops", type=positive, default=989, metavar="T", help="bf16 peak of one device (default 989, an H100's)")
     parser.add_argument("--mfu", type=positive, default=0.4, help="the share of the peak that is reached (default 0.4, an assumption)")
     args = parser.parse_intermixed_args()
+    described = any(getattr(args, name) != parser.get_default(name) for name in ("device_memory", "bandwidth", "tflops", "mfu"))
+    world_size = 1 if args.world_size is None and described else args.world_size
     path = Path(args.config) / "config.yaml" if Path(args.config).is_dir() else Path(args.config)
     tree = read_file(path)
     overridden = override(tree, args.overrides)
     tokenizer = (tree.get("data") or {}).get("tokenizer") or {}
     config = with_vocabulary(validate(ModelPart, {"model": tree.get("model") or {}}, str(path), overridden).model, tokenizer)
     print(report(config))
-    if args.world_size is not None:
-        if args.world_size < 1:
-            raise UserError(f"--world-size {args.world_size}: at least one device is needed")
+    if world_size is not None:
+        if world_size < 1:
+            raise UserError(f"--world-size {world_size}: at least one device is needed")
         from model import fit
         from training.config import load_config  # the batch and the optimizer; the rest needs the model's part alone
         whole = load_config(path, args.overrides)
-        cluster = fit.Cluster(args.world_size, args.device_memory * 1e9, args.bandwidth * 1e9, args.tflops * 1e12, args.mfu)
+        cluster = fit.Cluster(world_size, args.device_memory * 1e9, args.bandwidth * 1e9, args.tflops * 1e12, args.mfu)
         print("\n" + fit.report(config, whole.optimizer.kind, whole.train.batch_tokens, cluster))
 
 
