@@ -155,6 +155,6 @@ def test_the_report_recommends_one_line_of_settings():
 def test_the_command_says_what_fits_when_it_is_asked():
     done = command("-m model.budget", "configs/gpt2_small.yaml", "--world-size", "8", "train.batch_tokens=65536", cwd=ROOT)
     assert done.returncode == 0 and "distributed=ddp train.checkpoint_activations=false train.micro_batch=8" in done.stdout, done.stderr
-    one = command("-m model.budget", "configs/gpt2_small.yaml", "--device-memory", "24", cwd=ROOT)          # a described device is asked about
+    one = command("-m model.budget", "configs/gpt2_small.yaml", "--device-memory", "24", cwd=ROOT)      # described, so asked about
     assert one.returncode == 0 and "train.micro_batch=32" in one.stdout, one.stderr
     fails(command("-m model.budget", "configs/gpt2_small.yaml", "--world-size", "0", cwd=ROOT), "at least one")
