@@ -28,7 +28,8 @@ ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "shakespeare_char.yaml"
 INGREDIENTS = {             # what each part of the recipe gave: the same run without it
     "adamw for muon": ["optimizer.kind=adamw", "optimizer.lr=0.003"],
-    "gelu for relu²": ["model.mlp=gelu"],
+    "gelu for swiglu": ["model.mlp=gelu", "model.d_mlp=512"],
+    "small embeddings": ["model.embedding_std=0.02"],
     "no qk norm": ["model.qk_norm=false"],
     "learned positions for rope": ["model.position=learned"],
     "blocks not starting at zero": ["model.zero_init=false"],
