@@ -149,7 +149,6 @@ def test_weights_are_not_given_to_another_tokenizer_and_optimizers_not_exchanged
     (["tiny.yaml", "init_from=runs/none"], ["runs/none", "no such run"]),
     (["tiny.yaml", "--steps=3"], ["--steps=3"]),
     (["tiny.yaml", "steps"], ["'steps' is not key.path=value"]),
-    ([], ["config"]),
 ])
 def test_mistakes_are_two_lines_and_leave_nothing(workplace, arguments, words):
     Path("empty.txt").write_text("")
