@@ -28,10 +28,7 @@ def train(config, folder: Path, changed: list[str], world) -> None:
     if begun["step"] >= config.train.steps:
         with world.together():
             if world.first:
-                finish(config, folder)
-        if world.first:
-            print(f"{folder} is finished: {begun['step']} steps; to go further: python train.py {folder} train.steps={2 * begun['step']}"
-                  + (f"\n  nothing was changed ({'; '.join(changed)})" if changed else ""))
+                finish(config, folder, begun["step"], changed)
         return
 
     with world.together():
@@ -45,7 +42,7 @@ def train(config, folder: Path, changed: list[str], world) -> None:
     optimizer = Optimizer(model, config.optimizer, config.train.steps, world)
     loss_of = training_loss(model, config.train.compile, world)
 
-    with Run(config, folder, model, optimizer, data, world) as run, profiled(run) as profiler:
+    with Run(config, folder, model, optimizer, data, world) as run, profiled(run) as step_done:
         watch = watch_heads(run, validation)
         announce(run, micro_batch, changed)
         mine = batches.ahead(run.step, config.train.steps, run.device, world.rank, world.size)      # this process's windows of each batch
@@ -72,8 +69,7 @@ def train(config, folder: Path, changed: list[str], world) -> None:
                 run.end_step()
                 if due(step, config.checkpoint.every, last) or step in config.checkpoint.steps or stopping:
                     run.save()
-            if profiler:
-                profiler.step()
+            step_done()
             if stopping:
                 break
         run.wait_for_checkpoint()
@@ -86,8 +82,8 @@ def train(config, folder: Path, changed: list[str], world) -> None:
             run.say(run.summary())
 
 
-def finish(config, folder: Path) -> None:
-    """Do what a kill after the last step left undone."""
+def finish(config, folder: Path, step: int, changed: list[str]) -> None:
+    """Do what a kill after the last step left undone, and say that the run is finished."""
     from induction.report import write_report
     from training.checkpoint import verify, whole_checkpoints
     from training.logger import read_metrics
@@ -98,6 +94,8 @@ def finish(config, folder: Path) -> None:
         page, looks = folder / "report.html", [path.stat().st_mtime for path in folder.glob("heads/*.npz")]
         if looks and (not page.exists() or page.stat().st_mtime < max(looks)):
             write_report(folder, config, read_metrics(folder / "metrics.jsonl"))
+    print(f"{folder} is finished: {step} steps; to go further: python train.py {folder} train.steps={2 * step}"
+          + (f"\n  nothing was changed ({'; '.join(changed)})" if changed else ""))
 
 
 def announce(run, micro_batch: int, changed: list[str]) -> None:

@@ -6,7 +6,6 @@ optimizer, and the rest (norms, rotations, activations, loss, launching), so tha
 """
 
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -27,9 +26,10 @@ from model.gpt import GPT
 from training.config import OptimizerConfig
 from training.device import keep_freed_memory, training_loss
 from training.optimizer import Optimizer
+from training.run import memory_gb
 
 GPU = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
+DEVICE, DTYPE = (torch.device("cuda"), torch.bfloat16) if GPU else (torch.device("cpu"), torch.float32)
 
 
 class Shape(NamedTuple):
@@ -63,12 +63,6 @@ SHAPES = [Shape(12, 12, 768, 1024, 16, 50304)] if GPU else [
     Shape(4, 4, 128, 64, 12, 257), Shape(4, 4, 128, 256, 3, 257), Shape(6, 6, 384, 64, 32, 257), Shape(6, 6, 384, 256, 8, 257)]
 
 
-def peak_mb() -> float:
-    if GPU:
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
-
-
 def seconds(call: Callable[..., object], *arguments) -> float:
     if GPU:
         torch.cuda.synchronize()
@@ -88,14 +82,14 @@ def best(call: Callable[[], object], times: int) -> float:
 def serve_plain(pipe, shape: Shape, threads: int, compiled: bool) -> None:
     """nanoGPT's step: autocast on a GPU, the whole batch's logits, clipping, fused AdamW."""
     torch.set_num_threads(threads)
-    before = peak_mb()
+    before = memory_gb(DEVICE)
     recipe = Recipe(shape.n_layers, shape.n_heads, shape.d_model, shape.n_ctx, shape.vocab_size, shape.windows)
     model = PlainGPT(recipe).to(DEVICE)
     optimizer = model.optimizer(recipe)
     loss = torch.compile(model.loss) if compiled else model.loss
 
     def forward_backward(tokens, targets):
-        with torch.autocast(DEVICE, DTYPE) if GPU else nullcontext():
+        with torch.autocast(DEVICE.type, DTYPE) if GPU else nullcontext():
             found = loss(tokens, targets)
         found.backward()
 
@@ -112,7 +106,7 @@ def serve_ours(pipe, shape: Shape, threads: int, compiled: bool, kind: str) -> N
     torch.set_num_threads(threads)
     if not GPU:
         keep_freed_memory()
-    before = peak_mb()
+    before = memory_gb(DEVICE)
     model = GPT(shape.config).to(DEVICE)
     model.compute_dtype = DTYPE
     optimizer = Optimizer(model, OptimizerConfig(kind=kind, lr=1e-3), steps=1000)
@@ -129,7 +123,7 @@ def answer(pipe, shape: Shape, forward_backward: Callable, update: Callable, bef
         tokens = torch.randint(shape.vocab_size, (shape.windows, shape.n_ctx + 1), generator=draw).to(DEVICE)
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         taken = seconds(forward_backward, inputs, targets), seconds(update, step)
-        pipe.send((*taken, peak_mb() - before))
+        pipe.send((*taken, (memory_gb(DEVICE) - before) * 1e3))
 
 
 def serve_ceilings(pipe, shape: Shape, threads: int) -> None:

@@ -1,22 +1,22 @@
 """Where the time of a training step goes: `train.profile=true` writes a trace of a few steps, and says what took longest."""
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from files import whole_file
 from training.run import Run
 
 SETTLE, TRACED, LISTED = 10, 3, 8       # steps before it, in which kernels are compiled; steps in the trace; operations named
 
 
 @contextmanager
-def profiled(run: Run) -> Iterator:
-    """A torch.profiler whose `step` is to be called after each training step; None unless `train.profile` asks for one.
+def profiled(run: Run) -> Iterator[Callable[[], None]]:
+    """What is to be called after each training step; where `train.profile` asks for it, it drives a torch.profiler.
 
     Writes trace.json into the run directory. A shorter run is traced from an earlier step.
     """
     if not run.config.train.profile or not run.world.first:
-        yield None
+        yield lambda: None
         return
     from torch.profiler import ProfilerActivity, profile, schedule
     left = run.config.train.steps - run.step
@@ -25,10 +25,8 @@ def profiled(run: Run) -> Iterator:
     first, path, on_gpu = run.step + settle + 1, run.folder / "trace.json", run.device.type == "cuda"
 
     def write(trace) -> None:
-        partial = path.with_name(".trace.json.partial")
-        with run.untimed(), run.explained("writing the trace of"):
-            trace.export_chrome_trace(str(partial))
-            os.replace(partial, path)
+        with run.untimed(), run.explained("writing the trace of"), whole_file(path) as file:
+            trace.export_chrome_trace(str(file.name))           # it opens what has that name itself
         operations = {event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count)
                       for event in trace.key_averages() if not event.key.startswith("ProfilerStep")}
         together = sum(time for time, _ in operations.values())
@@ -39,4 +37,4 @@ def profiled(run: Run) -> Iterator:
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]
     steps = schedule(wait=max(0, settle - 1), warmup=min(1, settle), active=traced, repeat=1)
     with profile(activities=activities, schedule=steps, on_trace_ready=write) as profiler:
-        yield profiler
+        yield profiler.step
