@@ -175,8 +175,7 @@ class World:
         if self.first and self.twin is None:
             with torch.device("meta"):
                 self.twin = GPT(model.config)
-            self.twin.to_empty(device=model.embed.weight.device)
-            self.twin.make_tables()
+            self.twin.allocate(model.embed.weight.device)
             self.twin.compute_dtype, self.twin.attention_backend = model.compute_dtype, model.attention_backend
         twins = dict(self.twin.named_parameters()) if self.first else {}
         for name, p in model.named_parameters():
