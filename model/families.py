@@ -7,13 +7,13 @@ the value of the first line, and so do we.
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from errors import UserError
 from model.config import ModelConfig
+
+if TYPE_CHECKING:                   # `--help` of an import should not wait for torch
+    from torch import Tensor
 
 Choices = dict[str, list[tuple[Any, dict[str, Any]]]]      # our key → (our value, what config.json says then)
 
@@ -284,15 +284,16 @@ def by_their_name(names: Iterable[str], of: Family) -> dict[str, list[str]]:
     return found
 
 
-def to_theirs(parts: list[Tensor], name: str, of: Family, n_heads: int) -> Tensor:
+def to_theirs(parts: "list[Tensor]", name: str, of: Family, n_heads: int) -> "Tensor":
     """The tensor that a family makes of our parameters, the first of which is called `name`."""
+    import torch
     if of.layout == "by head" and len(parts) > 1:               # (H D, …) each → (H · parts · D, …)
         return torch.stack([part.unflatten(0, (n_heads, -1)) for part in parts], dim=1).flatten(0, 2)
     whole = torch.cat(parts) if len(parts) > 1 else parts[0]
     return whole.mT if _transposed(whole, name, of) else whole
 
 
-def to_ours(whole: Tensor, name: str, count: int, of: Family, n_heads: int) -> Iterator[Tensor]:
+def to_ours(whole: "Tensor", name: str, count: int, of: Family, n_heads: int) -> "Iterator[Tensor]":
     """The `count` parameters in a family's tensor, the first of which is called `name`."""
     if of.layout == "by head" and count > 1:
         yield from (part.flatten(0, 1) for part in whole.unflatten(0, (n_heads, count, -1)).unbind(1))
@@ -300,5 +301,5 @@ def to_ours(whole: Tensor, name: str, count: int, of: Family, n_heads: int) -> I
         yield from (whole.mT if _transposed(whole, name, of) else whole).chunk(count)
 
 
-def _transposed(whole: Tensor, name: str, of: Family) -> bool:
+def _transposed(whole: "Tensor", name: str, of: Family) -> bool:
     return of.layout == "transposed" and whole.ndim == 2 and name.startswith("blocks.")

@@ -8,16 +8,19 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import methodcaller
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from errors import ArgumentParser, UserError, first_line, run_command
 from files import explain_disk_errors
 from model.config import ModelConfig
 from model.families import FAMILIES, OWN, by_their_name, described, family, read_description, to_ours, to_theirs
-from model.gpt import GPT
+
+if TYPE_CHECKING:                   # `--help` should not wait for torch
+    from torch import Tensor
+
+    from model.gpt import GPT
 
 LONGEST = 2 ** 22                   # positions: more would make position tables of gigabytes
 # Tensors in older files that hold no parameter: causal masks and rope's frequencies.
@@ -37,7 +40,7 @@ def one_or_all(ids: Sequence[int]) -> int | list[int]:
     return ids[0] if len(ids) == 1 else list(ids)
 
 
-def hf_state(model: GPT, whole: Callable[[Tensor], Tensor] = Tensor.detach) -> Iterator[tuple[str, Tensor]]:
+def hf_state(model: "GPT", whole: "Callable[[Tensor], Tensor]" = methodcaller("detach")) -> "Iterator[tuple[str, Tensor]]":
     """The parameters under Hugging Face's names, one after another; `whole` makes all of one that is shared out. An attention-only model
     gets MLPs of one unit of zeros."""
     config, of = model.config, FAMILIES.get(family(model.config), OWN)
@@ -48,10 +51,11 @@ def hf_state(model: GPT, whole: Callable[[Tensor], Tensor] = Tensor.detach) -> I
         yield from _empty_mlps(config).items()
 
 
-def load_hf_state(model: GPT, state: Mapping[str, Tensor], source: str, model_type: str | None = None,
-                  fill: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+def load_hf_state(model: "GPT", state: "Mapping[str, Tensor]", source: str, model_type: str | None = None,
+                  fill: "Callable[[Tensor, Tensor], object] | None" = None) -> None:
     """Copy `state` into the model's parameters, tensor by tensor; a UserError where a name or a shape does not fit. `source` names it.
     `model_type`: whose names these are, where not those that we would give. `fill` copies all of a parameter into it."""
+    import torch
     config, of = model.config, FAMILIES.get(model_type or family(model.config), OWN)
     parameters = dict(model.named_parameters())
     theirs = by_their_name(parameters, of)
@@ -59,6 +63,7 @@ def load_hf_state(model: GPT, state: Mapping[str, Tensor], source: str, model_ty
     if different := sorted(given ^ set(theirs)):
         raise UserError(f"{source}: its parameters are not those of its config ({', '.join(different[:3])}"
                         f"{' …' if len(different) > 3 else ''})")
+    fill = fill or torch.Tensor.copy_
     with torch.no_grad():
         for name, ours in theirs.items():
             expected = to_theirs([torch.empty(parameters[p].shape, device="meta") for p in ours], ours[0], of, config.n_heads).shape
@@ -68,7 +73,8 @@ def load_hf_state(model: GPT, state: Mapping[str, Tensor], source: str, model_ty
                 fill(parameters[p], part)
 
 
-def _empty_mlps(config: ModelConfig) -> dict[str, Tensor]:
+def _empty_mlps(config: ModelConfig) -> "dict[str, Tensor]":
+    import torch
     E = config.d_model
     shapes = {"post_attention_layernorm": (E,), "mlp.gate_proj": (1, E), "mlp.up_proj": (1, E), "mlp.down_proj": (E, 1)}
     return {f"model.layers.{layer}.{part}.weight": torch.zeros(shape)
@@ -77,7 +83,7 @@ def _empty_mlps(config: ModelConfig) -> dict[str, Tensor]:
 
 # --- other people's models ----------------------------------------------------------------------------------------------------
 
-class Weights(Mapping[str, Tensor]):
+class Weights(Mapping[str, "Tensor"]):
     """The tensors of a model directory's safetensors files by name, each read when it is asked for, as float32."""
 
     def __init__(self, folder: Path):
@@ -107,7 +113,7 @@ class Weights(Mapping[str, Tensor]):
                 found[name] = here
         self.names = found | {name: name for name in left - set(found.values())}
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> "Tensor":
         value = self.files[self.names[name]].get_tensor(self.names[name])
         if not value.is_floating_point():
             raise UserError(f"{self.folder}: {name} holds {str(value.dtype).removeprefix('torch.')}, no floating-point numbers\n"
@@ -151,8 +157,11 @@ def _read_json(path: Path) -> dict:
     return found
 
 
-def read_model(folder: Path, config: ModelConfig, model_type: str, weights: Weights) -> GPT:
+def read_model(folder: Path, config: ModelConfig, model_type: str, weights: Weights) -> "GPT":
     """The model of that config and family, on the CPU; its shapes are compared with the files' before memory is asked for."""
+    import torch
+
+    from model.gpt import GPT
     try:
         with torch.device("meta"):
             model = GPT(config)
