@@ -6,11 +6,9 @@ whole: an interrupted run continues at the next part, and the result depends on 
 
 import hashlib
 import json
-import os
 import sys
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -18,14 +16,15 @@ from typing import NamedTuple
 import numpy as np
 
 from data.config import DataConfig
-from data.corpus import Piece, TextCorpus
+from data.corpus import TextCorpus
+from data.encode import Encoded, encode_in_order, is_validation, usable_cores
 from data.shards import FORMAT, Shards
 from data.tokenizer import Tokenizer, make_tokenizer
 from errors import ArgumentParser, UserError, run_command
 from files import explain_disk_errors, only_one, sha256, whole_file
 
 PART_BYTES = 64 * 2 ** 20
-BATCH_BYTES = 2 ** 18           # what one thread encodes at a time
+SMALL_BYTES = 2 ** 24           # a corpus up to here is encoded by the time other processes have started
 BPE_BYTES = 32 * 2 ** 20        # text a tokenizer is trained on
 OWN_FILES = ("train-[0-9]*.npy", "val-[0-9]*.npy", "tokenizer.json", "tokenizer_config.json", "journal.json", "manifest.json", ".lock",
              ".*.partial")
@@ -105,10 +104,12 @@ def _prepare(corpus: TextCorpus, config: DataConfig, folder: Path, key: str) -> 
     pieces = corpus.pieces()
     skipped = sum(len(piece.text) for piece in islice(pieces, sum(part["pieces"] for part in journal)))
     done = sum(part["train"]["tokens"] + part["val"]["tokens"] for part in journal)
-    with _progress(corpus, skipped) as bar:
+    cores = 1 if (corpus.size() or SMALL_BYTES) < SMALL_BYTES else usable_cores()
+    encoded = encode_in_order(pieces, tokenizer, folder / "tokenizer.json", config.val_fraction, cores)
+    with closing(encoded), _progress(corpus, skipped) as bar:
         while not (limit and done >= limit):
             previous = journal[-1]["ends_in"] if journal else None
-            part = _encode_part(_until_bytes(pieces, PART_BYTES), tokenizer, config.val_fraction, previous, bar, limit and limit - done)
+            part = _gather_part(encoded, tokenizer.begin, previous, bar, limit and limit - done)
             if not part.pieces:
                 break
             journal.append({"pieces": part.pieces, "ends_in": part.ends_in} | _write_shards(folder, len(journal), part.streams))
@@ -131,62 +132,25 @@ def _prepare(corpus: TextCorpus, config: DataConfig, folder: Path, key: str) -> 
           file=sys.stderr)
 
 
-def is_validation(text: bytes, fraction: float) -> bool:
-    """Which side of the split a piece falls on: by its own hash, so that neither re-runs nor new documents move it."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") < fraction * 2 ** 64
-
-
 class Part(NamedTuple):
     pieces: int
     streams: dict[str, np.ndarray]      # train and val: (n,) tokens
     ends_in: str | None                 # the side that the last piece fell on
 
 
-def _encode_part(pieces: Iterator[Piece], tokenizer: Tokenizer, fraction: float, previous: str | None, bar, limit: int | None) -> Part:
-    """The token streams of one part. A document's pieces join seamlessly until one falls on the other side."""
-    dtype = np.uint16 if tokenizer.n_vocab <= 2 ** 16 else np.uint32
-    streams: dict[str, list[np.ndarray]] = {split: [np.empty(0, dtype)] for split in ("train", "val")}
-    begin = np.array([tokenizer.begin])
-    read, count = 0, 0
-    for batch, encoded in _encode_in_order(pieces, tokenizer):
-        gathered: dict[str, list[np.ndarray]] = {"train": [], "val": []}
-        for piece, ids in zip(batch, encoded):
-            split = "val" if is_validation(piece.text, fraction) else "train"
-            gathered[split] += [begin, ids] if piece.starts_document or split != previous else [ids]
-            previous, read, count = split, read + 1, count + len(ids)
-            if limit is not None and count >= limit:
-                break
-        bar.update(sum(len(piece.text) for piece in batch))
-        for split, parts in gathered.items():
-            if parts:
-                streams[split].append(np.concatenate(parts).astype(dtype))
-        if limit is not None and count >= limit:
+def _gather_part(encoded: Iterator[Encoded], begin: int, previous: str | None, bar, limit: int | None) -> Part:
+    """The token streams of the next PART_BYTES of text. A document's pieces join seamlessly until one falls on the other side."""
+    streams: dict[str, list[np.ndarray]] = {"train": [], "val": []}
+    read, size, count, ids = 0, 0, 0, np.empty(0, np.uint16)
+    for piece, split, ids in encoded:
+        if piece.starts_document or split != previous:
+            streams[split].append(np.array([begin], ids.dtype))
+        streams[split].append(ids)
+        previous, read, size, count = split, read + 1, size + len(piece.text), count + len(ids)
+        bar.update(len(piece.text))
+        if size >= PART_BYTES or (limit is not None and count >= limit):
             break
-    return Part(read, {split: np.concatenate(parts) for split, parts in streams.items()}, previous)
-
-
-def _encode_in_order(pieces: Iterator[Piece], tokenizer: Tokenizer) -> Iterator[tuple[list[Piece], list[np.ndarray]]]:
-    """Encode on every core (tiktoken lets go of Python's lock), in order, a bounded way ahead."""
-    threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(threads) as pool:
-        ahead: deque = deque()
-        while True:
-            while len(ahead) < 3 * threads and (batch := list(_until_bytes(pieces, BATCH_BYTES))):
-                ahead.append((batch, pool.submit(lambda batch: [tokenizer.encode(piece.text) for piece in batch], batch)))
-            if not ahead:
-                return
-            batch, future = ahead.popleft()
-            yield batch, future.result()
-
-
-def _until_bytes(pieces: Iterator[Piece], limit: int) -> Iterator[Piece]:
-    """Pieces up to about `limit` bytes together."""
-    total = 0
-    for piece in pieces:
-        yield piece
-        total += len(piece.text)
-        if total >= limit:
-            return
+    return Part(read, {split: np.concatenate([ids[:0], *parts]) for split, parts in streams.items()}, previous)
 
 
 def _training_texts(corpus: TextCorpus, fraction: float) -> Iterator[str]:

@@ -32,17 +32,24 @@ class GPT(nn.Module):
         self.attention_backend = "auto"
         self.recompute = False
         self.tapped: dict[int, tuple] = {}                  # who looks at activations, by thread: model/taps.py
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.embed_position = nn.Embedding(config.n_ctx, config.d_model) if config.position == "learned" else None
+        self.embed = embedding(config.vocab_size, config.d_model)
+        self.embed_position = embedding(config.n_ctx, config.d_model) if config.position == "learned" else None
         self.blocks = cast("Sequence[Block]", nn.ModuleList(Block(config, layer) for layer in range(config.n_layers)))
         self.norm_final = NORMS[config.norm](config.d_model, config.norm_eps)
         self.lm_head = None if config.tied_embeddings else Linear(config.d_model, config.vocab_size)
-        self.make_tables()
         if not self.embed.weight.is_meta:
+            self.make_tables()
             self.init_weights(seed)
 
+    def allocate(self, device: torch.device | str) -> "GPT":
+        """Give a model that was made on the meta device its memory: tables, and parameters whose values are still to come. As
+        nn.Module.to_empty does it, which would load sympy first. Returns the model."""
+        self._apply(lambda p: torch.empty(p.shape, dtype=p.dtype, device=device))
+        self.make_tables()
+        return self
+
     def make_tables(self) -> None:
-        """The fixed position tables; a model that was made on the meta device makes them again where it lands."""
+        """The fixed position tables; a model on the meta device has none yet, and makes them where it lands."""
         config, device = self.config, self.embed.weight.device
         with torch.device(device):
             if config.position == "rope":
@@ -149,6 +156,11 @@ class GPT(nn.Module):
             return table[:, positions]
         rows = table[:, positions.clamp(max=self.config.n_ctx - 1)]                 # padding may point past the end
         return rows[:, :, None] if self.config.position == "rope" else rows
+
+
+def embedding(rows: int, size: int) -> nn.Embedding:
+    """One whose values are still to come: to draw them on the meta device would load PyTorch's compiler, a second at every start."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
 
 
 class Block(nn.Module):

@@ -180,9 +180,7 @@ def read_model(folder: Path, config: ModelConfig, model_type: str, weights: Weig
             weights.rows[name] = config.n_ctx
         elif here != expected:
             raise UserError(f"{folder}: {name} is {here}, its config.json says {expected}")
-    model = model.to_empty(device="cpu")
-    model.make_tables()
-    load_hf_state(model, weights, str(folder), model_type)
+    load_hf_state(model.allocate("cpu"), weights, str(folder), model_type)
     return model.eval()
 
 

@@ -235,9 +235,7 @@ def load_model(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[GP
         there = sum((checkpoint / name).stat().st_size for name in _tensor_files(_manifest(checkpoint), "model"))
         if needed > there:                                  # asked before anything of that size is allocated
             raise ValueError(f"it describes {needed:,} bytes of parameters, model.safetensors has {there:,}")
-    model = model.to_empty(device="cpu")
-    model.make_tables()
-    _fill(model, checkpoint)
+    _fill(model.allocate("cpu"), checkpoint)
     return model.to(device).eval(), Tokenizer.load(checkpoint / "tokenizer.json")
 
 

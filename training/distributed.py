@@ -138,8 +138,10 @@ class World:
             fully_shard(model, **options, reshard_after_forward=True)       # or an evaluation would leave the embeddings gathered
             for method in ("loss", "losses"):
                 register_fsdp_forward_method(model, method)
-        model.to_empty(device=device)
-        model.make_tables()
+            model.to_empty(device=device)
+            model.make_tables()
+        else:
+            model.allocate(device)
 
     def fill(self, p: Tensor, whole: Tensor) -> None:
         """Copy `whole` into p, or this process's rows of it where p is sharded."""
@@ -175,8 +177,7 @@ class World:
         if self.first and self.twin is None:
             with torch.device("meta"):
                 self.twin = GPT(model.config)
-            self.twin.to_empty(device=model.embed.weight.device)
-            self.twin.make_tables()
+            self.twin.allocate(model.embed.weight.device)
             self.twin.compute_dtype, self.twin.attention_backend = model.compute_dtype, model.attention_backend
         twins = dict(self.twin.named_parameters()) if self.twin else {}
         for name, p in model.named_parameters():
