@@ -25,49 +25,78 @@ def main() -> None:
     model.pack()
     sampling = Sampling(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
 
-    def complete(prompts: list[str], show=None) -> list[dict]:
-        """Continue `prompts`; `show` is given (row, text) as it comes."""
+    def complete(prompts: list[str], show=None, finish=None) -> None:
+        """Continue `prompts`; `show` is given (number of the prompt, text) as text comes, `finish` (number, continuation) as each ends."""
         ids = [tokenizer.prompt(prompt.encode("utf-8", "surrogateescape")) for prompt in prompts]
         longest = max(map(len, ids))
         if longest > model.config.n_ctx and not args.slide:
             raise UserError(f"a prompt of {longest} tokens is longer than the model's context of {model.config.n_ctx}\n"
                             "  shorten it, or use --slide to read its end alone")
-        rows = [Row(tokenizer, args.stop) for _ in prompts]
-        for tokens in generate(model, ids, args.max_tokens, sampling, seed=args.seed, ends=tokenizer.ends,
-                               slide=args.slide, n_tokens=tokenizer.n_vocab):
-            for r, (row, token) in enumerate(zip(rows, tokens)):
-                if token is not None and not row.ended and (text := row.add(token)) and show:
-                    show(r, text)
-            if all(row.ended for row in rows):
-                break
-        for r, row in enumerate(rows):
-            if (text := row.finish()) and show:
+        rows = [Continuation(tokenizer, args.stop) for _ in prompts]
+        going: set[int] = set()
+
+        def end(r: int) -> None:
+            if (text := rows[r].finish()) and show:
                 show(r, text)
+            if finish:
+                finish(r, rows[r])
+
+        for tokens in generate(model, ids, args.max_tokens, sampling, seed=args.seed, ends=tokenizer.ends, slide=args.slide,
+                               n_tokens=tokenizer.n_vocab, batch_size=args.batch_size, wanted=lambda r: rows[r].ended is None):
+            for r in sorted(going - tokens.keys()):
+                end(r)
+            going = set(tokens)
+            for r, token in tokens.items():
+                if (text := rows[r].add(token)) and show:
+                    show(r, text)
+        for r in sorted(going):
+            end(r)
         if any(row.ended is None and len(row.tokens) < args.max_tokens for row in rows):
             print(f"{chr(10) if show else ''}note: the context of {model.config.n_ctx} tokens is full; --slide goes on", file=sys.stderr)
-        return [{"prompt": prompt, "text": row.text, "tokens": row.tokens} for prompt, row in zip(prompts, rows)]
 
     if args.interactive:
         return interact(complete)
     prompts = [prompt for prompt in read_prompts(args) for _ in range(args.n)]
-    stream = not args.json and (args.stream or len(prompts) == 1)
-    if stream and len(prompts) == 1:
+    if len(prompts) == 1 and not args.json:
         print(prompts[0], end="", flush=True)
         complete(prompts, lambda _, text: print(text, end="", flush=True))
         print()
-        return
+    elif args.stream and not args.json:
+        complete(prompts, lambda r, text: print(f"[{r}] {text!r}", flush=True))
+    else:
+        in_order(prompts, complete, args.json)
+
+
+def in_order(prompts: list[str], complete, as_json: bool) -> None:
+    """Print continuations whole, in the order of their prompts, each as soon as it and all before it have ended."""
+    from tqdm import tqdm
+    first, between_two, last = ("[", ",\n ", "]\n") if as_json else ("", "\n---\n", "\n")
+    ended: dict[int, Continuation] = {}
+    printed = tokens = 0
     started = time.monotonic()
-    done = complete(prompts, (lambda r, text: print(f"[{r}] {text!r}", flush=True)) if stream else None)
-    if args.json:
-        print("[" + ",\n ".join(json.dumps(row, ensure_ascii=False) for row in done) + "]")
-    elif not stream:
-        print("\n---\n".join(row["prompt"] + row["text"] for row in done))
-        tokens = sum(len(row["tokens"]) for row in done)
+
+    def finish(r: int, row: Continuation) -> None:
+        nonlocal printed, tokens
+        ended[r], tokens = row, tokens + len(row.tokens)
+        while printed in ended:
+            done, prompt = ended.pop(printed), prompts[printed]
+            text = json.dumps({"prompt": prompt, "text": done.text, "tokens": done.tokens}, ensure_ascii=False) if as_json \
+                else prompt + done.text
+            print(between_two if printed else first, text, sep="", end="", flush=True)
+            printed += 1
+        bar.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
+        bar.update()
+
+    # On a terminal the continuations themselves show how far it is.
+    with tqdm(total=len(prompts), unit=" prompts", delay=2, leave=False, disable=sys.stdout.isatty()) as bar:
+        complete(prompts, finish=finish)
+    print(last, end="")
+    if not as_json:
         print(f"{tokens} tokens, {tokens / (time.monotonic() - started):.0f} tokens/s", file=sys.stderr)
 
 
-class Row:
-    """One continuation as it grows: its tokens, and its text up to a stop string, never cut inside a character."""
+class Continuation:
+    """One as it grows: its tokens, and its text up to a stop string, never cut inside a character."""
 
     def __init__(self, tokenizer, stops: list[str]):
         self.tokenizer, self.stops = tokenizer, stops
@@ -143,7 +172,7 @@ def parse_arguments():
     parser.add_argument("run", help="runs/NAME, or a checkpoint in it: runs/NAME/checkpoints/000500")
     parser.add_argument("prompt", nargs="*", default=[], help="text to continue, several at once if given; - reads standard input; "
                         "none begins a new document")
-    parser.add_argument("--file", help="a file of prompts, one a line")
+    parser.add_argument("--file", help="a file of prompts, one a line, as many as you like")
     parser.add_argument("-n", type=at_least(int, 1), default=1, metavar="N", help="continuations of each prompt (default 1)")
     parser.add_argument("--max-tokens", type=at_least(int, 1), default=200, metavar="N", help="longest continuation (default 200)")
     parser.add_argument("--temperature", type=at_least(float, 0), default=0.8, metavar="T", help="0 is greedy (default 0.8)")
@@ -154,6 +183,8 @@ def parse_arguments():
                         help="above 1: repeat less (default 1)")
     parser.add_argument("--seed", type=at_least(int, 0), default=0, metavar="S", help="same seed, same text (default 0)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be given again")
+    parser.add_argument("--batch-size", type=at_least(int, 1), default=32, metavar="B",
+                        help="prompts continued at the same time; as one ends, the next begins (default 32)")
     parser.add_argument("--slide", action="store_true", help="past the model's context, forget the older half and go on")
     parser.add_argument("--stream", action="store_true", help="several continuations: show pieces as they come (one always streams)")
     parser.add_argument("--interactive", action="store_true", help="read prompts line by line until the end of input")

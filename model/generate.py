@@ -1,6 +1,7 @@
 """Text from a model: prefill the prompts, then decode one token a row at a time."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 from model.gpt import GPT
 from model.kv_cache import KVCache
 
-DRAWS = 256             # random numbers a row that are drawn at a time
+DRAWS = 256             # random numbers that a row draws at a time
 
 
 @dataclass(frozen=True)
@@ -26,53 +27,91 @@ class Sampling:
 
 @torch.inference_mode()
 def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling = Sampling(), *,
-             seed: int = 0, ends: Collection[int] = (), slide: bool = False, n_tokens: int | None = None) -> Iterator[list[int | None]]:
-    """Continue every prompt at once; yields the next token of each row, None for rows that have ended.
+             seed: int = 0, ends: Collection[int] = (), slide: bool = False, n_tokens: int | None = None, batch_size: int = 32,
+             wanted: Callable[[int], bool] = lambda row: True) -> Iterator[dict[int, int]]:
+    """Continue every prompt; yields the next token of each row that is being continued, by its number among `prompts`.
 
-    Row r draws from (seed, r) alone, so what it says does not depend on its neighbours. A row ends after `max_tokens`,
-    behind one of the tokens `ends`, or when its text fills n_ctx; with `slide` it then forgets all but its newest half and goes on.
+    At most `batch_size` rows are continued at a time, and as one ends, the next prompt takes its place at once (continuous batching, Yu
+    et al. 2022, "Orca", section 3). Row r draws from (seed, r) alone, so what it says does not depend on its neighbours.
+    A row ends after `max_tokens`, behind one of the tokens `ends`, when it is no longer `wanted`, or when its text fills n_ctx; with
+    `slide` it then forgets all but its newest half and goes on.
     `n_tokens`: choose among the first so many ids, where the model's vocabulary is larger than the tokenizer's.
     Raises ValueError for an empty prompt, and without `slide` for one longer than n_ctx.
     """
-    rows, n_ctx = [list(prompt) for prompt in prompts], model.config.n_ctx
-    if not all(rows):
+    n_ctx, longest = model.config.n_ctx, max(map(len, prompts))
+    if not all(prompts):
         raise ValueError("a prompt has no tokens: begin it with tokenizer.begin")
-    if not slide and max(map(len, rows)) > n_ctx:
-        raise ValueError(f"a prompt of {max(map(len, rows))} tokens is longer than model.n_ctx={n_ctx}")
-    randoms = [np.random.Generator(np.random.Philox(key=[seed, r])) for r in range(len(rows))]
-    ended = [False] * len(rows)
-    forgotten = [0] * len(rows)                             # tokens of each row that the context no longer holds
-    cache, chosen, draws = None, torch.empty(0), torch.empty(0)
-    for n in range(max_tokens):
-        if cache is None:
-            forgotten = [f if len(row) - f <= n_ctx else len(row) - max(1, n_ctx // 2) for row, f in zip(rows, forgotten)]
-            cache, logits = prefill(model, [row[f:] for row, f in zip(rows, forgotten)], max_tokens - n)
+    if not slide and longest > n_ctx:
+        raise ValueError(f"a prompt of {longest} tokens is longer than model.n_ctx={n_ctx}")
+    capacity = min(longest + max_tokens, n_ctx)
+    waiting = deque(enumerate(prompts))
+    rows = [Row(*waiting.popleft(), seed) for _ in prompts[:batch_size]]        # in the order of the cache
+    unread = list(range(len(rows)))                                             # of them
+    cache, chosen = None, torch.empty(0)
+    while True:
+        for n in unread:
+            rows[n].fit(n_ctx)
+        if cache is None or len(unread) == len(rows):       # equal rows that begin together need no masks
+            cache = None                                    # frees the old one first
+            cache, logits = prefill(model, rows, capacity)
         else:
             logits = model(chosen[:, None], cache=cache)[:, 0]
-        if n % DRAWS == 0:                                  # one number a token, some tokens ahead
-            draws = torch.from_numpy(np.stack([random.random(DRAWS, np.float32) for random in randoms])).to(logits.device)
-        chosen = choose(logits[:, :n_tokens].float(), sampling, draws[:, n % DRAWS], rows)
+            if unread:
+                read, logits[unread] = prefill(model, [rows[n] for n in unread], capacity)
+                cache.put(unread, read)
+        draws = torch.from_numpy(np.array([next(row.draws) for row in rows])).to(logits.device)
+        chosen = choose(logits[:, :n_tokens].float(), sampling, draws, [row.tokens for row in rows])
         said = chosen.tolist()
-        yield [None if ended[r] else token for r, token in enumerate(said)]
-        for r, token in enumerate(said):
-            rows[r].append(token)
-            ended[r] = ended[r] or token in ends
-        full = [len(row) - f > n_ctx for row, f in zip(rows, forgotten)]
-        if slide and any(f and not e for f, e in zip(full, ended)):
-            cache = None                                    # positions begin anew, so the kept tokens are read again
-        elif not slide:
-            ended = [e or f for e, f in zip(ended, full)]
-        if all(ended):
+        yield {row.number: token for row, token in zip(rows, said) if not row.ended}
+        unread = []
+        for n, (row, token) in enumerate(zip(rows, said)):
+            row.tokens.append(token)
+            full = len(row.tokens) - row.forgotten > n_ctx
+            row.ended = (row.ended or token in ends or len(row.tokens) == row.prompt + max_tokens or (full and not slide)
+                         or not wanted(row.number))
+            if row.ended and waiting:
+                rows[n] = Row(*waiting.popleft(), seed)
+            if not rows[n].ended and (rows[n] is not row or full):
+                unread.append(n)
+        going = [n for n, row in enumerate(rows) if not row.ended]
+        if not going:
             return
+        if 2 * len(going) <= len(rows):                     # nobody waits for these places
+            cache.keep(going)
+            rows, chosen, unread = [rows[n] for n in going], chosen[going], [going.index(n) for n in unread]
 
 
-def prefill(model: GPT, rows: Sequence[Sequence[int]], room: int) -> tuple[KVCache, Tensor]:
-    """Read prompts of any lengths in one pass: a cache with room for that many more tokens, and each row's next logits (B, V)."""
-    device, config = model.embed.weight.device, model.config
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    T = max(map(len, rows))
-    tokens = torch.tensor([list(row) + [0] * (T - len(row)) for row in rows], device=device)            # padded on the right
-    cache = KVCache(config, len(rows), min(T + room, config.n_ctx), model.compute_dtype, device)
+class Row:
+    """One prompt and what has been said behind it."""
+
+    def __init__(self, number: int, prompt: Sequence[int], seed: int):
+        self.number, self.prompt, self.tokens = number, len(prompt), list(prompt)
+        self.forgotten, self.ended = 0, False               # tokens at its beginning that the context no longer holds
+        self.draws = uniform_numbers(seed, number)
+
+    @property
+    def held(self) -> list[int]:
+        return self.tokens[self.forgotten:]
+
+    def fit(self, n_ctx: int) -> None:
+        """Forget all but the newest half of a context that would run over."""
+        if len(self.held) > n_ctx:
+            self.forgotten = len(self.tokens) - max(1, n_ctx // 2)
+
+
+def uniform_numbers(seed: int, row: int) -> Iterator[np.float32]:
+    random = np.random.Generator(np.random.Philox(key=[seed, row]))
+    while True:
+        yield from random.random(DRAWS, np.float32)
+
+
+def prefill(model: GPT, rows: Sequence[Row], capacity: int) -> tuple[KVCache, Tensor]:
+    """Read what rows of any lengths hold in one pass: a cache of that capacity, and each row's next logits (B, V)."""
+    device, texts = model.embed.weight.device, [row.held for row in rows]
+    lengths = torch.tensor([len(text) for text in texts], device=device)
+    T = max(map(len, texts))
+    tokens = torch.tensor([text + [0] * (T - len(text)) for text in texts], device=device)              # padded on the right
+    cache = KVCache(model.config, len(rows), capacity, model.compute_dtype, device)
     hidden = model.hidden(tokens, cache=cache, lengths=None if bool((lengths == T).all()) else lengths)
     return cache, model.unembed(hidden[torch.arange(len(rows), device=device), lengths - 1])
 

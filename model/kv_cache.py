@@ -1,5 +1,7 @@
 """Keys and values of the tokens already read, so that each new token costs one position and not all of them."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,13 +42,16 @@ class KVCache:
         Returns their positions: a slice while all rows are equal, and a ValueError when that does not fit; else (B, T).
         Ragged rows are the caller's to count: one that runs over its capacity overwrites its own beginning.
         """
-        self.T, self.new, self.padded = T, new, new is not None
+        self.T, self.new, self.padded = T, new, new is not None         # and `longest`: tokens of the longest row, with these
         if self.start is not None and new is None:
             if self.start + T > self.capacity:
                 raise ValueError(f"KVCache: {self.start} + {T} tokens do not fit a capacity of {self.capacity}")
-            return slice(self.start, self.start + T)
+            self.longest = self.start + T
+            return slice(self.start, self.longest)
         self.new = torch.full_like(self._lengths, T) if new is None else new
-        return self._query_positions()
+        positions = self._query_positions()
+        self.longest = int(positions.max()) + 1
+        return positions
 
     def end(self) -> None:
         """Count the tokens that `attend` has stored in every layer."""
@@ -55,6 +60,23 @@ class KVCache:
         else:
             self._lengths, self.start = self.lengths + self._counts(), None
         self.empty = False
+
+    def put(self, rows: Sequence[int], other: "KVCache") -> None:
+        """Replace the sequences `rows` by those of another cache of the same capacity."""
+        for ours, theirs in zip(self._memory(), other._memory()):
+            ours[rows] = theirs
+        lengths = self.lengths.clone()
+        lengths[rows] = other.lengths
+        self._lengths, self.start = lengths, None
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all sequences but `rows`."""
+        for parts in (self.keys, self.values, self.last_raw_key):
+            parts[:] = [part[rows] for part in parts]
+        self._lengths = self._lengths[rows]
+
+    def _memory(self) -> list[Tensor]:
+        return [*self.keys, *self.values, *self.last_raw_key]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k, v (B, K, T, D) and attend to all that each query q (B, H, T, D) may see → (B, H, T, D)."""
@@ -70,8 +92,9 @@ class KVCache:
         at = self._query_positions()
         if T == 1:                                                  # a ring of `window` slots is exactly what one query sees
             self._store(layer, k, v)
-            return decode(q, self.keys[layer], self.values[layer], at, self._slot_positions(slots, self.lengths + self._counts()),
-                          window=window)
+            n = min(slots, self.longest)
+            held = self._slot_positions(slots, self.lengths + self._counts())[:, :n]
+            return decode(q, self.keys[layer][:, :, :n], self.values[layer][:, :, :n], at, held, window=window)
         # Several tokens may overwrite slots that the first of them still has to see: look before storing.
         padding = torch.arange(T, device=q.device) >= self._counts()[:, None]
         held = self._slot_positions(slots, self.lengths)

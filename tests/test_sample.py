@@ -12,7 +12,7 @@ from test_model import make
 
 from data.tokenizer import bytes_tokenizer
 from model.generate import Sampling, choose, generate
-from sample import Row
+from sample import Continuation
 
 
 def sample(run, *arguments, **options):
@@ -153,23 +153,81 @@ def test_sliding_forgets_all_but_the_newest_half():
         context.append(token)
 
 
+def said_by_each(steps, prompts) -> list[list[int]]:
+    """What each row said, put together from the steps of generate."""
+    said = [[] for _ in prompts]
+    for tokens in steps:
+        for r, token in tokens.items():
+            said[r].append(token)
+    return said
+
+
+@pytest.mark.parametrize("shape", [{}, {"window": 4}, {"smear": True}, {"position": "learned"},
+                                   {"position": "sinusoidal", "n_kv_heads": 1}], ids=str)
+@pytest.mark.parametrize("slide", [False, True])
+def test_prompts_that_take_the_places_of_others_are_continued_as_if_they_were_alone(shape, slide):
+    """Greedy, against a pass over everything for each token; rows end at different times, by n_ctx or because nobody wants more."""
+    model = make(n_ctx=16, **shape)
+    prompts = [[1, 2, 3], [7], [4] * 9, [5, 6], [8, 3, 1, 2, 2, 6], [9, 9], [2, 4, 6, 8], [1]]
+    most = [9, 3, 20, 1, 12, 20, 2, 7]
+    expected = []
+    for prompt, n in zip(prompts, most):
+        context, said = list(prompt), []
+        while len(said) < n and (slide or len(context) <= 16):
+            context = context[-8:] if len(context) > 16 else context
+            with torch.no_grad():
+                said.append(int(model(torch.tensor([context]))[0, -1].argmax()))
+            context.append(said[-1])
+        expected.append(said)
+    for batch_size in (1, 3, 8):
+        left = dict(enumerate(most))
+
+        def wanted(r: int, left=left) -> bool:
+            left[r] -= 1
+            return left[r] > 0
+
+        steps = list(generate(model, prompts, 20, Sampling(temperature=0), slide=slide, batch_size=batch_size, wanted=wanted))
+        assert all(0 < len(tokens) <= batch_size for tokens in steps)
+        assert said_by_each(steps, prompts) == expected, batch_size
+
+
+def test_what_waiting_rows_draw_depends_on_nobody():
+    model, prompts = make(), [[1, 2, 3], [7], [4] * 9, [5, 6], [8, 3, 1]]
+    together = said_by_each(generate(model, prompts, 12, Sampling(), seed=5), prompts)
+    assert together == said_by_each(generate(model, prompts, 12, Sampling(), seed=5, batch_size=2), prompts)
+    assert len({tuple(row) for row in together}) == 5
+
+
+def test_a_file_of_many_prompts(trained, tmp_path):
+    prompts = [f"{word} {n}" for n in range(9) for word in ("import", "def a_longer_name", "x")]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    outputs = [sample(trained, "--file", str(tmp_path / "prompts.txt"), "--max-tokens", "9", "--stop", "e", "--batch-size", size, *kind)
+               for kind in ([], ["--json"]) for size in ("4", "64")]
+    assert [done.returncode for done in outputs] == [0] * 4 and "tokens/s" in outputs[0].stderr
+    plain, _, as_json, _ = (done.stdout for done in outputs)
+    assert [outputs[1].stdout, outputs[3].stdout] == [plain, as_json]
+    rows = json.loads(as_json)
+    assert [row["prompt"] for row in rows] == prompts and all("e" not in row["text"] for row in rows)
+    assert plain == "\n---\n".join(row["prompt"] + row["text"] for row in rows) + "\n"
+
+
 def test_rows_end_behind_the_end_token():
     model = make()
     free = [row[0] for row in generate(model, [[1]], 20, Sampling(temperature=0))]
     end = free[3]
     ended = list(generate(model, [[1], [2, 3]], 20, Sampling(temperature=0), ends=[end]))
     first = free.index(end)
-    assert [row[0] for row in ended[:first + 1]] == free[:first + 1] and all(row[0] is None for row in ended[first + 1:])
+    assert [row[0] for row in ended[:first + 1]] == free[:first + 1] and all(0 not in row for row in ended[first + 1:])
 
 
 def test_streamed_text_is_never_cut_inside_a_character_and_ends_before_a_stop():
-    row = Row(bytes_tokenizer(), [])
+    row = Continuation(bytes_tokenizer(), [])
     pieces = [row.add(b) for b in "a漢🙂é".encode()] + [row.finish()]
     assert "".join(pieces) == row.text == "a漢🙂é" and "\ufffd" not in row.text
-    row = Row(bytes_tokenizer(), ["STOP", "\n\n"])
+    row = Continuation(bytes_tokenizer(), ["STOP", "\n\n"])
     pieces = [row.add(b) for b in b"go STO on STOP here" if not row.ended]
     assert "".join(pieces) + row.finish() == row.text == "go STO on "
-    cut = Row(bytes_tokenizer(), [])
+    cut = Continuation(bytes_tokenizer(), [])
     assert cut.add(0xE6) + cut.finish() == "\ufffd"
-    stopped = Row(bytes_tokenizer(), ["lo"])
+    stopped = Continuation(bytes_tokenizer(), ["lo"])
     assert stopped._settle("hel") + stopped._settle("lo") + stopped.add(0xE6) + stopped.finish() == "hel" == stopped.text
