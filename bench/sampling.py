@@ -1,8 +1,9 @@
-"""Tokens per second of cached decoding: against recomputing everything, and against transformers: `python -m bench.sampling`.
+"""Tokens per second of cached decoding beside transformers' and beside recomputing everything: `python -m bench.sampling`.
 
-One checkpoint, opened by both sides, each in a process of its own as its user would start it; batch 1, fp32, greedy,
-taking turns, medians. The floor is the time that reading every weight once takes at the bandwidth measured in the same
-run: no decoder of one token at a time can be faster.
+One checkpoint, opened by each side in a process of its own as its user would start it: ours as sample.py does, transformers with its
+dynamic and with its static cache; greedy, taking turns, medians. Prefill is the time to the first token, decode that of each later one.
+The floor reads every weight, and the cache that a token sees, once, at the bandwidth measured in the same run: no decoder of one token at
+a time can be faster. At the end many prompts of different lengths, one by one and together.
 """
 
 import os
@@ -22,93 +23,168 @@ from model.config import ModelConfig
 from model.gpt import GPT
 from training.checkpoint import load_model, save_checkpoint, snapshot
 
+CONTEXT = 8192 + 256
 SHAPES = {
-    "small": ModelConfig(n_layers=4, n_heads=4, d_model=128, d_mlp=344, n_ctx=2048, vocab_size=257),
-    "gpt2-small": ModelConfig(n_layers=12, n_heads=12, d_model=768, d_mlp=2048, n_ctx=2048, vocab_size=50304, tied_embeddings=True),
+    "small": ModelConfig(n_layers=4, n_heads=4, d_model=128, d_mlp=344, n_ctx=CONTEXT, vocab_size=257),
+    "gpt2-small": ModelConfig(n_layers=12, n_heads=12, d_model=768, d_mlp=2048, n_ctx=CONTEXT, vocab_size=50304, tied_embeddings=True),
+    "1b": ModelConfig(n_layers=16, n_heads=32, n_kv_heads=8, d_model=2048, d_mlp=8192, n_ctx=CONTEXT, vocab_size=128256,
+                      tied_embeddings=True),
 }
+MOST_READ = {"cpu": 2 ** 14, "cuda": 2 ** 19}       # tokens of a prefill: more take minutes, or more memory than there is
+ON = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if ON.type == "cuda" else torch.float32
+MANY = 64                                           # prompts of different lengths
 
 
-def prompt_of(context: int) -> torch.Tensor:
-    return torch.randint(257, (1, context), generator=torch.Generator().manual_seed(0))
+def prompts_of(batch: int, context: int) -> torch.Tensor:
+    return torch.randint(257, (batch, context), generator=torch.Generator().manual_seed(0))
+
+
+def many_prompts() -> tuple[list[list[int]], list[int]]:
+    """Prompts of 8 to 128 tokens, and how many tokens each is continued by: 8 to 128."""
+    draw = torch.Generator().manual_seed(1)
+    lengths = torch.randint(8, 129, (2, MANY), generator=draw).tolist()
+    return [torch.randint(257, (n,), generator=draw).tolist() for n in lengths[0]], lengths[1]
+
+
+def intervals(started: float, told: list[float]) -> tuple[float, float]:
+    """Seconds to the first token, and of each later one."""
+    return told[0] - started, (told[-1] - told[0]) / (len(told) - 1)
 
 
 @torch.inference_mode()
 def serve_ours(pipe, path: Path, threads: int) -> None:
-    """As sample.py does it; `("recompute", context)` is one pass over everything, `("floor",)` the reading of all weights."""
+    """`(batch, context, n)` → prefill, decode, what was said; `("many", batch_size)` → seconds; `("floor",)` → bytes a second."""
     from model.generate import Sampling, generate
     torch.set_num_threads(threads)
-    model = load_model(path)[0].pack()
-    matrix, vector = torch.randn(4096, 16384).mT, torch.randn(1, 4096)      # 268 MB, laid out as the model's own weights
+    model, greedy = load_model(path, ON)[0].to(DTYPE).pack(), Sampling(temperature=0)
+    model.compute_dtype = DTYPE
+    matrix, vector = torch.randn(4096, 16384, device=ON, dtype=DTYPE).mT, torch.randn(1, 4096, device=ON, dtype=DTYPE)
     while (request := pipe.recv()) is not None:
-        started, said = time.perf_counter(), []
+        started, told, said = time.perf_counter(), [], []
         match request:
-            case ("recompute", context):
-                model(prompt_of(context))
-            case ("floor",):
-                torch.nn.functional.linear(vector, matrix)
-            case (context, n):
-                said = [row[0] for row in generate(model, prompt_of(context).tolist(), n, Sampling(temperature=0))]
-        pipe.send((time.perf_counter() - started, said))
+            case ("floor",):                        # 268 MB in fp32, laid out as the model's own weights
+                for _ in range(10):
+                    product = torch.nn.functional.linear(vector, matrix)
+                float(product[0, 0])                # a GPU has done it by now
+                pipe.send(10 * matrix.nbytes / (time.perf_counter() - started))
+            case ("many", batch_size):
+                prompts, left = many_prompts()
+
+                def wanted(row: int, left=left) -> bool:
+                    left[row] -= 1
+                    return left[row] > 0
+
+                for _ in generate(model, prompts, 128, greedy, batch_size=batch_size, wanted=wanted):
+                    pass
+                pipe.send(time.perf_counter() - started)
+            case (batch, context, n):
+                for tokens in generate(model, prompts_of(batch, context).tolist(), n, greedy, batch_size=batch):
+                    told.append(time.perf_counter())
+                    said.append(tokens[0])
+                pipe.send((*intervals(started, told), said))
 
 
 @torch.inference_mode()
-def serve_transformers(pipe, path: Path, threads: int) -> None:
+def serve_transformers(pipe, path: Path, threads: int, cache: str) -> None:
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    from transformers import AutoModelForCausalLM, logging
+    from transformers import AutoModelForCausalLM, StoppingCriteria, logging
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(path).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE).to(ON).eval()
     model.generation_config.eos_token_id = None                 # random weights may say it: both sides go on
+
+    class Clock(StoppingCriteria):
+        def __init__(self):
+            self.told: list[float] = []
+
+        def __call__(self, ids, scores, **_) -> torch.Tensor:
+            int(ids[0, -1])                                     # a GPU has said it by now
+            self.told.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
     while (request := pipe.recv()) is not None:
-        (context, n), started = request, time.perf_counter()
-        prompt = prompt_of(context)
-        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, do_sample=False, pad_token_id=0)
-        pipe.send((time.perf_counter() - started, out[0, context:].tolist()))
+        (batch, context, n), clock = request, Clock()
+        prompt, started = prompts_of(batch, context).to(ON), time.perf_counter()
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, do_sample=False, pad_token_id=0,
+                             cache_implementation=cache, stopping_criteria=[clock])
+        pipe.send((*intervals(started, clock.told), out[0, context:].tolist()))
 
 
-def measure(ours: Side, theirs: Side, context: int, tokens: int, rounds: int) -> dict[str, float]:
-    """Median milliseconds of one decoded token on either side, of recomputing all, and of the prefills."""
-    assert ours(context, 8)[1] == theirs(context, 8)[1], "the two sides must say the same"
-    taken = []
+def measure(sides: dict[str, Side], batch: int, context: int, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds of each side's prefill and of each of its decoding steps."""
+    first = {name: side(batch, context, 8)[2] for name, side in sides.items()}              # warm, and the same text
+    assert ON.type == "cuda" or len({tuple(said) for said in first.values()}) == 1, f"the sides must say the same: {first}"
+    taken: dict[str, list] = {name: [] for name in sides}
     for _ in range(rounds):
-        prefill, their_prefill = ours(context, 1)[0], theirs(context, 1)[0]
-        taken.append({"prefill": prefill, "their prefill": their_prefill, "recompute": ours("recompute", context)[0],
-                      "decode": (ours(context, tokens + 1)[0] - prefill) / tokens,
-                      "their decode": (theirs(context, tokens + 1)[0] - their_prefill) / tokens})
-    return {name: statistics.median(t[name] for t in taken) * 1e3 for name in taken[0]}
+        for name, side in sides.items():
+            taken[name].append(side(batch, context, tokens + 1)[:2])
+    return {name: dict(zip(("prefill_ms", "decode_ms"), (statistics.median(part) * 1e3 for part in zip(*found))))
+            for name, found in taken.items()}
+
+
+def save(config: ModelConfig, folder: Path) -> Path:
+    """A checkpoint of that shape, with weights that say something else for every prompt."""
+    torch.manual_seed(0)
+    model = GPT(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.02)
+    return save_checkpoint(folder, snapshot(model, {}, {"step": 1}, "", bytes_tokenizer(), copy=False))
+
+
+def bytes_read(config: ModelConfig, batch: int, context: int) -> int:
+    """What one step must read: every weight but the embeddings that are looked up, and the keys and values of every row."""
+    with torch.device("meta"):
+        parameters = GPT(config).named_parameters()
+    weights = sum(p.numel() for name, p in parameters if "embed" not in name or config.tied_embeddings)
+    return DTYPE.itemsize * (weights + 2 * batch * context * config.n_layers * config.kv_heads * config.head_size)
+
+
+HEADER = ("  batch  context   × dynamic  × static  × recomputing  × floor         ours: decode               prefill\n"
+          "                  (their time / ours)                             ms   tokens/s    tokens/s  × dynamic")
+
+
+def line(batch: int, context: int, found: dict[str, dict[str, float]], floor: float) -> str:
+    decode, prefill = found["ours"]["decode_ms"], found["ours"]["prefill_ms"]
+    ratios = [found["dynamic"]["decode_ms"] / decode, found["static"]["decode_ms"] / decode, prefill / decode, decode / floor]
+    return (f"  {batch:5}  {context:7}   {ratios[0]:9.2f}  {ratios[1]:8.2f}  {ratios[2]:13.1f}  {ratios[3]:7.2f}  {decode:9.2f}  "
+            f"{batch / decode * 1e3:9,.0f}  {batch * context / prefill * 1e3:10,.0f}  {found['dynamic']['prefill_ms'] / prefill:9.2f}")
 
 
 def main() -> None:
-    parser = ArgumentParser("python -m bench.sampling", description="Cached decoding against recomputation and against transformers.")
-    parser.add_argument("--threads", type=int, default=1, help="default 1")
+    parser = ArgumentParser("python -m bench.sampling", description="Cached decoding beside transformers and beside recomputation.")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU (default 1)")
     parser.add_argument("--tokens", type=int, default=48, help="tokens decoded a round (default 48)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds whose median counts (default 5)")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[16, 256, 1024], help="tokens already read (default 16 256 1024)")
-    parser.add_argument("--shape", choices=list(SHAPES), action="append", help="default: both")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds whose median counts (default 3)")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 8192], help="tokens already read (default 256 1024 8192)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="rows decoded together (default 1 8 64)")
+    parser.add_argument("--shape", choices=list(SHAPES), action="append", help="default: small and gpt2-small, on a GPU 1b too")
     args = parser.parse_args()
-    rows = []
-    print(f"{platform.machine()}, torch {torch.__version__}, {args.threads} thread(s), batch 1, fp32")
-    for name in args.shape or SHAPES:
-        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            torch.manual_seed(0)
-            model = GPT(SHAPES[name])
-            for p in model.parameters():
-                p.add_(torch.randn_like(p) * 0.02)
-            path = save_checkpoint(Path(folder), snapshot(model, {}, {"step": 1}, "", bytes_tokenizer(), copy=False))
-            ours = Side(serve_ours, path, args.threads, environment={"THP_MEM_ALLOC_ENABLE": "1"})     # as sample.py sets it
-            theirs = Side(serve_transformers, path, args.threads)
-            read = sum(p.numel() for part, p in model.named_parameters() if "embed" not in part or model.lm_head is None)
-            floor = min(ours("floor")[0] for _ in range(10)) * read / (4096 * 16384) * 1e3
-            print(f"\n{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, read floor {floor:.2f} ms a token")
-            for context in args.contexts:
-                t = measure(ours, theirs, context, args.tokens, args.rounds)
-                a, b = t["decode"], t["their decode"]
-                print(f"  context {context:5}: {b / a:5.2f} × transformers, {t['recompute'] / a:6.1f} × recomputing, {a / floor:5.2f} × "
-                      f"the floor    ours {1e3 / a:6.0f} tokens/s ({a:.2f} ms), transformers {1e3 / b:6.0f} ({b:.2f} ms)", flush=True)
-                rows.append({"model": name, "context": context, "floor_ms": floor} | {f"{k.replace(' ', '_')}_ms": t[k] for k in t})
-            ours.close()
-            theirs.close()
-    results.write("sampling", {"threads": args.threads, "rows": rows})
+    rows, many = [], []
+    device = torch.cuda.get_device_name() if ON.type == "cuda" else f"{platform.machine()}, {args.threads} thread(s)"
+    print(f"{device}, torch {torch.__version__}, {str(DTYPE).removeprefix('torch.')}; one decoding step of all rows")
+    for name in args.shape or list(SHAPES)[:3 if ON.type == "cuda" else 2]:
+        config = SHAPES[name]
+        with tempfile.TemporaryDirectory() as folder:
+            path = save(config, Path(folder))
+            sides = {"ours": Side(serve_ours, path, args.threads, environment={"THP_MEM_ALLOC_ENABLE": "1"})}      # as sample.py sets it
+            sides |= {cache: Side(serve_transformers, path, args.threads, cache) for cache in ("dynamic", "static")}
+            bandwidth = max(sides["ours"]("floor") for _ in range(10))
+            print(f"\n{name}: {bandwidth / 1e9:.1f} GB/s\n{HEADER}")
+            for batch, context in ((b, c) for b in args.batches for c in args.contexts if b * c <= MOST_READ[ON.type]):
+                found = measure(sides, batch, context, args.tokens, args.rounds)
+                floor = bytes_read(config, batch, context) / bandwidth * 1e3
+                print(line(batch, context, found, floor), flush=True)
+                rows.append({"model": name, "batch": batch, "context": context, "floor_ms": floor, "sides": found})
+            said = sum(many_prompts()[1])
+            seconds = {size: statistics.median(sides["ours"]("many", size) for _ in range(args.rounds)) for size in (1, 8, 32)}
+            print(f"  {MANY} prompts of 8 to 128 tokens, {said:,} tokens said: one by one {said / seconds[1]:,.0f} tokens/s; " + ", ".join(
+                  f"{size} at a time {seconds[1] / seconds[size]:.2f} ×" for size in (8, 32)), flush=True)
+            many.append({"model": name, "tokens": said, "seconds": seconds})
+            for side in sides.values():
+                side.close()
+    results.write("sampling", {"device": device, "rows": rows, "many": many})
 
 
 if __name__ == "__main__":

@@ -31,10 +31,13 @@ def test_train(workplace):
 
 
 def test_sampling(workplace):
-    done = command("-m bench.sampling", "--shape", "small", "--tokens", "2", "--rounds", "1", "--contexts", "16", cwd=workplace,
+    done = command("-m bench.sampling", "--shape", "small", "--tokens", "2", "--rounds", "1", "--contexts", "16",
+                   "--batches", "1", "3", cwd=workplace,
                    env={"BENCH_RESULTS": str(workplace / "results")})
     assert done.returncode == 0, done.stderr
-    assert json.loads((workplace / "results" / "sampling.json").read_text())["rows"][0]["prefill_ms"] > 0
+    result = json.loads((workplace / "results" / "sampling.json").read_text())
+    assert [row["batch"] for row in result["rows"]] == [1, 3] and result["rows"][1]["sides"]["static"]["prefill_ms"] > 0
+    assert result["many"][0]["tokens"] > 64 * 8
 
 
 def test_attention(workplace):
