@@ -1,6 +1,7 @@
 """What the attention heads of a run do: `python heads.py runs/quickstart`, or `python heads.py verdict runs/A runs/B …`."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,17 +15,20 @@ def main() -> None:
     if sys.argv[1:2] == ["verdict"]:
         return verdict(sys.argv[2:])
     args = parse_arguments()
-    from induction.report import plots, write_movie
+    from induction.report import movie_of, plots, write_movie
     from training.device import choose_device
     from training.loaded_run import load_run
     run = load_run(args.run, args.step, choose_device(args.device, "--device "))
+    if args.movie:
+        movie_of(run.folder, run.config, run.records())             # refuses before the work, not after it
     rows = given_rows(args, run)
     with explain_disk_errors(f"writing into {run.folder}", "make room, or copy the run to where you may write"):
         if rows is not None:
             page = look_at_rows(args, run, *rows)
         else:
             page, measured, records = look_at_probe(args, run)
-            print(f"plots    {', '.join(str(path) for path in plots(run.folder, run.config, records, measured))}")
+            figures = run.folder / ("figures" if args.step is None else f"figures-step-{args.step}")
+            print(f"plots    {', '.join(str(path) for path in plots(figures, run.config, records, measured))}")
         print(f"look     {page} in a browser")
         if args.movie:
             print(f"movie    {write_movie(run.folder, run.config, run.records())}")
@@ -60,7 +64,7 @@ def look_at_probe(args, run):
 
     print(f"\nrandom tokens cost {measured.loss_first:.2f} nats, repeated {measured.loss_second:.2f}")
     if found := induction_set(model, measured):
-        lost = causal_set(model, found, probes)
+        lost = causal_set(model, found, probes, progress=progress)
         others = "" if lost.beside is None else f"; other heads of those layers: {lost.beside:.0%}"
         print(f"with {', '.join(map(str, found))} (prefix matching ≥ {FORMED}) at their means the second copy costs "
               f"{lost.lost.second_copy:+.2f} nats, {lost.lost.gain_removed:.0%} of what repeating is worth{others}")
@@ -77,7 +81,8 @@ def look_at_probe(args, run):
         write_json(args.json, scores, cost)
     print()
     causal = {str(head): nats for head, nats in cost.items()}
-    return write_report(run.folder, run.config, records, causal, **pictures(args, run)), measured, records
+    name = "report-all-steps.html" if args.all_steps else "report.html" if args.step is None else f"report-step-{args.step}.html"
+    return write_report(run.folder, run.config, records, causal, name=name, **pictures(args, run)), measured, records
 
 
 def look_at_rows(args, run, tokens, queries):
@@ -110,10 +115,10 @@ def probes_for(run):
     return probes.to(run.model.embed.weight.device)
 
 
-def progress(heads):
-    """A bar while heads are ablated one by one, where that takes a while."""
+def progress(ablated):
+    """A bar while heads, or sets of them, are ablated one after another, where that takes a while."""
     from tqdm import tqdm
-    return tqdm(heads, "ablating", unit=" heads", delay=2, leave=False)
+    return tqdm(ablated, "ablating", delay=2, leave=False)
 
 
 def step_at(records: list[dict], tokens: float) -> int:
@@ -135,7 +140,8 @@ def given_rows(args, run):
         return None
     rows = [row for row in rows if len(row) > 1]
     if not rows:
-        raise UserError("there is no sequence of two tokens or more to look at")
+        given = next(f"--{option} {value[:40]}" for option in ("text", "file", "tokens") if (value := getattr(args, option)) is not None)
+        raise UserError(f"{given}: one token at most, and attention needs two\n  give more")
     T = max(map(len, rows))
     tokens = torch.tensor([row + [0] * (T - len(row)) for row in rows])                 # nobody sees what lies ahead
     queries = torch.tensor([[0 < t < len(row) for t in range(T)] for row in rows])
@@ -156,9 +162,12 @@ def ids_of(line: str, where: str, n_vocab: int, n_ctx: int) -> list[int]:
 
 def read(path: str, option: str) -> str:
     try:
-        return Path(path).read_text("utf-8", "surrogateescape")
+        text = Path(path).read_text("utf-8", "surrogateescape")
     except OSError as error:
         raise UserError(f"{option}{path}: cannot be read ({error.strerror})") from None
+    if "\0" in text:
+        raise UserError(f"{option}{path}: is no text (it holds zero bytes)")
+    return text
 
 
 def score_rows(model, tokens, queries) -> dict:
@@ -176,9 +185,11 @@ def score_rows(model, tokens, queries) -> dict:
 def print_table(heads, scores: dict, cost: dict, on: str, formed: dict) -> None:
     names = {"prefix_matching": "prefix", "latest_match": "latest", "previous_token": "previous", "duplicate_token": "duplicate",
              "first_token": "first", "copying_eigenvalues": "eigen"}
-    print("head   " + "".join(f"{names.get(name, name):>10}" for name in scores) + "     alone" + "    formed" * bool(formed))
+    columns = {names.get(name, name): values for name, values in scores.items()}
+    wide = max(10, 2 + max(map(len, columns)))
+    print("head   " + "".join(f"{name:>{wide}}" for name in columns) + "     alone" + "    formed" * bool(formed))
     for head in heads:
-        print(f"{head!s:7}" + "".join(f"{values[head].item():10.3f}" for values in scores.values()) + f"{cost[head]:+10.3f}"
+        print(f"{head!s:7}" + "".join(f"{values[head].item():{wide}.3f}" for values in columns.values()) + f"{cost[head]:+10.3f}"
               + (f"{formed[head].onset / 1e6:8.2f} M" if head in formed else ""))
     print("\nprefix … first: attention on tokens after an earlier copy of this one (all, the latest), on the token before, on earlier\n"
           "copies, on the first. entropy: 0 one key, 1 all alike. distance in tokens."
@@ -236,8 +247,11 @@ def verdict(arguments: list[str]) -> None:
     parser.add_argument("--out", metavar="FILE", help="write the page (Markdown) there too")
     parser.add_argument("--device", default="auto", help="cuda, cpu, mps (default: the first there is)")
     args = parser.parse_args(arguments)
+    must_be_writable(args.out, "--out")
+    from tqdm import tqdm
+
     from induction.verdict import page
-    found = page([examine_run(where, args.device) for where in args.runs])
+    found = page([examine_run(where, args.device) for where in tqdm(args.runs, "examining", unit=" runs", delay=2, leave=False)])
     print(found)
     if args.out:
         with explain_disk_errors(f"--out {args.out}", "name a file in a folder that is there"), whole_file(Path(args.out), "w") as file:
@@ -253,7 +267,9 @@ def examine_run(where: str, device: str = "auto"):
     run = load_run(where, device=choose_device(device, "--device "))
     config, shape = run.config.data, run.config.model
     fixed = "repeats" in config.corpora and config.repeats.period[0] == config.repeats.period[1]
-    return examine(run.folder.name, kind_of_run(run.config), shape.n_layers == 1 and not shape.smear and not fixed, run.model,
+    steps = run.config.train.steps
+    name = run.folder.name + ("" if run.step >= steps else f" (at step {run.step:,} of {steps:,})")
+    return examine(name, kind_of_run(run.config), shape.n_layers == 1 and not shape.smear and not fixed, run.model,
                    probes_for(run), model_transition(run.records()), run.validation(64))
 
 
@@ -262,8 +278,8 @@ def parse_arguments():
                             "runs/NAME/report.html to look at their patterns.",
                             epilog="python heads.py verdict runs/A runs/B …   did induction heads form?")
     parser.add_argument("run", help="runs/NAME, or a checkpoint in it: runs/NAME/checkpoints/000500")
-    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of that step (default: the newest)")
-    parser.add_argument("--all-steps", action="store_true", help="show patterns at every checkpoint, for the page's time slider")
+    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of that step (default: the newest), in report-step-N.html")
+    parser.add_argument("--all-steps", action="store_true", help="patterns at every checkpoint, in report-all-steps.html")
     parser.add_argument("--text", metavar="T", help="look at this text instead of repeated random tokens (in report-text.html)")
     parser.add_argument("--file", metavar="F", help="look at the text of a file")
     parser.add_argument("--tokens", metavar="F", help="look at sequences of token ids, one a line, taken as they are")
@@ -275,7 +291,14 @@ def parse_arguments():
         raise UserError("--text, --file and --tokens exclude each other: name one")
     if args.step is not None and args.all_steps:
         raise UserError("--step and --all-steps exclude each other: name one")
+    must_be_writable(args.json, "--json")
     return args
+
+
+def must_be_writable(path: str | None, option: str) -> None:
+    """Raise before the work rather than after it where nothing can be written there."""
+    if path is not None and (Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK)):
+        raise UserError(f"{option} {path}: cannot be written\n  name a file in a folder that is there and yours")
 
 
 if __name__ == "__main__":

@@ -117,12 +117,11 @@ GREY, INK, BLUE = "#9aa0a8", "#30343a", "#2c69b0"
 FIRST, SECOND = "#e0a458", "#c8553d"            # the copies of a block
 
 
-def plots(folder: Path, config, records: list[dict], measured: Measured) -> list[Path]:
-    """Figures of a run in `folder`/figures, PNG and SVG each; the paths of the PNGs."""
+def plots(target: Path, config, records: list[dict], measured: Measured) -> list[Path]:
+    """Figures of a run in the folder `target`, PNG and SVG each; the paths of the PNGs."""
     made = {"scores": grids(config.model, measured), "offsets": offsets(config.model, measured)}
     if found := score_curves(records, "prefix_matching", config.model):
         made = {"formation": formation(config.model, records, *found)} | made
-    target = folder / "figures"
     target.mkdir(exist_ok=True)
     for name, figure in made.items():
         for kind in ("png", "svg"):
@@ -208,15 +207,20 @@ def _line(head: Head, strong: bool) -> dict:
     return {"lw": 1.6, "label": str(head)} if strong else {"lw": 0.8, "color": GREY}
 
 
+def movie_of(folder: Path, config, records: list[dict]) -> tuple[Snapshots, np.ndarray, np.ndarray]:
+    """What a run's movie shows: snapshots, and prefix matching over training. Raises UserError where the run kept too little."""
+    saved, found = Snapshots(folder / "heads"), score_curves(records, "prefix_matching", config.model)
+    if len(saved) < 2 or found is None:
+        raise UserError(f"{folder} has no snapshots to make a movie of (train with heads.every above 0)")
+    return saved, *found
+
+
 def write_movie(folder: Path, config, records: list[dict]) -> Path:
     """`folder`/heads.gif: the pattern of the head that ends strongest, at every snapshot, beside the curves it belongs to.
 
     Raises UserError where the run kept no snapshots.
     """
-    saved, found = Snapshots(folder / "heads"), score_curves(records, "prefix_matching", config.model)
-    if len(saved) < 2 or found is None:
-        raise UserError(f"{folder} has no snapshots to make a movie of (train with heads.every above 0)")
-    tokens, scores = found
+    saved, tokens, scores = movie_of(folder, config, records)
     head = max(heads_of(config.model), key=lambda head: scores[-1][head])
     frames = [_frame(snapshot, head, tokens, scores, records, config.model) for snapshot in saved]
     path = folder / "heads.gif"

@@ -4,6 +4,7 @@ Heads are called induction heads here when their patterns say so on periods neve
 the model repeats worse without them. A pattern alone shows what was averaged, not what was used.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -79,11 +80,12 @@ def induction_set(model: GPT, measured: Measured) -> list[Head]:
     return sorted((head for head in heads_of(model.config) if score[head] >= FORMED), key=lambda head: -score[head])
 
 
-def causal_set(model: GPT, heads: list[Head], probes: Probes, text: Batch | None = None) -> CausalSet:
-    """Ablate `heads` together (one of several that do the same is hardly missed), and matched sets of others."""
+def causal_set(model: GPT, heads: list[Head], probes: Probes, text: Batch | None = None, progress: Callable = iter) -> CausalSet:
+    """Ablate `heads` together (one of several that do the same is hardly missed), and matched sets of others; `progress` wraps those."""
     others = matched_sets(model.config, heads)
     return CausalSet(heads, effect(model, heads, probes.held_out, text, "mean"),
-                     [effect(model, some, probes.held_out, kind="mean").gain_removed for some in others], set(map(len, others)))
+                     [effect(model, some, probes.held_out, kind="mean").gain_removed for some in progress(others)],
+                     set(map(len, others)))
 
 
 def aim(model: GPT, measured: Measured, heads: list[Head], probes: Probes) -> Aim | None:
@@ -169,7 +171,7 @@ def _copies(model: GPT, measured: Measured, head: Head, n: int) -> Finding:
     copies, eigen = measured.scores["copying"][head].item(), copying_eigenvalues(model)[head].item()
     times = (copies + 1) / 2 * n
     return Finding("Does what the strongest writes raise what it reads?", f"{times:.1f} times as much as another token would get by chance "
-                   f"(copying {copies:.2f}), eigenvalues {eigen:.2f}", times >= COPIES and eigen > 0)
+                   f"(copying {copies:.2f}, by chance {2 / n - 1:.2f}), eigenvalues {eigen:.2f}", times >= COPIES and eigen > 0)
 
 
 def _causes(found: CausalSet) -> list[Finding]:
@@ -208,7 +210,10 @@ def page(verdicts: list[Verdict]) -> str:
                      f"{len(runs)} run{'s'[:len(runs) > 1]} of {kind}**"
                      + (f", from {_range(when)} M tokens on" if when else "")
                      + f"; the strongest head's prefix matching is {_range([verdict.best for verdict in runs])}.")
-    lines += ["", _control([verdict for verdict in verdicts if verdict.control]), ""]
+    lines += ["", _control([verdict for verdict in verdicts if verdict.control])]
+    if others := [verdict.run for verdict in verdicts if len(verdict.measured.offset_profile) == 1 and not verdict.control]:
+        lines.append(f"No controls, though of one layer (smeared keys, or a single period, can meet the probe too): {', '.join(others)}.")
+    lines.append("")
     for verdict in verdicts:
         lines += [f"## {verdict.run}: {verdict.answer}", ""]
         if verdict.moved:

@@ -1,5 +1,6 @@
 """Every config under configs/ is listed and trains, for three steps, with what would be downloaded replaced by text from this machine."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, command, metrics
 
-from training.config import load_config
+from settings import _paths
+from training.config import Config, load_config
 
 TOO_LARGE = {"gpt3_175b"}           # to be weighed by model.budget, not trained
 CONFIGS = {path.stem: path for path in sorted(ROOT.glob("configs/**/*.yaml")) if path.stem not in TOO_LARGE}
@@ -49,3 +51,11 @@ def test_train_help_needs_no_package_and_names_all_that_it_takes():
     assert done.returncode == 0, done.stderr
     for word in ("configs/NAME.yaml", "runs/NAME", "key.path=value", "Without arguments", "training/config.py"):
         assert word in done.stdout
+
+
+def test_every_key_of_a_config_is_read_somewhere():
+    files = [path for folder in ("model", "kernels", "data", "training", "induction") for path in (ROOT / folder).glob("*.py")]
+    read = {node.attr for path in [*files, ROOT / "train.py"] for node in ast.walk(ast.parse(path.read_text("utf-8")))
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    keys = list(_paths(Config))
+    assert len(keys) > 70 and [key for key in keys if key.rsplit(".", 1)[-1] not in read] == []

@@ -94,7 +94,9 @@ def test_text_and_files_are_shown_token_by_token(run):
     (run / "f.py").write_text(text * 20)
     done = heads(run, "--file", run / "f.py", "--all-steps")
     assert done.returncode == 0 and "the given text" in done.stdout, done.stderr
-    assert heads(run, "--step", "8").returncode == 0
+    done = heads(run, "--step", "8")                             # beside the run's own page and figures, not in their place
+    assert done.returncode == 0 and "figures-step-8/scores.png" in done.stdout, done.stderr
+    assert (run / "report-step-8.html").exists() and not (run / "figures").exists() and not (run / "report-all-steps.html").exists()
 
 
 def test_a_run_that_was_never_looked_at_and_a_checkpoint_outside_a_run(trained, workplace):
@@ -103,12 +105,13 @@ def test_a_run_that_was_never_looked_at_and_a_checkpoint_outside_a_run(trained, 
     assert done.returncode == 0 and "formation" not in done.stdout and Path("runs/unseen/report.html").exists(), done.stderr
     done = heads("runs/unseen", "--all-steps")                                      # two checkpoints are kept, and are looked back at
     assert done.returncode == 0 and "formation" in done.stdout, done.stderr
-    assert '"tokens": [2048.0, 3072.0]' in Path("runs/unseen/report.html").read_text()
+    assert '"tokens": [2048.0, 3072.0]' in Path("runs/unseen/report-all-steps.html").read_text()
     shutil.copytree(trained / "checkpoints" / "000012", "mine")
     done = heads("mine")
     assert done.returncode == 0 and "at step 12" in done.stdout and Path("mine/report.html").exists(), done.stderr
     done = heads("verdict", "mine")
     assert done.returncode == 0 and "## mine: no" in done.stdout, done.stderr
+    assert "## tiny (at step 8 of 12): no" in heads("verdict", trained / "checkpoints" / "000008").stdout
 
 
 def test_tokens_beyond_the_tokenizer_are_looked_at(workplace):
@@ -129,12 +132,19 @@ def test_mistakes_are_two_lines(run):
     fails(heads(run, "--tokens", run / "ids.txt"), "33 tokens", "context of 32")
     fails(heads(run, "--step", "7"), "no checkpoint of step 7", "8, 12")
     fails(heads(run, "--text", "a", "--file", "b"), "exclude each other")
-    fails(heads(run, "--text", ""), "two tokens")
-    fails(heads(run, "--json", run / "no" / "such" / "folder.json"), "--json")
+    fails(heads(run, "--text", "x"), "--text x: one token", "needs two")
+    (run / "odd.bin").write_bytes(bytes(100))
+    fails(heads(run, "--file", run / "odd.bin"), "odd.bin: is no text")
+    late = heads(run, "--json", run / "no" / "such" / "folder.json")
+    fails(late, "--json")
+    assert not late.stdout                                       # said before the work
+    fails(heads("verdict", run, "--out", run), "--out", "cannot be written")
     fails(heads(run.parent / "other"), "no such run")
     fails(heads("verdict", run.parent / "other"), "no such run")
     shutil.rmtree(run / "heads")
-    fails(heads(run, "--movie"), "no snapshots")
+    late = heads(run, "--movie")
+    fails(late, "no snapshots")
+    assert not late.stdout
 
 
 @pytest.fixture(scope="module")
@@ -160,5 +170,6 @@ def test_the_verdict(studied):
     trained = float(trap.split("trained periods ")[1].split(" ")[0])
     assert trained > 0.8 and "**against**" in trap                     # it looks like induction, on the period it knows
     assert "One-layer control: prefix matching at most 0.0" in page and "what was averaged, not what was used" in page
+    assert "No controls, though of one layer" in page and "probe too): toy_1l_smear, toy_fixed_period." in page
     smear = page[page.index("## toy_1l_smear"):page.index("## toy_fixed_period")]
     assert "**against**" not in smear and "Prefix matching rose between" in smear
