@@ -1,8 +1,8 @@
 """How cost grows: `python -m bench.growth` draws docs/growth.svg.
 
 A training step (forward and backward) against context, width and heads, and the memory it takes: attention that never holds its pattern,
-beside the same formula with the pattern materialised. A point has a process of its own, so that memory is that of its step; the two sides
-take turns. On a CPU attention is PyTorch's kernel, on a GPU ours.
+beside the same formula with the pattern materialised. Then the memory of head statistics beside a pattern's. A point has a process of its
+own, so that memory is that of its step; the two sides take turns. On a CPU attention is PyTorch's kernel, on a GPU ours.
 """
 
 import statistics
@@ -15,6 +15,8 @@ from bench import results
 from bench.side import Side
 from errors import ArgumentParser, run_command
 from files import explain_disk_errors, whole_file
+from kernels.attention import attention
+from kernels.head_statistics import head_statistics
 from model.config import ModelConfig
 from model.gpt import GPT
 from training.run import memory_gb
@@ -24,7 +26,7 @@ SWEEPS = {"context": [256, 512, 1024, 2048, 4096, 8192, 16384], "width": [64, 12
 LABELS = {"context": "context: one row of that many tokens (width 128, 2 heads)", "width": "width: 4 × 256 tokens, heads of 64",
           "heads": "heads: 4 × 256 tokens, width 256"}
 MOST_PATTERN = {"cpu": 1.5e9, "cuda": 8e9}          # bytes of all patterns of a step; their gradients and copies come on top
-ON = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON, DTYPE = (torch.device("cuda"), torch.bfloat16) if torch.cuda.is_available() else (torch.device("cpu"), torch.float32)
 
 
 def shape(sweep: str, value: int) -> tuple[ModelConfig, int]:
@@ -43,6 +45,7 @@ def serve(pipe, backend: str, config: ModelConfig, rows: int, threads: int) -> N
     """`()` → seconds of one more step, and the GB that the steps so far took beside what was held before the first."""
     torch.set_num_threads(threads)
     model = GPT(config).to(ON)
+    model.compute_dtype = DTYPE
     model.attention_backend = backend
     tokens = torch.randint(512, (rows, config.n_ctx + 1), generator=torch.Generator().manual_seed(0)).to(ON)
     before = memory_gb(ON)
@@ -53,6 +56,19 @@ def serve(pipe, backend: str, config: ModelConfig, rows: int, threads: int) -> N
         loss.item()
         pipe.send((time.perf_counter() - started, memory_gb(ON) - before))
         model.zero_grad()
+
+
+def serve_statistics(pipe, context: int, threads: int) -> None:
+    """`()` → seconds of the statistics of 8 heads, and the GB they took beside q, k and lse."""
+    torch.set_num_threads(threads)
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 8, context, 64, generator=draw).to(ON, DTYPE) for _ in range(3))
+    tokens = torch.randint(512, (1, context), generator=draw).to(ON)
+    _, lse = attention(q, k, v, return_lse=True)
+    while pipe.recv() is not None:
+        before, started = memory_gb(ON), time.perf_counter()
+        head_statistics(q, k, lse, tokens).entropy.sum().item()
+        pipe.send((time.perf_counter() - started, memory_gb(ON) - before))
 
 
 def measure(sweep: str, value: int, rounds: int, threads: int) -> dict[str, dict[str, float]]:
@@ -71,7 +87,9 @@ def measure(sweep: str, value: int, rounds: int, threads: int) -> dict[str, dict
 
 
 def draw(points: dict[str, dict[int, dict]], path: Path) -> None:
-    """Time above, memory below, a column a sweep; both axes in powers of two."""
+    """Time above, memory below, a column a sweep."""
+    from matplotlib.ticker import NullFormatter
+
     from induction.report import BLUE, GREY, SECOND, figure, titled
     drawn, axes = figure(3.1 * len(points), 4.6, 2, len(points))
     for column, (sweep, found) in enumerate(points.items()):
@@ -81,7 +99,14 @@ def draw(points: dict[str, dict[int, dict]], path: Path) -> None:
                 line = [(value, sides[backend][key]) for value, sides in found.items() if backend in sides and sides[backend][key] > 0]
                 place.plot(*zip(*line), color=colour, marker="o", ms=3, lw=1.4, label=SIDES[backend])
             place.set_xscale("log", base=2)
-            place.set_yscale("log")
+            values = list(found)[::2]
+            place.set_xticks(values, [str(value) if value < 1024 else f"{value // 1024}k" for value in values])
+            if sweep == "heads":                            # not a power law: from zero on
+                place.set_ylim(0, place.get_ylim()[1])
+            else:
+                place.set_yscale("log")
+                place.yaxis.set_major_formatter("{x:g}")
+                place.yaxis.set_minor_formatter(NullFormatter())
             place.grid(color=GREY, alpha=0.25, lw=0.6)
             if column == 0:
                 place.set_ylabel(label)
@@ -112,9 +137,18 @@ def main() -> None:
             print(f"  {value:8}  {ours['ms']:18.1f} ms {ours['gb']:7.3f} GB" + (
                   f"  {dense['ms']:14.1f} ms {dense['gb']:7.3f} GB  {dense['ms'] / ours['ms']:6.2f} × the time" if dense else
                   f"  {'does not fit':>14}"), flush=True)
-    results.write("growth", {"device": str(ON), "threads": args.threads, "points": points})
     draw(points, args.figure)
     print(f"drawn    {args.figure}")
+    print("\nstatistics of all heads (8 heads of 64): what they take beside a dense pattern")
+    shares = {}
+    for context in (value for value in SWEEPS["context"][2:] if value <= args.most):
+        side = Side(serve_statistics, context, args.threads)
+        seconds, gb = side()
+        side.close()
+        dense = 4 * 8 * context ** 2 / 1e9
+        shares[context] = {"ms": seconds * 1e3, "gb": gb, "pattern_gb": dense}
+        print(f"  {context:8}  {seconds * 1e3:8.0f} ms {gb:7.3f} GB, {gb / dense:.1%} of a pattern's {dense:.3f} GB", flush=True)
+    results.write("growth", {"device": str(ON), "threads": args.threads, "points": points, "statistics": shares})
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT, command
+from PIL import Image
 
 from bench.study import spread
 
@@ -38,6 +39,15 @@ def test_sampling(workplace):
     result = json.loads((workplace / "results" / "sampling.json").read_text())
     assert [row["batch"] for row in result["rows"]] == [1, 3] and result["rows"][1]["sides"]["static"]["prefill_ms"] > 0
     assert result["many"][0]["tokens"] > 64 * 8
+
+
+def test_growth(workplace):
+    done = command("-m bench.growth", "--sweep", "context", "--sweep", "heads", "--most", "256", "--rounds", "1", "--figure", "g.png",
+                   cwd=workplace, env={"BENCH_RESULTS": str(workplace / "results")})
+    assert done.returncode == 0, done.stderr
+    points = json.loads((workplace / "results" / "growth.json").read_text())["points"]
+    assert list(points) == ["context", "heads"] and points["heads"]["16"]["reference"]["ms"] > 0
+    assert Image.open(workplace / "g.png").width > 500
 
 
 def test_attention(workplace):
