@@ -141,7 +141,7 @@ def main() -> None:
     print(f"drawn    {args.figure}")
     print("\nstatistics of all heads (8 heads of 64): what they take beside a dense pattern")
     shares = {}
-    for context in (value for value in SWEEPS["context"][2:] if value <= args.most):
+    for context in (value for value in SWEEPS["context"] if value <= args.most):
         side = Side(serve_statistics, context, args.threads)
         seconds, gb = side()
         side.close()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, command
@@ -42,12 +43,21 @@ def test_sampling(workplace):
 
 
 def test_growth(workplace):
-    done = command("-m bench.growth", "--sweep", "context", "--sweep", "heads", "--most", "256", "--rounds", "1", "--figure", "g.png",
-                   cwd=workplace, env={"BENCH_RESULTS": str(workplace / "results")})
+    done = command("-m bench.growth", "--sweep", "context", "--most", "256", "--rounds", "1", "--figure", "g.png", cwd=workplace,
+                   env={"BENCH_RESULTS": str(workplace / "results")})
     assert done.returncode == 0, done.stderr
-    points = json.loads((workplace / "results" / "growth.json").read_text())["points"]
-    assert list(points) == ["context", "heads"] and points["heads"]["16"]["reference"]["ms"] > 0
-    assert Image.open(workplace / "g.png").width > 500
+    result = json.loads((workplace / "results" / "growth.json").read_text())
+    assert result["points"]["context"]["256"]["reference"]["ms"] > 0 and result["statistics"]["256"]["ms"] > 0
+    assert Image.open(workplace / "g.png").height > 500
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="bench.prepare reads memory from Linux's /proc")
+def test_prepare(workplace):
+    done = command("-m bench.prepare", "--copies", "1", "--rounds", "1", "--files", "9", "--vocab-size", "300", cwd=workplace,
+                   env={"BENCH_RESULTS": str(workplace / "results")})
+    assert done.returncode == 0, done.stderr
+    row = json.loads((workplace / "results" / "prepare.json").read_text())["rows"][0]
+    assert row["ours"]["tokens"] == pytest.approx(row["datasets"]["tokens"], rel=0.02) and row["ours"]["mb"] > 1
 
 
 def test_attention(workplace):
