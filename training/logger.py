@@ -84,10 +84,10 @@ class Console:
             return
         self.printed = now
         left = (now - self.started) / max(1, step - self.first) * (self.last - step)
-        parts = [f"step {step:>{len(str(self.last))}}/{self.last}", f"loss {metrics['train/loss']:.4f}",
-                 f"{short(metrics['train/tokens_per_second'])} tokens/s"]
+        parts = [f"step {step:>{len(str(self.last))}}/{self.last}", f"train/loss {metrics['train/loss']:.4f}",
+                 f"train/tokens_per_second {short(metrics['train/tokens_per_second'])}"]
         if "train/mfu" in metrics:
-            parts.append(f"MFU {metrics['train/mfu']:.0%}")
+            parts.append(f"train/mfu {metrics['train/mfu']:.2f}")
         parts.append(f"{_clock(left)} left")
         line = "  ".join(parts)
         self._print(line, "" if self.terminal else "\n")
