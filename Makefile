@@ -29,7 +29,7 @@ test-kernels: .venv/installed
 test-lens: .venv-lens/installed
 	HF_HUB_OFFLINE=1 .venv-lens/bin/python -m pytest -m lens tests/test_transformer_lens.py
 
-# The real trainer killed, starved, lied to: all of it, half an hour on two cores. Writes docs/reliability.md.
+# The real trainer killed, starved, lied to: all of it, ten minutes on two idle cores. Writes docs/reliability.md.
 test-faults: .venv/installed
 	$(BIN)/python -m pytest -n 2 -m "faults or not faults" tests/faults tests/test_distributed.py --reliability docs/reliability.md
 
