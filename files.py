@@ -66,3 +66,9 @@ def explain_disk_errors(what: str, advice: str) -> Iterator[None]:
         if error.errno not in DISK_ERRORS:
             raise
         raise UserError(f"{what}: {error.strerror} ({error.filename or 'disk'})\n  {advice}") from None
+
+
+def must_be_writable(path: str | Path | None, option: str) -> None:
+    """Raise before the work rather than after it where nothing can be written there."""
+    if path is not None and (Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK)):
+        raise UserError(f"{option} {path}: cannot be written\n  name a file in a folder that is there and yours")

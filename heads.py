@@ -1,12 +1,11 @@
 """What the attention heads of a run do: `python heads.py runs/quickstart`, or `python heads.py verdict runs/A runs/B …`."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
 from errors import ArgumentParser, UserError, run_command
-from files import explain_disk_errors, whole_file
+from files import explain_disk_errors, must_be_writable, whole_file
 
 BATCH = 16              # rows in one pass
 
@@ -19,19 +18,20 @@ def main() -> None:
     from training.device import choose_device
     from training.loaded_run import load_run
     run = load_run(args.run, args.step, choose_device(args.device, "--device "))
+    records = run.records()
     if args.movie:
-        movie_of(run.folder, run.config, run.records())             # refuses before the work, not after it
+        movie_of(run.folder, run.config, records)                   # refuses before the work, not after it
     rows = given_rows(args, run)
     with explain_disk_errors(f"writing into {run.folder}", "make room, or copy the run to where you may write"):
         if rows is not None:
-            page = look_at_rows(args, run, *rows)
+            page = look_at_rows(args, run, records, *rows)
         else:
-            page, measured, records = look_at_probe(args, run)
+            page, measured, seen = look_at_probe(args, run, records)
             figures = run.folder / ("figures" if args.step is None else f"figures-step-{args.step}")
-            print(f"plots    {', '.join(str(path) for path in plots(figures, run.config, records, measured))}")
+            print(f"plots    {', '.join(str(path) for path in plots(figures, run.config, seen, measured))}")
         print(f"look     {page} in a browser")
         if args.movie:
-            print(f"movie    {write_movie(run.folder, run.config, run.records())}")
+            print(f"movie    {write_movie(run.folder, run.config, records)}")
 
 
 def looks_back(run, probes) -> list[dict]:
@@ -44,16 +44,16 @@ def looks_back(run, probes) -> list[dict]:
             | as_metrics(one.model, measure(one.model, probes.held_out, probes.unrepeated)) for one in then]
 
 
-def look_at_probe(args, run):
+def look_at_probe(args, run, records):
     """Scores on repeated random tokens, and what they are worth: printed, and in report.html. Returns its path, what was measured, and
-    the run's records."""
+    the records with what was looked back at."""
     from induction.ablation import alone
     from induction.phase import FORMED
     from induction.report import best_of_looks, head_transitions, icl_transition, model_transition, write_report
     from induction.scores import copying_eigenvalues, measure
     from induction.verdict import aim, causal_set, induction_set
     from model.taps import heads_of
-    probes, records, model = probes_for(run), run.records(), run.model
+    probes, model = probes_for(run), run.model
     if args.all_steps and not best_of_looks(records):               # it was not watched: look back at what it has kept
         records = sorted([*records, *looks_back(run, probes)], key=lambda record: record["tokens"])
     measured = measure(model, probes.held_out, probes.unrepeated)
@@ -85,7 +85,7 @@ def look_at_probe(args, run):
     return write_report(run.folder, run.config, records, causal, name=name, **pictures(args, run)), measured, records
 
 
-def look_at_rows(args, run, tokens, queries):
+def look_at_rows(args, run, records, tokens, queries):
     """Scores on given text or tokens: printed, and in report-text.html, whose path is returned."""
     from data.batches import Batch
     from induction.ablation import alone
@@ -101,7 +101,7 @@ def look_at_rows(args, run, tokens, queries):
     if args.json:
         write_json(args.json, scores, cost)
     print()
-    return write_report(run.folder, run.config, run.records(), name="report-text.html",
+    return write_report(run.folder, run.config, records, name="report-text.html",
                         **pictures(args, run, tokens[0][:queries[0].sum() + 1], what))
 
 
@@ -293,12 +293,6 @@ def parse_arguments():
         raise UserError("--step and --all-steps exclude each other: name one")
     must_be_writable(args.json, "--json")
     return args
-
-
-def must_be_writable(path: str | None, option: str) -> None:
-    """Raise before the work rather than after it where nothing can be written there."""
-    if path is not None and (Path(path).is_dir() or not os.access(Path(path).parent, os.W_OK)):
-        raise UserError(f"{option} {path}: cannot be written\n  name a file in a folder that is there and yours")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 
 from bench import results
+from bench.results import DEVICE, DTYPE, GPU
 from bench.side import Side
 from errors import ArgumentParser, run_command
-from files import explain_disk_errors, whole_file
+from files import explain_disk_errors, must_be_writable, whole_file
 from kernels.attention import attention
 from kernels.head_statistics import head_statistics
 from model.config import ModelConfig
@@ -25,8 +26,7 @@ SIDES = {"auto": "attention without its pattern", "reference": "pattern material
 SWEEPS = {"context": [256, 512, 1024, 2048, 4096, 8192, 16384], "width": [64, 128, 256, 512, 1024], "heads": [1, 2, 4, 8, 16]}
 LABELS = {"context": "context: one row of that many tokens (width 128, 2 heads)", "width": "width: 4 × 256 tokens, heads of 64",
           "heads": "heads: 4 × 256 tokens, width 256"}
-MOST_PATTERN = {"cpu": 1.5e9, "cuda": 8e9}          # bytes of all patterns of a step; their gradients and copies come on top
-ON, DTYPE = (torch.device("cuda"), torch.bfloat16) if torch.cuda.is_available() else (torch.device("cpu"), torch.float32)
+MOST_PATTERN = 8e9 if GPU else 1.5e9                # bytes of all patterns of a step; their gradients and copies come on top
 
 
 def shape(sweep: str, value: int) -> tuple[ModelConfig, int]:
@@ -44,17 +44,17 @@ def pattern_bytes(config: ModelConfig, rows: int) -> int:
 def serve(pipe, backend: str, config: ModelConfig, rows: int, threads: int) -> None:
     """`()` → seconds of one more step, and the GB that the steps so far took beside what was held before the first."""
     torch.set_num_threads(threads)
-    model = GPT(config).to(ON)
+    model = GPT(config).to(DEVICE)
     model.compute_dtype = DTYPE
     model.attention_backend = backend
-    tokens = torch.randint(512, (rows, config.n_ctx + 1), generator=torch.Generator().manual_seed(0)).to(ON)
-    before = memory_gb(ON)
+    tokens = torch.randint(512, (rows, config.n_ctx + 1), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    before = memory_gb(DEVICE)
     while pipe.recv() is not None:
         started = time.perf_counter()
         loss = model.loss(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         loss.item()
-        pipe.send((time.perf_counter() - started, memory_gb(ON) - before))
+        pipe.send((time.perf_counter() - started, memory_gb(DEVICE) - before))
         model.zero_grad()
 
 
@@ -62,19 +62,19 @@ def serve_statistics(pipe, context: int, threads: int) -> None:
     """`()` → seconds of the statistics of 8 heads, and the GB they took beside q, k and lse."""
     torch.set_num_threads(threads)
     draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 8, context, 64, generator=draw).to(ON, DTYPE) for _ in range(3))
-    tokens = torch.randint(512, (1, context), generator=draw).to(ON)
+    q, k, v = (torch.randn(1, 8, context, 64, generator=draw).to(DEVICE, DTYPE) for _ in range(3))
+    tokens = torch.randint(512, (1, context), generator=draw).to(DEVICE)
     _, lse = attention(q, k, v, return_lse=True)
     while pipe.recv() is not None:
-        before, started = memory_gb(ON), time.perf_counter()
+        before, started = memory_gb(DEVICE), time.perf_counter()
         head_statistics(q, k, lse, tokens).entropy.sum().item()
-        pipe.send((time.perf_counter() - started, memory_gb(ON) - before))
+        pipe.send((time.perf_counter() - started, memory_gb(DEVICE) - before))
 
 
 def measure(sweep: str, value: int, rounds: int, threads: int) -> dict[str, dict[str, float]]:
     """Median milliseconds and GB of a step with each backend; the pattern is left out where it does not fit."""
     config, rows = shape(sweep, value)
-    fits = pattern_bytes(config, rows) <= MOST_PATTERN[ON.type]
+    fits = pattern_bytes(config, rows) <= MOST_PATTERN
     sides = {backend: Side(serve, backend, config, rows, threads) for backend in SIDES if backend == "auto" or fits}
     taken = {backend: [side()] for backend, side in sides.items()}              # the first is warm-up
     for _ in range(rounds):
@@ -127,13 +127,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of a CPU (default 1)")
     parser.add_argument("--figure", type=Path, default=Path("docs/growth.svg"), help="a .svg or .png (default docs/growth.svg)")
     args = parser.parse_args()
+    must_be_writable(args.figure, "--figure")
     points: dict[str, dict[int, dict]] = {}
     for sweep in args.sweep or SWEEPS:
         print(f"\n{LABELS[sweep]}\n{'':12}{SIDES['auto']:>32}{SIDES['reference']:>28}", flush=True)
         points[sweep] = {}
         for value in (value for value in SWEEPS[sweep] if value <= args.most):
+            results.meanwhile(f"  {value:8}  …")
             points[sweep][value] = found = measure(sweep, value, args.rounds, args.threads)
             ours, dense = found["auto"], found.get("reference")
+            results.meanwhile("")
             print(f"  {value:8}  {ours['ms']:18.1f} ms {ours['gb']:7.3f} GB" + (
                   f"  {dense['ms']:14.1f} ms {dense['gb']:7.3f} GB  {dense['ms'] / ours['ms']:6.2f} × the time" if dense else
                   f"  {'does not fit':>14}"), flush=True)
@@ -148,7 +151,7 @@ def main() -> None:
         dense = 4 * 8 * context ** 2 / 1e9
         shares[context] = {"ms": seconds * 1e3, "gb": gb, "pattern_gb": dense}
         print(f"  {context:8}  {seconds * 1e3:8.0f} ms {gb:7.3f} GB, {gb / dense:.1%} of a pattern's {dense:.3f} GB", flush=True)
-    results.write("growth", {"device": str(ON), "threads": args.threads, "points": points, "statistics": shares})
+    results.write("growth", {"device": str(DEVICE), "threads": args.threads, "points": points, "statistics": shares})
 
 
 if __name__ == "__main__":

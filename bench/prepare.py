@@ -110,14 +110,15 @@ def held(pid: int) -> int:
 SIDES: dict[str, Callable] = {"ours": run_ours, "datasets": run_peer}
 
 
-def measure(text: Path, tokenizer: Path, cores: int, rounds: int, said: Callable[[str], None]) -> dict[str, dict[str, float]]:
+def measure(text: Path, tokenizer: Path, cores: int, rounds: int) -> dict[str, dict[str, float]]:
     """Median seconds and MB of each side, which must have made the same number of tokens but for what begins documents."""
     taken: dict[str, list[tuple[float, float, int]]] = {name: [] for name in SIDES}
     for n in range(rounds):
         for name, side in SIDES.items():
-            said(f"{text.name}: round {n + 1} of {rounds}, {name}")
+            results.meanwhile(f"{text.name}: round {n + 1} of {rounds}, {name}")
             with tempfile.TemporaryDirectory(dir=text.parent) as scratch:
                 taken[name].append(side(text, tokenizer, Path(scratch), cores))
+    results.meanwhile("")
     tokens = {name: found[0][2] for name, found in taken.items()}
     assert abs(tokens["ours"] / tokens["datasets"] - 1) < 0.02, f"the two sides must make the same tokens: {tokens}"
     return {name: {"seconds": statistics.median(s for s, _, _ in found), "mb": max(mb for _, mb, _ in found), "tokens": found[0][2]}
@@ -133,10 +134,6 @@ def main() -> None:
     args = parser.parse_args()
     cores, rows = usable_cores(), []
 
-    def progress(what: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\033[K{what}", end="\r", file=sys.stderr, flush=True)
-
     print(f"text files to token shards on {cores} core(s), BPE of {args.vocab_size}, tiktoken {version('tiktoken')}, "
           f"datasets {version('datasets')}; {args.rounds} rounds in turn")
     with tempfile.TemporaryDirectory() as folder:
@@ -146,7 +143,7 @@ def main() -> None:
         for copies in args.copies:
             text = Path(folder) / f"{copies}x"
             size = write_corpus(text, copies, args.files) / 1e6
-            row = {"copies": copies, "mb": size} | measure(text, tokenizer, cores, args.rounds, progress)
+            row = {"copies": copies, "mb": size} | measure(text, tokenizer, cores, args.rounds)
             ours, theirs = row["ours"], row["datasets"]
             print(f"  {copies:3} × ({size:6.1f} MB): {theirs['seconds'] / ours['seconds']:5.2f} × datasets    "
                   f"ours {size / ours['seconds']:5.1f} MB/s ({ours['seconds']:.1f} s), {ours['mb']:.0f} MB held    "

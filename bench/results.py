@@ -1,13 +1,28 @@
-"""Where benches leave their figures."""
+"""What benches are measured on, what they say meanwhile, and where they leave their figures."""
 
 import json
 import os
 import platform
+import sys
 from pathlib import Path
 
 import torch
 
 from files import whole_file
+
+GPU = torch.cuda.is_available()
+DEVICE, DTYPE = (torch.device("cuda"), torch.bfloat16) if GPU else (torch.device("cpu"), torch.float32)
+
+
+def device(threads: int) -> str:
+    """The device's name; a CPU's with the threads that are used of it."""
+    return torch.cuda.get_device_name() if GPU else f"{platform.machine()}, {threads} thread(s)"
+
+
+def meanwhile(text: str, end: str = "") -> None:
+    """What is being done, in place of what was said last; on a terminal alone."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end=end, file=sys.stderr, flush=True)
 
 
 def folder() -> Path:

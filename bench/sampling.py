@@ -7,7 +7,6 @@ a time can be faster. At the end many prompts of different lengths, one by one a
 """
 
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 from bench import results
+from bench.results import DEVICE, DTYPE, GPU
 from bench.side import Side
 from data.tokenizer import bytes_tokenizer
 from errors import ArgumentParser, run_command
@@ -30,9 +30,7 @@ SHAPES = {
     "1b": ModelConfig(n_layers=16, n_heads=32, n_kv_heads=8, d_model=2048, d_mlp=8192, n_ctx=CONTEXT, vocab_size=128256,
                       tied_embeddings=True),
 }
-MOST_READ = {"cpu": 2 ** 14, "cuda": 2 ** 19}       # tokens of a prefill: more take minutes, or more memory than there is
-ON = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.bfloat16 if ON.type == "cuda" else torch.float32
+MOST_READ = 2 ** 19 if GPU else 2 ** 14             # tokens of a prefill: more take minutes, or more memory than there is
 MANY = 64                                           # prompts of different lengths
 
 
@@ -57,9 +55,9 @@ def serve_ours(pipe, path: Path, threads: int) -> None:
     """`(batch, context, n)` → prefill, decode, what was said; `("many", batch_size)` → seconds; `("floor",)` → bytes a second."""
     from model.generate import Sampling, generate
     torch.set_num_threads(threads)
-    model, greedy = load_model(path, ON)[0].to(DTYPE).pack(), Sampling(temperature=0)
+    model, greedy = load_model(path, DEVICE)[0].to(DTYPE).pack(), Sampling(temperature=0)
     model.compute_dtype = DTYPE
-    matrix, vector = torch.randn(4096, 16384, device=ON, dtype=DTYPE).mT, torch.randn(1, 4096, device=ON, dtype=DTYPE)
+    matrix, vector = torch.randn(4096, 16384, device=DEVICE, dtype=DTYPE).mT, torch.randn(1, 4096, device=DEVICE, dtype=DTYPE)
     while (request := pipe.recv()) is not None:
         started, told, said = time.perf_counter(), [], []
         match request:
@@ -91,7 +89,7 @@ def serve_transformers(pipe, path: Path, threads: int, cache: str) -> None:
     from transformers import AutoModelForCausalLM, StoppingCriteria, logging
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE).to(ON).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE).to(DEVICE).eval()
     model.generation_config.eos_token_id = None                 # random weights may say it: both sides go on
 
     class Clock(StoppingCriteria):
@@ -105,7 +103,7 @@ def serve_transformers(pipe, path: Path, threads: int, cache: str) -> None:
 
     while (request := pipe.recv()) is not None:
         (batch, context, n), clock = request, Clock()
-        prompt, started = prompts_of(batch, context).to(ON), time.perf_counter()
+        prompt, started = prompts_of(batch, context).to(DEVICE), time.perf_counter()
         out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, do_sample=False, pad_token_id=0,
                              cache_implementation=cache, stopping_criteria=[clock])
         pipe.send((*intervals(started, clock.told), out[0, context:].tolist()))
@@ -114,7 +112,7 @@ def serve_transformers(pipe, path: Path, threads: int, cache: str) -> None:
 def measure(sides: dict[str, Side], batch: int, context: int, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
     """Median milliseconds of each side's prefill and of each of its decoding steps."""
     first = {name: side(batch, context, 8)[2] for name, side in sides.items()}              # warm, and the same text
-    assert ON.type == "cuda" or len({tuple(said) for said in first.values()}) == 1, f"the sides must say the same: {first}"
+    assert GPU or len({tuple(said) for said in first.values()}) == 1, f"the sides must say the same: {first}"
     taken: dict[str, list] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
@@ -162,9 +160,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), action="append", help="default: small and gpt2-small, on a GPU 1b too")
     args = parser.parse_args()
     rows, many = [], []
-    device = torch.cuda.get_device_name() if ON.type == "cuda" else f"{platform.machine()}, {args.threads} thread(s)"
+    device = results.device(args.threads)
     print(f"{device}, torch {torch.__version__}, {str(DTYPE).removeprefix('torch.')}; one decoding step of all rows")
-    for name in args.shape or list(SHAPES)[:3 if ON.type == "cuda" else 2]:
+    for name in args.shape or list(SHAPES)[:3 if GPU else 2]:
         config = SHAPES[name]
         with tempfile.TemporaryDirectory() as folder:
             path = save(config, Path(folder))
@@ -172,7 +170,7 @@ def main() -> None:
             sides |= {cache: Side(serve_transformers, path, args.threads, cache) for cache in ("dynamic", "static")}
             bandwidth = max(sides["ours"]("floor") for _ in range(10))
             print(f"\n{name}: {bandwidth / 1e9:.1f} GB/s\n{HEADER}")
-            for batch, context in ((b, c) for b in args.batches for c in args.contexts if b * c <= MOST_READ[ON.type]):
+            for batch, context in ((b, c) for b in args.batches for c in args.contexts if b * c <= MOST_READ):
                 found = measure(sides, batch, context, args.tokens, args.rounds)
                 floor = bytes_read(config, batch, context) / bandwidth * 1e3
                 print(line(batch, context, found, floor), flush=True)

@@ -99,9 +99,9 @@ def main() -> None:
         taken: dict[str, list[float]] = {what: [] for what in timed}
         for n in range(args.rounds + 1):
             for what, call in timed.items():
-                if sys.stderr.isatty():
-                    print(f"\r\033[Kround {n} of {args.rounds}: {what}", end="\r", file=sys.stderr, flush=True)
+                results.meanwhile(f"round {n} of {args.rounds}: {what}")
                 taken[what].append(call())
+    results.meanwhile("")
     found = {what: statistics.median(seconds[1:]) for what, seconds in taken.items()}         # the first fills caches
     torch_alone = found["python -c 'import torch'"]
     print(f"{args.rounds} rounds in turn, {config.name}; beside what importing torch takes")

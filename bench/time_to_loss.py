@@ -6,7 +6,6 @@ The plain recipe is bench/baseline.py, ours is configs/shakespeare_char.yaml; `-
 
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -102,8 +101,8 @@ def train_ours(config: Config, data: Dataset, validation: list[Batch], target: f
 
 
 def progress(name: str, step: int, steps: int, seconds: float) -> None:
-    if sys.stderr.isatty() and (step % 20 == 0 or step == steps):
-        print(f"\r\033[K{name}  {step}/{steps}  {seconds:.0f} s", end="\n" if step == steps else "", file=sys.stderr, flush=True)
+    if step % 20 == 0 or step == steps:
+        results.meanwhile(f"{name}  {step}/{steps}  {seconds:.0f} s", end="\n" if step == steps else "")
 
 
 def main() -> None:

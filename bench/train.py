@@ -5,9 +5,7 @@ matrix product measured in the same run; what a step of ours spends is split int
 optimizer, and the rest (norms, rotations, activations, loss, launching), so that the table says what bounds it.
 """
 
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,6 +15,7 @@ import torch
 
 from bench import results
 from bench.baseline import PlainGPT, Recipe
+from bench.results import DEVICE, DTYPE, GPU
 from bench.side import Side
 from errors import ArgumentParser, run_command
 from kernels.attention import attention
@@ -27,9 +26,6 @@ from training.config import OptimizerConfig
 from training.device import keep_freed_memory, training_loss
 from training.optimizer import Optimizer
 from training.run import memory_gb
-
-GPU = torch.cuda.is_available()
-DEVICE, DTYPE = (torch.device("cuda"), torch.bfloat16) if GPU else (torch.device("cpu"), torch.float32)
 
 
 class Shape(NamedTuple):
@@ -167,10 +163,8 @@ def compare(shape: Shape, threads: int, rounds: int, compiled: bool) -> dict:
             if n >= 0:
                 taken[name].append(one)
         limits.append(limit)
-        if sys.stderr.isatty():
-            print(f"\r\033[K{shape}: round {n + 1} of {rounds}", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+        results.meanwhile(f"{shape}: round {n + 1} of {rounds}")
+    results.meanwhile("")
     for side in (*arms.values(), ceilings):
         side.close()
     rate, products, attend = (statistics.median(column) for column in zip(*limits))
@@ -204,7 +198,7 @@ def main() -> None:
         f"{n} {shape}" for n, shape in enumerate(SHAPES)) + " (default: all)")
     parser.add_argument("--eager", action="store_true", help="on a CPU without the compiled arms, whose start takes minutes")
     args = parser.parse_args()
-    device = torch.cuda.get_device_name() if GPU else f"{platform.machine()}, {args.threads} thread(s)"
+    device = results.device(args.threads)
     print(f"{device}, torch {torch.__version__}, {str(DTYPE).removeprefix('torch.')}")
     rows = []
     for shape in [SHAPES[n] for n in args.shape or range(len(SHAPES))]:

@@ -115,50 +115,6 @@ def test_killed_preparation_continues(workplace):
     assert len(joined) == sum(p.stat().st_size for p in Path("texts").glob("*"))
 
 
-def test_processes_do_not_change_the_result(workplace, monkeypatch):
-    one = Shards(prepare(data_config(folder="a"))).hash
-    monkeypatch.setattr(data.prepare, "SMALL_BYTES", 0)
-    monkeypatch.setattr(data.prepare, "usable_cores", lambda: 3)
-    monkeypatch.setattr(data.encode, "BATCH_BYTES", 1000)
-    monkeypatch.setattr(data.prepare, "PART_BYTES", 20_000)            # which lie in the middle of batches
-    several = Shards(prepare(data_config(folder="b")))
-    monkeypatch.setattr(data.prepare, "usable_cores", lambda: 1)
-    assert several.hash == Shards(prepare(data_config(folder="c"))).hash
-    monkeypatch.undo()
-    monkeypatch.chdir(workplace)
-    assert Shards(prepare(data_config(folder="d"))).hash == one
-    for split in ("train", "val"):
-        a, b = (getattr(Shards(folder), split) for folder in ("a", "b"))
-        assert (a.read(0, len(a)) == b.read(0, len(b))).all() and len(a) == len(b)
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds children in /proc")
-@pytest.mark.parametrize("victim", ["parent", "child"])
-def test_processes_end_with_the_one_that_started_them_and_it_says_when_one_is_killed(workplace, victim):
-    Path("texts/long.txt").write_text("\n".join(f"line {n} of a long text, {n * n}" for n in range(400_000)))
-    Path("p.yaml").write_text("data: {corpus: files, files: [texts/*.txt], tokenizer: bytes, folder: out}")
-    script = ("import data.prepare as p; p.SMALL_BYTES, p.PART_BYTES, p.usable_cores = 0, 500_000, lambda: 2\n"
-              "if __name__ == '__main__':\n    from errors import run_command; run_command(p.main)")
-    process = subprocess.Popen([sys.executable, "-c", script, "p.yaml"], env=os.environ | {"PYTHONPATH": str(ROOT)},
-                               stderr=subprocess.PIPE, text=True)
-    try:
-        while process.poll() is None and not Path("out/train-00000.npy").exists():
-            time.sleep(0.005)
-        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-                    if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
-        assert len(children) == 2
-        os.kill(process.pid if victim == "parent" else children[0], signal.SIGKILL)
-        said = process.communicate(timeout=30)[1]
-    finally:
-        process.kill()
-    if victim == "child":
-        assert process.returncode == 2 and "was killed" in said and "Traceback" not in said, said
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}/exe").exists() for pid in children) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not any(Path(f"/proc/{pid}/exe").exists() for pid in children)
-
-
 def test_long_documents_are_cut_and_joined_again(workplace):
     text = ("".join(f"Zeile {n} – über 漢字\n" for n in range(8000))).encode()
     Path("texts/long.txt").write_bytes(text)

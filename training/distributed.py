@@ -138,7 +138,7 @@ class World:
             fully_shard(model, **options, reshard_after_forward=True)       # or an evaluation would leave the embeddings gathered
             for method in ("loss", "losses"):
                 register_fsdp_forward_method(model, method)
-            model.to_empty(device=device)
+            model.to_empty(device=device)                                   # a share of each parameter, of which allocate knows nothing
             model.make_tables()
         else:
             model.allocate(device)
