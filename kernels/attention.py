@@ -127,7 +127,7 @@ def _sdpa(q, k, v, causal, window, segments, scale, return_lse):
     # Without a mask PyTorch takes its flash kernels. A lone last query sees every key, so causality is free.
     masked = segments is not None or (window is not None and window < S) or (causal and 1 < T < S)
     mask = visible(T, S, causal=causal, window=window, segments=segments, device=q.device) if masked else None
-    is_causal = causal and T == S and T > 1 and mask is None
+    is_causal = causal and T > 1 and T == S and mask is None
     gqa = q.shape[1] != k.shape[1]
     if not return_lse:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=gqa)

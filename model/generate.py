@@ -28,13 +28,15 @@ class Sampling:
 @torch.inference_mode()
 def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling = Sampling(), *,
              seed: int = 0, ends: Collection[int] = (), slide: bool = False, n_tokens: int | None = None, batch_size: int = 32,
-             wanted: Callable[[int], bool] = lambda row: True) -> Iterator[dict[int, int]]:
+             wanted: Callable[[int], bool] = lambda row: True,
+             step: Callable[[Tensor, KVCache], Tensor] | None = None) -> Iterator[dict[int, int]]:
     """Continue every prompt; yields the next token of each row that is being continued, by its number among `prompts`.
 
     At most `batch_size` rows are continued at a time, and as one ends, the next prompt takes its place at once (continuous batching, Yu
     et al. 2022, "Orca", section 3). Row r draws from (seed, r) alone, so what it says does not depend on its neighbours.
     A row ends after `max_tokens`, behind one of the tokens `ends`, when it is no longer `wanted`, or when its text fills n_ctx; with
     `slide` it then forgets all but its newest half and goes on.
+    `step`: makes the logits in the model's place once prompts are read, of as many rows throughout: model/compiled.py.
     `n_tokens`: choose among the first so many ids, where the model's vocabulary is larger than the tokenizer's.
     Raises ValueError for an empty prompt, and without `slide` for one longer than n_ctx.
     """
@@ -43,7 +45,8 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, samp
         raise ValueError("a prompt has no tokens: begin it with tokenizer.begin")
     if not slide and longest > n_ctx:
         raise ValueError(f"a prompt of {longest} tokens is longer than model.n_ctx={n_ctx}")
-    capacity = min(longest + max_tokens, n_ctx)
+    # With a step always the same, or it would be compiled anew; never full, which would be another program.
+    capacity = n_ctx + 1 if step else min(longest + max_tokens, n_ctx)
     waiting = deque(enumerate(prompts))
     rows = [Row(*waiting.popleft(), seed) for _ in prompts[:batch_size]]        # in the order of the cache
     unread = list(range(len(rows)))                                             # of them
@@ -54,8 +57,10 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, samp
         if cache is None or len(unread) == len(rows):       # equal rows that begin together need no masks
             cache = None                                    # frees the old one first
             cache, logits = prefill(model, rows, capacity)
+            if step and waiting and len(rows) > 1:
+                cache.count()                               # they will be ragged: compile that at once
         else:
-            logits = model(chosen[:, None], cache=cache)[:, 0]
+            logits = (step(chosen[:, None], cache) if step else model(chosen[:, None], cache=cache))[:, 0]
             if unread:
                 read, logits[unread] = prefill(model, [rows[n] for n in unread], capacity)
                 cache.put(unread, read)
@@ -63,20 +68,26 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, samp
         chosen = choose(logits[:, :n_tokens].float(), sampling, draws, [row.tokens for row in rows])
         said = chosen.tolist()
         yield {row.number: token for row, token in zip(rows, said) if not row.ended}
-        unread = []
+        unread, ending = [], []
         for n, (row, token) in enumerate(zip(rows, said)):
+            if row.ended:
+                continue
             row.tokens.append(token)
             full = len(row.tokens) - row.forgotten > n_ctx
-            row.ended = (row.ended or token in ends or len(row.tokens) == row.prompt + max_tokens or (full and not slide)
+            row.ended = (token in ends or len(row.tokens) == row.prompt + max_tokens or (full and not slide)
                          or not wanted(row.number))
             if row.ended and waiting:
                 rows[n] = Row(*waiting.popleft(), seed)
+            elif row.ended:
+                ending.append(n)
             if not rows[n].ended and (rows[n] is not row or full):
                 unread.append(n)
         going = [n for n, row in enumerate(rows) if not row.ended]
         if not going:
             return
-        if 2 * len(going) <= len(rows):                     # nobody waits for these places
+        if cache.ragged and (unread or ending):             # the next step has nothing to say to them: it need not be long
+            cache.clear([*unread, *ending])
+        if 2 * len(going) <= len(rows) and not step:        # nobody waits for these places
             cache.keep(going)
             rows, chosen, unread = [rows[n] for n in going], chosen[going], [going.index(n) for n in unread]
 

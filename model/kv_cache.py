@@ -16,8 +16,11 @@ class KVCache:
     the token at position p lies in slot p mod slots, so memory stays at the window however long the text.
 
     keys, values   one (B, K, slots, D) tensor per layer
-    start          tokens held by every row while all are equal, else None: equal rows need no masks
+    longest        tokens of its longest row
+    ragged         whether rows may hold less than that; equal rows need no masks
+    grain          ragged rows read a multiple of so many slots: a step captured on a GPU then serves for that many tokens
     """
+
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu"):
@@ -27,14 +30,18 @@ class KVCache:
         # Smeared keys look one raw key back, before positions were applied.
         self.last_raw_key = [torch.zeros(shape[0], shape[1], shape[3], dtype=dtype, device=device) for shape in shapes]
         self.windows, self.capacity = config.windows, capacity
-        self.start: int | None = 0
-        self.empty = True
+        self.longest, self.ragged, self.grain = 0, False, 1
         self._lengths = torch.zeros(batch, dtype=torch.long, device=device)         # counted once rows are ragged
 
     @property
     def lengths(self) -> Tensor:
         """(B,) tokens held by each row."""
-        return self._lengths if self.start is None else torch.full_like(self._lengths, self.start)
+        return self._lengths if self.ragged else torch.full_like(self._lengths, self.longest)
+
+    def count(self) -> None:
+        """Treat rows as ragged from here on."""
+        self._lengths.copy_(self.lengths)
+        self.ragged = True
 
     def begin(self, T: int, new: Tensor | None = None) -> slice | Tensor:
         """Make room for T more tokens a row, of which the first `new` (B,) are real and the rest padding.
@@ -42,38 +49,41 @@ class KVCache:
         Returns their positions: a slice while all rows are equal, and a ValueError when that does not fit; else (B, T).
         Ragged rows are the caller's to count: one that runs over its capacity overwrites its own beginning.
         """
-        self.T, self.new, self.padded = T, new, new is not None         # and `longest`: tokens of the longest row, with these
-        if self.start is not None and new is None:
-            if self.start + T > self.capacity:
-                raise ValueError(f"KVCache: {self.start} + {T} tokens do not fit a capacity of {self.capacity}")
-            self.longest = self.start + T
-            return slice(self.start, self.longest)
-        self.new = torch.full_like(self._lengths, T) if new is None else new
-        positions = self._query_positions()
-        self.longest = int(positions.max()) + 1
-        return positions
+        self.T, self.new = T, new
+        if self.ragged or new is not None:
+            return self._query_positions()
+        if self.longest + T > self.capacity:
+            raise ValueError(f"KVCache: {self.longest} + {T} tokens do not fit a capacity of {self.capacity}")
+        return slice(self.longest, self.longest + T)
 
     def end(self) -> None:
         """Count the tokens that `attend` has stored in every layer."""
-        if self.start is not None and self.new is None:
-            self.start += self.T
-        else:
-            self._lengths, self.start = self.lengths + self._counts(), None
-        self.empty = False
+        if self.ragged or self.new is not None:
+            self._lengths.copy_(self.lengths + self._counts())          # in place: a captured step counts where it was captured
+            self.ragged = True
+        self.longest = min(self.longest + self.T, self.capacity) if self.new is None else int(self._lengths.max())
 
     def put(self, rows: Sequence[int], other: "KVCache") -> None:
         """Replace the sequences `rows` by those of another cache of the same capacity."""
         for ours, theirs in zip(self._memory(), other._memory()):
             ours[rows] = theirs
-        lengths = self.lengths.clone()
-        lengths[rows] = other.lengths
-        self._lengths, self.start = lengths, None
+        self.count()
+        self._lengths[rows] = other.lengths
+        self.longest = int(self._lengths.max())
+
+    def clear(self, rows: Sequence[int]) -> None:
+        """Forget what the sequences `rows` hold."""
+        self.count()
+        self._lengths[rows] = 0
+        self.longest = int(self._lengths.max())
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all sequences but `rows`."""
         for parts in (self.keys, self.values, self.last_raw_key):
             parts[:] = [part[rows] for part in parts]
         self._lengths = self._lengths[rows]
+        if self.ragged:
+            self.longest = int(self._lengths.max())
 
     def _memory(self) -> list[Tensor]:
         return [*self.keys, *self.values, *self.last_raw_key]
@@ -81,18 +91,18 @@ class KVCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k, v (B, K, T, D) and attend to all that each query q (B, H, T, D) may see → (B, H, T, D)."""
         T, slots, window = q.shape[2], self.keys[layer].shape[2], self.windows[layer]
-        if self.start is not None and self.new is None and self.start + T <= slots:     # in order, no wrap
-            n = self.start + T
-            self.keys[layer][:, :, self.start:n] = k
-            self.values[layer][:, :, self.start:n] = v
+        if not self.ragged and self.new is None and self.longest + T < slots:           # in order, no wrap
+            n = self.longest + T
+            self.keys[layer][:, :, self.longest:n] = k
+            self.values[layer][:, :, self.longest:n] = v
             return attention(q, self.keys[layer][:, :, :n], self.values[layer][:, :, :n])
-        if self.empty:                                              # prefill; padding lies behind what a real query sees
+        if self.longest == 0:                                       # prefill; padding lies behind what a real query sees
             self._store(layer, k, v)
             return attention(q, k, v, window=window)
         at = self._query_positions()
         if T == 1:                                                  # a ring of `window` slots is exactly what one query sees
             self._store(layer, k, v)
-            n = min(slots, self.longest)
+            n = self.reach(slots)
             held = self._slot_positions(slots, self.lengths + self._counts())[:, :n]
             return decode(q, self.keys[layer][:, :, :n], self.values[layer][:, :, :n], at, held, window=window)
         # Several tokens may overwrite slots that the first of them still has to see: look before storing.
@@ -103,12 +113,16 @@ class KVCache:
         self._store(layer, k, v)
         return z
 
+    def reach(self, slots: int) -> int:
+        """How many of a layer's slots a step of ragged rows reads: up to the longest row's newest token."""
+        return min(slots, (self.longest + self.grain) // self.grain * self.grain)
+
     def previous_raw_keys(self, layer: int, k: Tensor) -> Tensor:
         """For each raw key of k (B, K, T, D) the raw key one position before it; remembers the last one."""
         previous = torch.cat([self.last_raw_key[layer][:, :, None], k[:, :, :-1]], dim=2)
         new = self._counts()
         newest = k.gather(2, (new - 1).clamp(min=0)[:, None, None, None].expand(-1, k.shape[1], 1, k.shape[3]))[:, :, 0]
-        self.last_raw_key[layer] = torch.where((new > 0)[:, None, None], newest, self.last_raw_key[layer])
+        self.last_raw_key[layer].copy_(torch.where((new > 0)[:, None, None], newest, self.last_raw_key[layer]))
         return previous
 
     def _counts(self) -> Tensor:
@@ -126,7 +140,7 @@ class KVCache:
 
     def _store(self, layer: int, k: Tensor, v: Tensor) -> None:
         slots, before = self.keys[layer].shape[2], self.lengths
-        if k.shape[2] == 1 and not self.padded:                     # one token a row goes to one slot each
+        if k.shape[2] == 1 and self.new is None:                      # one token a row goes to one slot each
             row = torch.arange(len(before), device=k.device)
             self.keys[layer][row, :, before % slots] = k[:, :, 0]
             self.values[layer][row, :, before % slots] = v[:, :, 0]

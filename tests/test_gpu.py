@@ -48,3 +48,21 @@ def test_long_contexts_take_memory_by_the_token():
     before = torch.cuda.memory_allocated()
     attention(q, k, v, backend="triton").sum().backward()
     assert torch.cuda.max_memory_allocated() - before < 16 * q.nbytes
+
+
+def test_replayed_steps_say_what_the_model_says():
+    """A row that has ended beside one that goes on, past the end of a captured graph's slots."""
+    from model.compiled import GRAIN, CompiledStep
+    from model.config import ModelConfig
+    from model.gpt import GPT
+    from model.kv_cache import KVCache
+    config = ModelConfig(n_layers=2, n_heads=4, n_kv_heads=2, d_model=128, n_ctx=2 * GRAIN, vocab_size=257, window=[64, None])
+    model = GPT(config).cuda().pack()
+    step, caches = CompiledStep(model), [KVCache(config, 2, 2 * GRAIN + 1, device="cuda") for _ in range(2)]
+    with torch.inference_mode():
+        tokens = torch.randint(257, (2, GRAIN - 8), device="cuda")
+        for cache in caches:
+            model(tokens, cache=cache, lengths=torch.tensor([GRAIN - 8, 20], device="cuda"))
+        for n in range(16):
+            assert torch.allclose(step(tokens[:, n:n + 1], caches[0]), model(tokens[:, n:n + 1], cache=caches[1]), atol=1e-3)
+    assert len(step.graphs) == 2

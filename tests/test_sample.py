@@ -162,33 +162,45 @@ def said_by_each(steps, prompts) -> list[list[int]]:
     return said
 
 
-@pytest.mark.parametrize("shape", [{}, {"window": 4}, {"smear": True}, {"position": "learned"},
-                                   {"position": "sinusoidal", "n_kv_heads": 1}], ids=str)
-@pytest.mark.parametrize("slide", [False, True])
-def test_prompts_that_take_the_places_of_others_are_continued_as_if_they_were_alone(shape, slide):
-    """Greedy, against a pass over everything for each token; rows end at different times, by n_ctx or because nobody wants more."""
-    model = make(n_ctx=16, **shape)
-    prompts = [[1, 2, 3], [7], [4] * 9, [5, 6], [8, 3, 1, 2, 2, 6], [9, 9], [2, 4, 6, 8], [1]]
-    most = [9, 3, 20, 1, 12, 20, 2, 7]
-    expected = []
-    for prompt, n in zip(prompts, most):
+PROMPTS = [[1, 2, 3], [7], [4] * 9, [5, 6], [8, 3, 1, 2, 2, 6], [9, 9], [2, 4, 6, 8], [1]]
+MOST = [9, 3, 20, 1, 12, 20, 2, 7]              # tokens that somebody wants of each
+SHAPES = [{}, {"window": 4}, {"smear": True}, {"position": "learned"}, {"position": "sinusoidal", "n_kv_heads": 1}]
+
+
+def said_alone(model, slide: bool) -> list[list[int]]:
+    """The greedy continuations of PROMPTS, each token by a pass over everything before it."""
+    n_ctx, expected = model.config.n_ctx, []
+    for prompt, n in zip(PROMPTS, MOST):
         context, said = list(prompt), []
-        while len(said) < n and (slide or len(context) <= 16):
-            context = context[-8:] if len(context) > 16 else context
+        while len(said) < n and (slide or len(context) <= n_ctx):
+            context = context[-n_ctx // 2:] if len(context) > n_ctx else context
             with torch.no_grad():
                 said.append(int(model(torch.tensor([context]))[0, -1].argmax()))
             context.append(said[-1])
         expected.append(said)
+    return expected
+
+
+def said_together(model, slide: bool, batch_size: int, step=None) -> list[list[int]]:
+    left = list(MOST)
+
+    def wanted(r: int) -> bool:
+        left[r] -= 1
+        return left[r] > 0
+
+    steps = list(generate(model, PROMPTS, 20, Sampling(temperature=0), slide=slide, batch_size=batch_size, wanted=wanted, step=step))
+    assert all(0 < len(tokens) <= batch_size for tokens in steps)
+    return said_by_each(steps, PROMPTS)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("slide", [False, True])
+def test_prompts_that_take_the_places_of_others_are_continued_as_if_they_were_alone(shape, slide):
+    """Rows end at different times, by n_ctx or because nobody wants more."""
+    model = make(n_ctx=16, **shape)
+    expected = said_alone(model, slide)
     for batch_size in (1, 3, 8):
-        left = dict(enumerate(most))
-
-        def wanted(r: int, left=left) -> bool:
-            left[r] -= 1
-            return left[r] > 0
-
-        steps = list(generate(model, prompts, 20, Sampling(temperature=0), slide=slide, batch_size=batch_size, wanted=wanted))
-        assert all(0 < len(tokens) <= batch_size for tokens in steps)
-        assert said_by_each(steps, prompts) == expected, batch_size
+        assert said_together(model, slide, batch_size) == expected, batch_size
 
 
 def test_what_waiting_rows_draw_depends_on_nobody():

@@ -1,0 +1,77 @@
+"""A decoding step, compiled: `generate(model, …, step=CompiledStep(model))`.
+
+A step of one token a row is many small operations, and starting each costs more than it does. On a CPU the compiler joins them and
+multiplies by generated code, which reads the matrices faster than PyTorch's own products. On a GPU the step is captured as well, and
+replayed as one graph.
+"""
+
+import io
+from contextlib import ExitStack, redirect_stderr
+
+import torch
+import torch._inductor.config as inductor
+import torch.compiler.config
+from torch import Tensor
+
+from model.gpt import GPT
+from model.kv_cache import KVCache
+
+GRAIN = 512             # slots: a captured step serves for so many tokens
+PACKED = {"freezing": True, "max_autotune": True, "cpp_wrapper": True}      # weights become constants, laid out for generated products
+
+
+class CompiledStep:
+    """`step(tokens (B, 1), cache)` → logits (B, 1, V), as the model's own; its parameters must not change any more.
+
+    Rows of another number, or a cache of another capacity, are compiled anew, half a minute on a CPU. Raises what torch.compile raises
+    where there is no C++ compiler.
+    """
+
+    def __init__(self, model: GPT):
+        self.model, self.device = model, model.embed.weight.device
+        self.compiled = torch.compile(model.forward, fullgraph=True)
+        self.known: set[tuple] = set()                      # what has been compiled
+        self.cache: KVCache | None = None                   # whose memory the graphs read
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        if cache.longest < 2:                               # 0 and 1 would be compiled as constants
+            return self.model(tokens, cache=cache)
+        return self.replay(tokens, cache) if self.device.type == "cuda" else self.run(tokens, cache)
+
+    def run(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """One step of compiled code."""
+        wrapped = tuple(cache.longest + 1 >= keys.shape[2] for keys in cache.keys)
+        if (kind := (cache.keys[0].shape, cache.ragged, wrapped)) in self.known:
+            return self.compiled(tokens, cache=cache)
+        self.known.add(kind)
+        with ExitStack() as settings:                       # costs a tenth of a step: only where something is compiled
+            settings.enter_context(torch.compiler.config.patch(dynamic_sources="L['cache'].longest"))     # type: ignore[attr-defined]
+            if self.device.type == "cpu":
+                settings.enter_context(inductor.patch(PACKED))
+                settings.enter_context(redirect_stderr(io.StringIO()))          # there the compiler prints what it has timed
+            return self.compiled(tokens, cache=cache)
+
+    def replay(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """The captured step, or, where the cache has grown or is another one, a step and its capture."""
+        if cache is not self.cache:
+            cache.count()                                   # a graph is told positions by a tensor
+            cache.grain = GRAIN
+            self.cache, self.graphs, self.tokens = cache, {}, tokens.clone()
+        self.tokens.copy_(tokens)
+        if (reach := self.reach(cache)) in self.graphs:
+            graph, logits = self.graphs[reach]
+            graph.replay()
+            cache.longest = min(cache.longest + 1, cache.capacity)
+            return logits.clone()
+        said = self.run(self.tokens, cache).clone()
+        if self.reach(cache) == reach:                      # what it needs is compiled and loaded now
+            longest, graph = cache.longest, torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = self.run(self.tokens, cache)
+            self.graphs[reach], cache.longest = (graph, logits), longest
+        return said
+
+    @staticmethod
+    def reach(cache: KVCache) -> tuple[int, ...]:
+        return tuple(cache.reach(keys.shape[2]) for keys in cache.keys)

@@ -1,0 +1,87 @@
+"""Compiled decoding says what the model says."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import command, fails
+from test_model import make
+from test_sample import SHAPES, said_alone, said_together
+from torch._dynamo.utils import counters
+
+from model import compiled
+from model.compiled import CompiledStep
+from model.kv_cache import KVCache
+
+
+@pytest.mark.parametrize(("shape", "batch_size", "kinds"), [
+    ({"n_layers": 1}, 3, 1), ({"n_layers": 2, "window": [5, None], "smear": True, "qk_norm": True}, 1, 2)], ids=str)
+def test_a_compiled_step_says_what_the_model_says(shape, batch_size, kinds):
+    """And is compiled once, however often contexts fill; with a ring, once more for when that is full."""
+    model = make(n_ctx=16, **shape)
+    expected = said_alone(model, slide=True)
+    torch._dynamo.reset()
+    counters.clear()
+    step = CompiledStep(model.pack())
+    assert said_together(model, True, batch_size, step) == expected
+    assert counters["stats"]["unique_graphs"] == len(step.known) == kinds
+    with torch.inference_mode():
+        caches = [KVCache(model.config, batch_size, 17) for _ in range(2)]
+        tokens = torch.randint(50, (batch_size, 12))
+        for cache in caches:
+            model(tokens, cache=cache)
+        assert torch.allclose(step(tokens[:, :1], caches[0]), model(tokens[:, :1], cache=caches[1]), atol=1e-5)
+
+
+class Capture:
+    """A CUDA graph without a device: what is captured runs again on the same memory, and sees none of Python's counting since."""
+
+    def __init__(self):
+        self.cache = None
+
+    def replay(self) -> None:
+        longest, self.cache.longest = self.cache.longest, self.longest
+        self.logits.copy_(self.step.run(self.step.tokens, self.cache))
+        self.cache.longest = longest
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("slide", [False, True])
+def test_captured_steps_say_what_the_model_says(shape, slide, monkeypatch):
+    """All that a GPU adds but the GPU (tests/test_gpu.py)."""
+    @contextmanager
+    def capturing(graph: Capture):
+        step = graph.step = captured[-1]
+        cache = graph.cache = step.cache
+        graph.longest = cache.longest
+        held = [part.clone() for part in (*cache.keys, *cache.values, *cache.last_raw_key, cache._lengths)]
+        run = step.run
+
+        def keeps_logits(*arguments):
+            graph.logits = run(*arguments)
+            return graph.logits
+
+        step.run = keeps_logits
+        yield
+        step.run = run
+        for part, before in zip((*cache.keys, *cache.values, *cache.last_raw_key, cache._lengths), held):
+            part.copy_(before)                              # capturing computes nothing
+
+    captured: list[CompiledStep] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Capture)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(compiled, "GRAIN", 4)
+    model = make(n_ctx=16, **shape)
+    expected = said_alone(model, slide)
+    for batch_size in (1, 3, 8):
+        step = CompiledStep(model)
+        step.device = torch.device("cuda")
+        captured.append(step)
+        assert said_together(model, slide, batch_size, step) == expected, batch_size
+        assert step.graphs
+
+
+def test_without_a_compiler(trained, tmp_path):
+    fails(command("sample.py", str(trained), "x", "--compile", env={"PATH": "", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}),
+          "--compile", "g++")
