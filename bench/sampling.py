@@ -1,9 +1,9 @@
 """Tokens per second of cached decoding beside transformers' and beside recomputing everything: `python -m bench.sampling`.
 
-One checkpoint, opened by each side in a process of its own as its user would start it: ours as sample.py does, transformers with its
-dynamic and with its static cache; greedy, taking turns, medians. Prefill is the time to the first token, decode that of each later one.
-The floor reads every weight, and the cache that a token sees, once, at the bandwidth measured in the same run: no decoder of one token at
-a time can be faster. At the end many prompts of different lengths, one by one and together.
+One checkpoint, opened by each side in a process of its own as its user would start it: ours as sample.py does, with and without
+--compile, transformers with its dynamic and with its static cache; greedy, taking turns, medians. Prefill is the time to the first token,
+decode that of each later one. The floor reads every weight, and the cache that a token sees, once, at the bandwidth measured in the same
+run: no decoder of one token at a time can be faster. At the end many prompts of different lengths, one by one and together.
 """
 
 import os
@@ -51,21 +51,23 @@ def intervals(started: float, told: list[float]) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def serve_ours(pipe, path: Path, threads: int) -> None:
+def serve_ours(pipe, path: Path, threads: int, compile: bool) -> None:
     """`(batch, context, n)` → prefill, decode, what was said; `("many", batch_size)` → seconds; `("floor",)` → bytes a second."""
+    from model.compiled import CompiledStep
     from model.generate import Sampling, generate
     torch.set_num_threads(threads)
     model, greedy = load_model(path, DEVICE)[0].to(DTYPE).pack(), Sampling(temperature=0)
     model.compute_dtype = DTYPE
-    matrix, vector = torch.randn(4096, 16384, device=DEVICE, dtype=DTYPE).mT, torch.randn(1, 4096, device=DEVICE, dtype=DTYPE)
+    step = CompiledStep(model) if compile else None
+    read = torch.randn(2, 2 ** 25, device=DEVICE, dtype=DTYPE)              # 268 MB in fp32
     while (request := pipe.recv()) is not None:
         started, told, said = time.perf_counter(), [], []
         match request:
-            case ("floor",):                        # 268 MB in fp32, laid out as the model's own weights
+            case ("floor",):                        # two streams of memory: the fastest that PyTorch reads
                 for _ in range(10):
-                    product = torch.nn.functional.linear(vector, matrix)
-                float(product[0, 0])                # a GPU has done it by now
-                pipe.send(10 * matrix.nbytes / (time.perf_counter() - started))
+                    product = torch.dot(read[0], read[1])
+                float(product)                      # a GPU has done it by now
+                pipe.send(10 * read.nbytes / (time.perf_counter() - started))
             case ("many", batch_size):
                 prompts, left = many_prompts()
 
@@ -73,11 +75,11 @@ def serve_ours(pipe, path: Path, threads: int) -> None:
                     left[row] -= 1
                     return left[row] > 0
 
-                for _ in generate(model, prompts, 128, greedy, batch_size=batch_size, wanted=wanted):
+                for _ in generate(model, prompts, 128, greedy, batch_size=batch_size, wanted=wanted, step=step):
                     pass
                 pipe.send(time.perf_counter() - started)
             case (batch, context, n):
-                for tokens in generate(model, prompts_of(batch, context).tolist(), n, greedy, batch_size=batch):
+                for tokens in generate(model, prompts_of(batch, context).tolist(), n, greedy, batch_size=batch, step=step):
                     told.append(time.perf_counter())
                     said.append(tokens[0])
                 pipe.send((*intervals(started, told), said))
@@ -139,15 +141,20 @@ def bytes_read(config: ModelConfig, batch: int, context: int) -> int:
     return DTYPE.itemsize * (weights + 2 * batch * context * config.n_layers * config.kv_heads * config.head_size)
 
 
-HEADER = ("  batch  context   × dynamic  × static  × recomputing  × floor         ours: decode               prefill\n"
-          "                  (their time / ours)                             ms   tokens/s    tokens/s  × dynamic")
+HEADER = ("  batch  context        dynamic    static  recomputing   floor       ms    tokens/s   prefill: tokens/s  dynamic\n"
+          "                       (their time / ours)         (ours / its)")
 
 
-def line(batch: int, context: int, found: dict[str, dict[str, float]], floor: float) -> str:
-    decode, prefill = found["ours"]["decode_ms"], found["ours"]["prefill_ms"]
-    ratios = [found["dynamic"]["decode_ms"] / decode, found["static"]["decode_ms"] / decode, prefill / decode, decode / floor]
-    return (f"  {batch:5}  {context:7}   {ratios[0]:9.2f}  {ratios[1]:8.2f}  {ratios[2]:13.1f}  {ratios[3]:7.2f}  {decode:9.2f}  "
-            f"{batch / decode * 1e3:9,.0f}  {batch * context / prefill * 1e3:10,.0f}  {found['dynamic']['prefill_ms'] / prefill:9.2f}")
+def lines(batch: int, context: int, found: dict[str, dict[str, float]], floor: float) -> str:
+    """One of ours, one of ours compiled."""
+    table = []
+    for arm in [arm for arm in ("ours", "compiled") if arm in found]:
+        decode, prefill = found[arm]["decode_ms"], found[arm]["prefill_ms"]
+        dynamic, static = (found[cache]["decode_ms"] / decode for cache in ("dynamic", "static"))
+        table.append(f"  {batch:5}  {context:7}  {arm:8}  {dynamic:5.2f} ×  {static:6.2f} ×  {prefill / decode:9.1f} ×  "
+                     f"{decode / floor:4.2f} ×  {decode:7.2f}  {batch / decode * 1e3:10,.0f}  {batch * context / prefill * 1e3:18,.0f}"
+                     f"  {found['dynamic']['prefill_ms'] / prefill:5.2f} ×")
+    return "\n".join(table)
 
 
 def main() -> None:
@@ -158,7 +165,9 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 8192], help="tokens already read (default 256 1024 8192)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="rows decoded together (default 1 8 64)")
     parser.add_argument("--shape", choices=list(SHAPES), action="append", help="default: small and gpt2-small, on a GPU 1b too")
+    parser.add_argument("--eager", action="store_true", help="without the compiled arm, which compiles every batch for half a minute")
     args = parser.parse_args()
+    arms = ["ours"] if args.eager else ["ours", "compiled"]
     rows, many = [], []
     device = results.device(args.threads)
     print(f"{device}, torch {torch.__version__}, {str(DTYPE).removeprefix('torch.')}; one decoding step of all rows")
@@ -166,20 +175,25 @@ def main() -> None:
         config = SHAPES[name]
         with tempfile.TemporaryDirectory() as folder:
             path = save(config, Path(folder))
-            sides = {"ours": Side(serve_ours, path, args.threads, environment={"THP_MEM_ALLOC_ENABLE": "1"})}      # as sample.py sets it
+            pages = {"THP_MEM_ALLOC_ENABLE": "1"}               # as sample.py sets it
+            sides = {arm: Side(serve_ours, path, args.threads, arm == "compiled", environment=pages) for arm in arms}
             sides |= {cache: Side(serve_transformers, path, args.threads, cache) for cache in ("dynamic", "static")}
             bandwidth = max(sides["ours"]("floor") for _ in range(10))
             print(f"\n{name}: {bandwidth / 1e9:.1f} GB/s\n{HEADER}")
             for batch, context in ((b, c) for b in args.batches for c in args.contexts if b * c <= MOST_READ):
                 found = measure(sides, batch, context, args.tokens, args.rounds)
                 floor = bytes_read(config, batch, context) / bandwidth * 1e3
-                print(line(batch, context, found, floor), flush=True)
+                print(lines(batch, context, found, floor), flush=True)
                 rows.append({"model": name, "batch": batch, "context": context, "floor_ms": floor, "sides": found})
             said = sum(many_prompts()[1])
-            seconds = {size: statistics.median(sides["ours"]("many", size) for _ in range(args.rounds)) for size in (1, 8, 32)}
-            print(f"  {MANY} prompts of 8 to 128 tokens, {said:,} tokens said: one by one {said / seconds[1]:,.0f} tokens/s; " + ", ".join(
-                  f"{size} at a time {seconds[1] / seconds[size]:.2f} ×" for size in (8, 32)), flush=True)
-            many.append({"model": name, "tokens": said, "seconds": seconds})
+            for arm in arms:
+                sizes = (1, 8, 32)
+                for size in sizes:
+                    sides[arm]("many", size)                    # warm, and compiled
+                seconds = {size: statistics.median(sides[arm]("many", size) for _ in range(args.rounds)) for size in sizes}
+                print(f"  {arm}: {MANY} prompts of 8 to 128 tokens, {said:,} tokens said: one by one {said / seconds[1]:,.0f} tokens/s; "
+                      + ", ".join(f"{size} at a time {seconds[1] / seconds[size]:.2f} ×" for size in sizes[1:]), flush=True)
+                many.append({"model": name, "arm": arm, "tokens": said, "seconds": seconds})
             for side in sides.values():
                 side.close()
     results.write("sampling", {"device": device, "rows": rows, "many": many})

@@ -23,7 +23,7 @@ PACKED = {"freezing": True, "max_autotune": True, "cpp_wrapper": True}      # we
 class CompiledStep:
     """`step(tokens (B, 1), cache)` → logits (B, 1, V), as the model's own; its parameters must not change any more.
 
-    Rows of another number, or a cache of another capacity, are compiled anew, half a minute on a CPU. Raises what torch.compile raises
+    Rows of another number, or a cache of another capacity, are compiled anew: half a minute on a CPU. Raises what torch.compile raises
     where there is no C++ compiler.
     """
 

@@ -45,8 +45,9 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, samp
         raise ValueError("a prompt has no tokens: begin it with tokenizer.begin")
     if not slide and longest > n_ctx:
         raise ValueError(f"a prompt of {longest} tokens is longer than model.n_ctx={n_ctx}")
-    # With a step always the same, or it would be compiled anew; never full, which would be another program.
-    capacity = n_ctx + 1 if step else min(longest + max_tokens, n_ctx)
+    capacity = min(longest + max_tokens, n_ctx)
+    if step:                # one of few sizes, since each is compiled anew; and never full, which would be another program
+        capacity = min(max(1024, 1 << (capacity - 1).bit_length()), n_ctx) + 1
     waiting = deque(enumerate(prompts))
     rows = [Row(*waiting.popleft(), seed) for _ in prompts[:batch_size]]        # in the order of the cache
     unread = list(range(len(rows)))                                             # of them

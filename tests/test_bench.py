@@ -33,7 +33,7 @@ def test_train(workplace):
 
 
 def test_sampling(workplace):
-    done = command("-m bench.sampling", "--shape", "small", "--tokens", "2", "--rounds", "1", "--contexts", "16",
+    done = command("-m bench.sampling", "--eager", "--shape", "small", "--tokens", "2", "--rounds", "1", "--contexts", "16",
                    "--batches", "1", "3", cwd=workplace,
                    env={"BENCH_RESULTS": str(workplace / "results")})
     assert done.returncode == 0, done.stderr
