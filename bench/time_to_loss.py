@@ -139,12 +139,15 @@ def main() -> None:
                      "passed": passed, "plain": plain, "ours": ours})
     ablations = []
     if args.ablate:
-        print(f"\nours without one ingredient, {config.train.steps} steps, seed 0 (loss at the end, seconds)")
+        print(f"\nours without one ingredient, {config.train.steps} steps: mean loss at the end, each of {args.seeds} seeds', median seconds")
         for name, changes in {"all of it": [], **INGREDIENTS}.items():
             changed = load_config(CONFIG, [*fixed, *args.overrides, *changes])
-            end = train_ours(changed, data, validation, None)
-            print(f"  {name:30} {end['loss']:.4f}  {end['seconds']:6.1f} s", flush=True)
-            ablations.append({"without": name, "loss": end["loss"], "seconds": end["seconds"]})
+            ends = [train_ours(changed.model_copy(update={"seed": seed}), Dataset(config.data, seed), validation, None)
+                    for seed in range(args.seeds)]
+            losses, seconds = [end["loss"] for end in ends], statistics.median(end["seconds"] for end in ends)
+            each = ", ".join(f"{loss:.4f}" for loss in losses)
+            print(f"  {name:30} {statistics.mean(losses):.4f}  ({each})  {seconds:6.1f} s", flush=True)
+            ablations.append({"without": name, "losses": losses, "seconds": seconds})
     results.write("time_to_loss", {"text": text.name, "runs": rows, "ablations": ablations})
 
 

@@ -21,7 +21,6 @@ class KVCache:
     grain          ragged rows read a multiple of so many slots: a step captured on a GPU then serves for that many tokens
     """
 
-
     def __init__(self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype = torch.float32,
                  device: torch.device | str = "cpu"):
         shapes = [(batch, config.kv_heads, min(window or capacity, capacity), config.head_size) for window in config.windows]
