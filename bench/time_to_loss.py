@@ -29,10 +29,8 @@ INGREDIENTS = {             # what each part of the recipe gave: the same run wi
     "adamw for muon": ["optimizer.kind=adamw", "optimizer.lr=0.003"],
     "gelu for swiglu": ["model.mlp=gelu", "model.d_mlp=512"],
     "small embeddings": ["model.embedding_std=0.02"],
-    "no qk norm": ["model.qk_norm=false"],
     "learned positions for rope": ["model.position=learned"],
     "blocks not starting at zero": ["model.zero_init=false"],
-    "no momentum warm-up": ["optimizer.momentum_warmup_steps=0"],
     "cosine for linear": ["optimizer.schedule=cosine"],
 }
 

@@ -11,6 +11,7 @@ from model.taps import Head
 RAMP = np.array([(255, 255, 255), (203, 221, 240), (120, 170, 217), (44, 105, 176), (16, 46, 96)])          # light is little, at any hue
 INK, LINE, ABOVE = (40, 44, 52), (222, 225, 230), (246, 247, 249)
 SMALLEST = 96           # pixels of a pattern's side
+AXES = "down: query, across: key; darker: more attention"
 
 
 def shade(pattern: np.ndarray) -> np.ndarray:
@@ -31,8 +32,9 @@ def mosaic(patterns: np.ndarray) -> np.ndarray:
     """The patterns (L, H, T, T) uint8 of all heads, a row a layer, layer 0 below, each named: (height, width, 3) uint8."""
     L, H = patterns.shape[:2]
     size, gap, label = drawn(patterns[0, 0]).width, 8, 16
-    picture = Image.new("RGB", (gap + H * (size + gap), gap + L * (size + label + gap)), "white")
+    picture = Image.new("RGB", (max(300, gap + H * (size + gap)), gap + L * (size + label + gap) + label), "white")
     write = ImageDraw.Draw(picture)
+    write.text((gap, picture.height - label - 2), AXES, INK, ImageFont.load_default(11))
     for layer in range(L):
         for index in range(H):
             x, y = gap + index * (size + gap), gap + (L - 1 - layer) * (size + label + gap)
@@ -45,9 +47,10 @@ def mosaic(patterns: np.ndarray) -> np.ndarray:
 def portrait(pattern: np.ndarray, title: str, side: int = 320) -> np.ndarray:
     """One head's pattern with a line of text above: (height, width, 3) uint8."""
     image = drawn(pattern, side)
-    picture = Image.new("RGB", (image.width + 24, image.height + 44), "white")
+    picture = Image.new("RGB", (image.width + 24, image.height + 60), "white")
     write = ImageDraw.Draw(picture)
     write.text((12, 10), title, INK, ImageFont.load_default(13))
+    write.text((12, image.height + 37), AXES, INK, ImageFont.load_default(11))
     picture.paste(image, (12, 32))
     write.rectangle((11, 31, 12 + image.width, 32 + image.height), outline=LINE)
     return np.asarray(picture)
