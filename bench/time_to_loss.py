@@ -137,7 +137,7 @@ def main() -> None:
                      "passed": passed, "plain": plain, "ours": ours})
     ablations = []
     if args.ablate:
-        print(f"\nours without one ingredient, {config.train.steps} steps: mean loss at the end, each of {args.seeds} seeds', median seconds")
+        print(f"\nours without one ingredient, {config.train.steps} steps: mean loss of {args.seeds} seeds, each, median seconds")
         for name, changes in {"all of it": [], **INGREDIENTS}.items():
             changed = load_config(CONFIG, [*fixed, *args.overrides, *changes])
             ends = [train_ours(changed.model_copy(update={"seed": seed}), Dataset(config.data, seed), validation, None)

@@ -28,16 +28,30 @@ class CompiledStep:
     """
 
     def __init__(self, model: GPT):
-        self.model, self.device = model, model.embed.weight.device
+        self.model, self.on_gpu = model, model.embed.weight.is_cuda
         self.compiled = torch.compile(model.forward, fullgraph=True)
         self.known: set[tuple] = set()                      # what has been compiled
-        self.cache: KVCache | None = None                   # whose memory the graphs read
+        self.cache: KVCache | None = None                   # the newest: whose memory the graphs read and write
+        self.tokens: Tensor | None = None                   # which they read too
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache: where its shape is that of the newest, that one again, so that what has been captured stays good."""
+        cache = self.cache
+        if cache is None or (len(cache.lengths), cache.capacity) != (batch, capacity):
+            cache = KVCache(self.model.config, batch, capacity, self.model.compute_dtype, self.model.embed.weight.device)
+            self.adopt(cache)
+        cache.reset()
+        return cache
+
+    def adopt(self, cache: KVCache) -> None:
+        self.cache, self.tokens, self.graphs = cache, None, {}
+        cache.grain = GRAIN if self.on_gpu else 1
 
     def __call__(self, tokens: Tensor, cache: KVCache) -> Tensor:
         if cache.longest < 2:                               # 0 and 1 would be compiled as constants
             return self.model(tokens, cache=cache)
-        return self.replay(tokens, cache) if self.device.type == "cuda" else self.run(tokens, cache)
+        return self.replay(tokens, cache) if self.on_gpu else self.run(tokens, cache)
 
     def run(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """One step of compiled code."""
@@ -47,7 +61,7 @@ class CompiledStep:
         self.known.add(kind)
         with ExitStack() as settings:                       # costs a tenth of a step: only where something is compiled
             settings.enter_context(torch.compiler.config.patch(dynamic_sources="L['cache'].longest"))     # type: ignore[attr-defined]
-            if self.device.type == "cpu":
+            if self.model.embed.weight.is_cpu:
                 settings.enter_context(inductor.patch(PACKED))
                 settings.enter_context(redirect_stderr(io.StringIO()))          # there the compiler prints what it has timed
             return self.compiled(tokens, cache=cache)
@@ -55,10 +69,10 @@ class CompiledStep:
     def replay(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """The captured step, or, where the cache has grown or is another one, a step and its capture."""
         if cache is not self.cache:
+            self.adopt(cache)
+        if not cache.ragged:
             cache.count()                                   # a graph is told positions by a tensor
-            cache.grain = GRAIN
-            self.cache, self.graphs, self.tokens = cache, {}, tokens.clone()
-        self.tokens.copy_(tokens)
+        self.tokens = tokens.clone() if self.tokens is None else self.tokens.copy_(tokens)
         if (reach := self.reach(cache)) in self.graphs:
             graph, logits = self.graphs[reach]
             graph.replay()

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from model.gpt import GPT
 from model.kv_cache import KVCache
+
+if TYPE_CHECKING:                                   # it loads the compiler
+    from model.compiled import CompiledStep
 
 DRAWS = 256             # random numbers that a row draws at a time
 
@@ -29,14 +33,14 @@ class Sampling:
 def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling = Sampling(), *,
              seed: int = 0, ends: Collection[int] = (), slide: bool = False, n_tokens: int | None = None, batch_size: int = 32,
              wanted: Callable[[int], bool] = lambda row: True,
-             step: Callable[[Tensor, KVCache], Tensor] | None = None) -> Iterator[dict[int, int]]:
+             step: "CompiledStep | None" = None) -> Iterator[dict[int, int]]:
     """Continue every prompt; yields the next token of each row that is being continued, by its number among `prompts`.
 
     At most `batch_size` rows are continued at a time, and as one ends, the next prompt takes its place at once (continuous batching, Yu
     et al. 2022, "Orca", section 3). Row r draws from (seed, r) alone, so what it says does not depend on its neighbours.
     A row ends after `max_tokens`, behind one of the tokens `ends`, when it is no longer `wanted`, or when its text fills n_ctx; with
     `slide` it then forgets all but its newest half and goes on.
-    `step`: makes the logits in the model's place once prompts are read, of as many rows throughout: model/compiled.py.
+    `step`: makes the logits in the model's place once prompts are read, of as many rows throughout.
     `n_tokens`: choose among the first so many ids, where the model's vocabulary is larger than the tokenizer's.
     Raises ValueError for an empty prompt, and without `slide` for one longer than n_ctx.
     """
@@ -57,7 +61,7 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, samp
             rows[n].fit(n_ctx)
         if cache is None or len(unread) == len(rows):       # equal rows that begin together need no masks
             cache = None                                    # frees the old one first
-            cache, logits = prefill(model, rows, capacity)
+            cache, logits = prefill(model, rows, capacity, step)
             if step and waiting and len(rows) > 1:
                 cache.count()                               # they will be ragged: compile that at once
         else:
@@ -117,13 +121,13 @@ def uniform_numbers(seed: int, row: int) -> Iterator[np.float32]:
         yield from random.random(DRAWS, np.float32)
 
 
-def prefill(model: GPT, rows: Sequence[Row], capacity: int) -> tuple[KVCache, Tensor]:
+def prefill(model: GPT, rows: Sequence[Row], capacity: int, step: "CompiledStep | None" = None) -> tuple[KVCache, Tensor]:
     """Read what rows of any lengths hold in one pass: a cache of that capacity, and each row's next logits (B, V)."""
     device, texts = model.embed.weight.device, [row.held for row in rows]
     lengths = torch.tensor([len(text) for text in texts], device=device)
     T = max(map(len, texts))
     tokens = torch.tensor([text + [0] * (T - len(text)) for text in texts], device=device)              # padded on the right
-    cache = KVCache(model.config, len(rows), capacity, model.compute_dtype, device)
+    cache = step.new_cache(len(rows), capacity) if step else KVCache(model.config, len(rows), capacity, model.compute_dtype, device)
     hidden = model.hidden(tokens, cache=cache, lengths=None if bool((lengths == T).all()) else lengths)
     return cache, model.unembed(hidden[torch.arange(len(rows), device=device), lengths - 1])
 

@@ -70,6 +70,12 @@ class KVCache:
         self._lengths[rows] = other.lengths
         self.longest = int(self._lengths.max())
 
+    def reset(self) -> None:
+        """Forget everything."""
+        self.longest, self.ragged = 0, False
+        for key in self.last_raw_key:
+            key.zero_()
+
     def clear(self, rows: Sequence[int]) -> None:
         """Forget what the sequences `rows` hold."""
         self.count()

@@ -76,10 +76,12 @@ def test_captured_steps_say_what_the_model_says(shape, slide, monkeypatch):
     expected = said_alone(model, slide)
     for batch_size in (1, 3, 8):
         step = CompiledStep(model)
-        step.device = torch.device("cuda")
+        step.on_gpu = True
         captured.append(step)
         assert said_together(model, slide, batch_size, step) == expected, batch_size
-        assert step.graphs
+        cache, graphs = step.cache, dict(step.graphs)
+        assert said_together(model, slide, batch_size, step) == expected, batch_size
+        assert step.cache is cache and graphs and graphs.items() <= step.graphs.items()
 
 
 def test_without_a_compiler(trained, tmp_path):
