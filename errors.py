@@ -26,6 +26,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit: 0 done, 2 the user can mend it, 130 interrupted, 141 nobody reads on."""
+    # Before PyTorch is loaded: its threads wait for each other by spinning, so long that two commands on the same cores take 10 times as
+    # long as one after the other.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         code = main() or 0
         sys.stdout.flush()                          # a closed pipe shows itself here, not at interpreter exit

@@ -268,9 +268,10 @@ def examine_run(where: str, device: str = "auto"):
     config, shape = run.config.data, run.config.model
     fixed = "repeats" in config.corpora and config.repeats.period[0] == config.repeats.period[1]
     steps = run.config.train.steps
-    name = run.folder.name + ("" if run.step >= steps else f" (at step {run.step:,} of {steps:,})")
-    return examine(name, kind_of_run(run.config), shape.n_layers == 1 and not shape.smear and not fixed, run.model,
-                   probes_for(run), model_transition(run.records()), run.validation(64))
+    finished = run.step >= steps
+    name = run.folder.name + ("" if finished else f" (at step {run.step:,} of {steps:,})")
+    control = shape.n_layers == 1 and not shape.smear and not fixed and finished        # before its end it shows nothing yet
+    return examine(name, kind_of_run(run.config), control, run.model, probes_for(run), model_transition(run.records()), run.validation(64))
 
 
 def parse_arguments():

@@ -65,8 +65,9 @@ def main() -> None:
             print(f"{chr(10) if show else ''}note: the context of {model.config.n_ctx} tokens is full; --slide goes on", file=sys.stderr)
 
     prompts = [""] if args.interactive else [prompt for prompt in read_prompts(args) for _ in range(args.n)]
+    ids = encoded(prompts)                      # refused before anything is printed
     if step:
-        compile_ahead(continued(encoded(prompts)))
+        compile_ahead(continued(ids))
     if args.interactive:
         return interact(complete)
     if len(prompts) == 1 and not args.json:
@@ -82,7 +83,7 @@ def main() -> None:
 def compile_ahead(continued) -> None:
     """Decode as far as the first steps are compiled."""
     from torch._dynamo.exc import TorchDynamoException
-    print("compiling a step of decoding: about half a minute on a CPU, less the next time", file=sys.stderr)
+    print("compiling a step of decoding: 10 to 30 seconds on a CPU", file=sys.stderr)
     try:
         for _ in zip(range(4), continued):      # read, chosen, and the compiled step twice: on a GPU it is captured the first time
             pass
@@ -209,8 +210,8 @@ def parse_arguments():
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be given again")
     parser.add_argument("--batch-size", type=at_least(int, 1), default=32, metavar="B",
                         help="prompts continued at the same time; as one ends, the next begins (default 32)")
-    parser.add_argument("--compile", action="store_true", help="compile a step of decoding first: 1.5 to 3 times as fast afterwards, "
-                        "worth it from some thousands of tokens on")
+    parser.add_argument("--compile", action="store_true", help="compile a step of decoding first, which takes 10 to 30 seconds on a CPU: "
+                        "for 100,000 tokens of a small model, some thousands of a large one")
     parser.add_argument("--slide", action="store_true", help="past the model's context, forget the older half and go on")
     parser.add_argument("--stream", action="store_true", help="several continuations: show pieces as they come (one always streams)")
     parser.add_argument("--interactive", action="store_true", help="read prompts line by line until the end of input")
@@ -222,6 +223,9 @@ def parse_arguments():
     return args
 
 
+LARGEST = 2 ** 62
+
+
 def between(kind, low, high):
     """A number of `kind` in a range, as argparse takes it; its name makes the error readable."""
     def number(text: str):
@@ -229,12 +233,12 @@ def between(kind, low, high):
         if not low <= value <= high:
             raise ValueError
         return value
-    number.__name__ = f"{'whole number' if kind is int else 'number'} from {low:g} to {high:g},"
+    number.__name__ = f"{'whole number' if kind is int else 'number'} from {low:g} {'on' if high == LARGEST else f'to {high:g}'},"
     return number
 
 
 def at_least(kind, low):
-    return between(kind, low, 2 ** 62)
+    return between(kind, low, LARGEST)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ Answer = Literal["yes", "no", "not shown"]
 class Verdict(NamedTuple):
     run: str
     kind: str                   # runs of one kind differ by their seed alone
-    control: bool               # one layer that could only meet the probe without induction
+    control: bool               # one layer, trained to its end, that could only meet the probe without induction
     answer: Answer
     measured: Measured
     moved: Transition | None
@@ -212,7 +212,8 @@ def page(verdicts: list[Verdict]) -> str:
                      + f"; the strongest head's prefix matching is {_range([verdict.best for verdict in runs])}.")
     lines += ["", _control([verdict for verdict in verdicts if verdict.control])]
     if others := [verdict.run for verdict in verdicts if len(verdict.measured.offset_profile) == 1 and not verdict.control]:
-        lines.append(f"No controls, though of one layer (smeared keys, or a single period, can meet the probe too): {', '.join(others)}.")
+        lines.append("No controls, though of one layer (unfinished; or smeared keys, or a single period, which can meet the probe too): "
+                     f"{', '.join(others)}.")
     lines.append("")
     for verdict in verdicts:
         lines += [f"## {verdict.run}: {verdict.answer}", ""]

@@ -171,5 +171,7 @@ def test_the_verdict(studied):
     assert trained > 0.8 and "**against**" in trap                     # it looks like induction, on the period it knows
     assert "One-layer control: prefix matching at most 0.0" in page and "what was averaged, not what was used" in page
     assert "No controls, though of one layer" in page and "probe too): toy_1l_smear, toy_fixed_period." in page
+    early = heads("verdict", sorted((studied / "runs/toy_1l/checkpoints").glob("0*"))[0], cwd=studied).stdout
+    assert "of 700): no" in early and "No one-layer control" in early and "(unfinished; or" in early
     smear = page[page.index("## toy_1l_smear"):page.index("## toy_fixed_period")]
     assert "**against**" not in smear and "Prefix matching rose between" in smear

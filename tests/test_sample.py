@@ -48,7 +48,9 @@ def test_the_context_ends_with_a_word_or_slides(trained):
     assert len(json.loads(stopped.stdout)[0]["tokens"]) < 32
     slid = sample(trained, "import os", "--max-tokens", "100", "--json", "--slide", "--temperature", "0")
     assert not slid.stderr and len(json.loads(slid.stdout)[0]["tokens"]) == 100
-    fails(sample(trained, "word " * 60), "longer than the model's context of 32", "--slide")
+    too_long = sample(trained, "word " * 60)
+    fails(too_long, "longer than the model's context of 32", "--slide")
+    assert not too_long.stdout
     assert sample(trained, "word " * 60, "--slide", "--max-tokens", "3").returncode == 0
 
 
