@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -41,9 +42,9 @@ def main() -> None:
         return generate(model, ids, args.max_tokens, sampling, seed=args.seed, ends=tokenizer.ends, slide=args.slide,
                         n_tokens=tokenizer.n_vocab, batch_size=args.batch_size, step=step, **options)
 
-    def complete(prompts: list[str], show=None, finish=None) -> None:
-        """Continue `prompts`; `show` is given (number of the prompt, text) as text comes, `finish` (number, continuation) as each ends."""
-        rows = [Continuation(tokenizer, args.stop) for _ in prompts]
+    def complete(ids: list[list[int]], show=None, finish=None) -> None:
+        """Continue prompts; `show` is given (number of the prompt, text) as text comes, `finish` (number, continuation) as each ends."""
+        rows = [Continuation(tokenizer, args.stop) for _ in ids]
         going: set[int] = set()
 
         def end(r: int) -> None:
@@ -52,7 +53,7 @@ def main() -> None:
             if finish:
                 finish(r, rows[r])
 
-        for tokens in continued(encoded(prompts), wanted=lambda r: rows[r].ended is None):
+        for tokens in continued(ids, wanted=lambda r: rows[r].ended is None):
             for r in sorted(going - tokens.keys()):
                 end(r)
             going = set(tokens)
@@ -69,15 +70,15 @@ def main() -> None:
     if step:
         compile_ahead(continued(ids))
     if args.interactive:
-        return interact(complete)
+        return interact(lambda prompt, show: complete(encoded([prompt]), show))
     if len(prompts) == 1 and not args.json:
         print(prompts[0], end="", flush=True)
-        complete(prompts, lambda _, text: print(text, end="", flush=True))
+        complete(ids, lambda _, text: print(text, end="", flush=True))
         print()
     elif args.stream and not args.json:
-        complete(prompts, lambda r, text: print(f"[{r}] {text!r}", flush=True))
+        complete(ids, lambda r, text: print(f"[{r}] {text!r}", flush=True))
     else:
-        in_order(prompts, complete, args.json)
+        in_order(prompts, partial(complete, ids), args.json)
 
 
 def compile_ahead(continued) -> None:
@@ -114,7 +115,7 @@ def in_order(prompts: list[str], complete, as_json: bool) -> None:
 
     # On a terminal the continuations themselves show how far it is.
     with tqdm(total=len(prompts), unit=" prompts", delay=2, leave=False, disable=sys.stdout.isatty()) as bar:
-        complete(prompts, finish=finish)
+        complete(finish=finish)
     print(last, end="")
     if not as_json:
         print(f"{tokens} tokens, {tokens / (time.monotonic() - started):.0f} tokens/s", file=sys.stderr)
@@ -173,7 +174,7 @@ def interact(complete) -> None:
             continue
         print(prompt, end="", flush=True)
         try:
-            complete([prompt], lambda _, text: print(text, end="", flush=True))
+            complete(prompt, lambda _, text: print(text, end="", flush=True))
         except UserError as error:
             print(f"\nerror: {error}", file=sys.stderr, end="")
         print(flush=True)

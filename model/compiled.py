@@ -38,7 +38,7 @@ class CompiledStep:
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache: where its shape is that of the newest, that one again, so that what has been captured stays good."""
         cache = self.cache
-        if cache is None or (len(cache.lengths), cache.capacity) != (batch, capacity):
+        if cache is None or (cache.keys[0].shape[0], cache.capacity) != (batch, capacity):
             cache = KVCache(self.model.config, batch, capacity, self.model.compute_dtype, self.model.embed.weight.device)
             self.adopt(cache)
         cache.reset()
