@@ -13,7 +13,7 @@ from kernels.reference import attention_pattern
 from model.config import ModelConfig
 from model.kv_cache import KVCache
 from model.position import rotate
-from model.taps import NO_TAPS, Taps
+from model.taps import Taps
 
 
 class Linear(nn.Linear):
@@ -90,11 +90,11 @@ NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layern
 class Context:
     """What one forward pass tells every layer besides the residual stream."""
 
+    taps: Taps                          # who looks at activations
     rotation: Tensor | None = None      # rope_table at the tokens' positions: (2, T, D) or, ragged, (2, B, 1, T, D); D or rope_dims
     segments: Tensor | None = None      # (B, T): documents that must not see each other
     cache: KVCache | None = None
     backend: str = "auto"              # kernels.attention's, while training
-    taps: Taps = NO_TAPS                # who looks at activations
 
 
 class CausalSelfAttention(nn.Module):

@@ -55,16 +55,17 @@ class CompiledStep:
 
     def run(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """One step of compiled code."""
-        wrapped = tuple(cache.longest + 1 >= keys.shape[2] for keys in cache.keys)
-        if (kind := (cache.keys[0].shape, cache.ragged, wrapped)) in self.known:
-            return self.compiled(tokens, cache=cache)
-        self.known.add(kind)
-        with ExitStack() as settings:                       # costs a tenth of a step: only where something is compiled
-            settings.enter_context(torch.compiler.config.patch(dynamic_sources="L['cache'].longest"))     # type: ignore[attr-defined]
-            if self.model.embed.weight.is_cpu:
-                settings.enter_context(inductor.patch(PACKED))
-                settings.enter_context(redirect_stderr(io.StringIO()))          # there the compiler prints what it has timed
-            return self.compiled(tokens, cache=cache)
+        longest, wrapped = cache.longest, tuple(cache.longest + 1 >= keys.shape[2] for keys in cache.keys)
+        with ExitStack() as settings:
+            if (kind := (cache.keys[0].shape, cache.ragged, wrapped)) not in self.known:        # the settings cost a tenth of a step
+                self.known.add(kind)
+                settings.enter_context(torch.compiler.config.patch(dynamic_sources="L['cache'].longest"))     # type: ignore[attr-defined]
+                if self.model.embed.weight.is_cpu:
+                    settings.enter_context(inductor.patch(PACKED))
+                    settings.enter_context(redirect_stderr(io.StringIO()))      # there the compiler prints what it has timed
+            logits = self.compiled(tokens, cache=cache)
+        cache.longest = min(longest + 1, cache.capacity)    # again: PyTorch 2.13 forgets attributes set after flex_attention
+        return logits
 
     def replay(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """The captured step, or, where the cache has grown or is another one, a step and its capture."""

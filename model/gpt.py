@@ -101,7 +101,7 @@ class GPT(nn.Module):
         if isinstance(positions, slice) and positions.stop > self.config.n_ctx:
             raise ValueError(f"{positions.stop} tokens are more than model.n_ctx={self.config.n_ctx}")
         x = self.embed(tokens)                                                      # (B, T, E)
-        context = Context(segments=segments, cache=cache, backend=self.attention_backend, taps=taps_of(self))
+        context = Context(taps_of(self), segments=segments, cache=cache, backend=self.attention_backend)
         match self.config.position:
             case "rope":
                 context.rotation = self._at(self.rope, positions)

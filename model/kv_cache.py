@@ -104,14 +104,14 @@ class KVCache:
         if self.longest == 0:                                       # prefill; padding lies behind what a real query sees
             self._store(layer, k, v)
             return attention(q, k, v, window=window)
-        at = self._query_positions()
-        if T == 1:                                                  # a ring of `window` slots is exactly what one query sees
+        if T == 1:                                  # a ring is what one query sees: its slots so far, all of them once it has wrapped
             self._store(layer, k, v)
+            if not self.ragged and self.new is None:
+                return attention(q, self.keys[layer], self.values[layer])
             n = self.reach(slots)
-            held = self._slot_positions(slots, self.lengths + self._counts())[:, :n]
-            return decode(q, self.keys[layer][:, :, :n], self.values[layer][:, :, :n], at, held, window=window)
+            return decode(q, self.keys[layer][:, :, :n], self.values[layer][:, :, :n], self.lengths[:, None])
         # Several tokens may overwrite slots that the first of them still has to see: look before storing.
-        padding = torch.arange(T, device=q.device) >= self._counts()[:, None]
+        at, padding = self._query_positions(), torch.arange(T, device=q.device) >= self._counts()[:, None]
         held = self._slot_positions(slots, self.lengths)
         z = decode(q, torch.cat([self.keys[layer], k], 2), torch.cat([self.values[layer], v], 2), at,
                    torch.cat([held, at.masked_fill(padding, -1)], 1), window=window)

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from model import cross_entropy
+from model.attention import Context
 from model.config import ModelConfig, RopeScaling
 from model.gpt import GPT
 from model.kv_cache import KVCache
 from model.position import rope_table, rotate, sinusoidal_table
+from model.taps import NO_TAPS
 
 KINDS = {
     "rope": {}, "learned": {"position": "learned"}, "sinusoidal": {"position": "sinusoidal"}, "none": {"position": "none"},
@@ -127,8 +129,7 @@ def test_sinusoids_are_those_of_the_paper():
 def test_smeared_keys_are_those_of_the_paper():
     model = make(smear=True, n_layers=1)
     attn, k = model.blocks[0].attn, torch.randn(1, 2, 5, 8)
-    from model.attention import Context
-    smeared = attn.smear(k, Context())
+    smeared = attn.smear(k, Context(NO_TAPS))
     share = 1 / (1 + math.exp(-attn.smear_alpha[1].item()))
     assert torch.allclose(smeared[0, 1, 3], share * k[0, 1, 3] + (1 - share) * k[0, 1, 2], atol=1e-6)
     assert torch.allclose(smeared[0, 1, 0], share * k[0, 1, 0], atol=1e-6)
