@@ -118,7 +118,8 @@ def read_file(path: str | Path) -> dict:
         here = {p.name: p for p in folder.glob("*") if p.is_dir() or p.suffix == ".yaml"}
         near = difflib.get_close_matches(Path(path).name, list(here), 1)
         found = [here[near[0]]] if near else sorted(Path("configs").glob(f"**/{Path(path).stem}.yaml"))
-        raise UserError(f"{path}: no such file" + (f"; did you mean {found[0]}?" if found else "")) from None
+        fix = f"did you mean {found[0]}?" if found else "python train.py lists the configs"
+        raise UserError(f"{path}: no such file; {fix}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(tree, dict):
@@ -200,6 +201,8 @@ def _mistakes(e: Mapping[str, Any], kind: type[Settings]) -> Iterator[tuple[list
     elif e["type"] == "list_type":
         shown = _shown.repr(e["input"])
         yield [key], f"{key}={shown} must be a list (try {key}='[{shown.strip(chr(39))}]')"
+    elif e["type"] == "string_pattern_mismatch":                # of a name
+        yield [key], f"{key}={_shown.repr(e['input'])}: letters, digits, '.', '_' and '-' are allowed, the first a letter or digit"
     else:
         yield [key], f"{key}={_shown.repr(e['input'])}: {cause or e['msg'][0].lower() + e['msg'][1:]}"
 

@@ -102,7 +102,8 @@ def matching_files(patterns: Iterable[str]) -> list[Path]:
         matches = [Path(p) for p in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(p)]
         matches = [path for path in matches if not is_ours(path.parent)]
         if not matches:
-            advice = f"it is a folder: try {pattern.rstrip('/')}/**/*.txt" if os.path.isdir(pattern) else f"looked from {os.getcwd()}"
+            advice = (f"it is a folder: try {pattern.rstrip('/')}/**/*.txt" if os.path.isdir(pattern) else
+                      f"looked from {os.getcwd()}; your own text: data.files='[my.txt]'")
             raise UserError(f"data.files: no file matches {pattern!r} ({advice})")
         if packed := [path for path in matches if path.suffix.lower() in PACKED]:
             raise UserError(f"data.files: {packed[0]} is packed: unpack it first (.gz, .bz2 and .xz are read as they are)")
