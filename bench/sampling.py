@@ -163,7 +163,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="tokens decoded a round (default 48)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds whose median counts (default 3)")
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 8192], help="tokens already read (default 256 1024 8192)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], help="rows decoded together (default 1 8 64)")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64],
+                        help="rows decoded together (default 1 8 64); 1 alone leaves out the many prompts")
     parser.add_argument("--shape", choices=list(SHAPES), action="append", help="default: small and gpt2-small, on a GPU 1b too")
     parser.add_argument("--eager", action="store_true", help="without the compiled arm, which compiles every batch for half a minute")
     args = parser.parse_args()
@@ -186,7 +187,7 @@ def main() -> None:
                 print(lines(batch, context, found, floor), flush=True)
                 rows.append({"model": name, "batch": batch, "context": context, "floor_ms": floor, "sides": found})
             said = sum(many_prompts()[1])
-            for arm in arms:
+            for arm in arms if max(args.batches) > 1 else []:
                 sizes = (1, 8, 32)
                 for size in sizes:
                     sides[arm]("many", size)                    # warm, and compiled
