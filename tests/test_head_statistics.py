@@ -41,7 +41,7 @@ def by_hand(pattern: torch.Tensor, tokens: torch.Tensor, segments: torch.Tensor 
 def agree(found: HeadStatistics, expected: HeadStatistics, tolerance: float, what: str = "") -> None:
     for name, a, b in zip(HeadStatistics._fields, found, expected):
         assert a.shape == b.shape and a.dtype == torch.float32, name
-        scale = max(1, b.abs().max().item()) if name == "distance" else 1
+        scale = max(8, b.abs().max().item()) if name == "distance" else 1       # gaps are counted from a tile's edge, some 64 tokens
         assert torch.allclose(a.double().cpu(), b, atol=tolerance * scale, rtol=0), f"{name} {what}: {(a.cpu() - b).abs().max():.1e}"
 
 
@@ -58,6 +58,7 @@ def cases(draw):
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=20, deadline=None)
 @given(cases())
+@example((Case(37, 67, 24, K=2, groups=2, window=2, seed=97), 1))       # distances of 1 at positions of 67
 @example((Case(40, 55, 16), 1))             # whole tiles end just at the first query, which is no duplicate of itself
 def test_statistics_are_their_definitions(backend, drawn):
     case, vocabulary = drawn
