@@ -39,7 +39,7 @@ def statistics_rows(q, q_strides, k, k_strides, lse, tokens, before, out, segmen
     q_tile = load_tile(q, q_strides, batch, head, start_row, T, D, ROWS, DIMS, TMA)
     follows, repeats, information, distance = (tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32),
                                                tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32))
-    column = tl.arange(0, COLUMNS)
+    column, place = tl.arange(0, COLUMNS), position.to(tl.float32)
     for part in tl.static_range(2 if SEGMENTS else 0 if WINDOW else 1, 3):
         part_start, part_stop = part_of(part, start, whole_start, whole_stop, stop)
         for n in tl.range(part_start, part_stop, COLUMNS):
@@ -54,15 +54,14 @@ def statistics_rows(q, q_strides, k, k_strides, lse, tokens, before, out, segmen
             follows += tl.sum(tl.where(token[:, None] == tl.load(before + key)[None, :], weights, 0.0), 1)
             repeats += tl.sum(tl.where(repeat, weights, 0.0), 1)
             information += tl.sum(weights * bits, 1)
-            gap = (here - n).to(tl.float32) - column.to(tl.float32)             # from the tile's first row, not from each row
-            distance += tl.sum(weights * gap[None, :], 1)
+            distance += tl.sum(weights * (place[:, None] - key.to(tl.float32)[None, :]), 1)
 
     plane = tl.num_programs(0).to(tl.int64) * T
     at = out + tl.program_id(0).to(tl.int64) * T + row
     tl.store(at, follows, mask=row < T)
     tl.store(at + plane, repeats, mask=row < T)
     tl.store(at + 4 * plane, information * -LN_2, mask=row < T)
-    tl.store(at + 5 * plane, distance + (position - here).to(tl.float32), mask=row < T)         # rows sum to 1
+    tl.store(at + 5 * plane, distance, mask=row < T)
 
 
 @triton.jit(do_not_specialize=VARYING)
