@@ -1,25 +1,44 @@
-"""What the tests share: a small real corpus, small real runs, and commands run as a user would."""
+"""What the tests share: a small real corpus, small real runs, and a limit that only a test that hangs meets."""
 
 import json
 import os
+import shutil
 import subprocess
-import sys
 import sysconfig
+import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from commands import command, started
+from filelock import FileLock
+from hypothesis import settings
 
 if not find_spec("triton"):                     # macOS, Windows: everything but the kernels
     collect_ignore = [f"test_{name}.py" for name in ("ahead_of_time", "decode", "flash", "gpu", "head_statistics", "operators")]
 elif not torch.cuda.is_available():
     import interpreter  # noqa: F401          so that the kernels run on the CPU
 
-ROOT = Path(__file__).parent.parent
-torch.set_num_threads(1)                        # the same bits on every machine
-os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # two workers on two cores
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+os.environ |= {"WANDB_MODE": "disabled", "WANDB__SERVICE_WAIT": "600", "TOKENIZERS_PARALLELISM": "false"}
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
+
+
+def slowness() -> float:
+    """How much longer a piece of work takes here and now than on an idle core of 2026; at least 1."""
+    began = time.perf_counter()
+    sum(n * n % 7 for n in range(2_000_000))
+    return max(1.0, (time.perf_counter() - began) / 0.15)
+
+
+# The one limit on time: seconds after which a test, or the making of what it needs, is taken to hang (by pytest-timeout). On two idle cores
+# the longest test takes a minute, of `make test-kernels` a quarter of an hour. It is set once, by the process that starts the workers.
+os.environ.setdefault("PYTEST_TIMEOUT", str(round(1800 * slowness())))
 
 TINY = {
     "run": "tiny", "seed": 1,
@@ -50,31 +69,47 @@ def make_workplace(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Path:
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`made_once("name", make)`: a workplace in which `make` has run, in one of pytest's workers for all of them."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        folder, ready = shared / name, shared / f"{name}.ready"
+        with FileLock(shared / f"{name}.lock"):
+            if not ready.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make_workplace(folder)
+                make(folder)
+                ready.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def trained(made_once) -> Path:
     """A finished run of tiny.yaml: the folder runs/tiny. Tests must not change it."""
-    folder = tmp_path_factory.mktemp("trained")
-    make_workplace(folder)
-    done = command("train.py", "tiny.yaml", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder / "runs" / "tiny"
+    def train(folder: Path) -> None:
+        done = command("train.py", "tiny.yaml", cwd=folder)
+        assert done.returncode == 0, done.stderr
+
+    return made_once("trained", train) / "runs" / "tiny"
 
 
-def command(script: str, *arguments: str, cwd: Path | None = None, **options) -> subprocess.CompletedProcess:
-    """Run a script of the repository (or `-m module`) in its own process."""
-    start = ["-m", script.removeprefix("-m ")] if script.startswith("-m ") else [str(ROOT / script)]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
-    return subprocess.run([sys.executable, *start, *map(str, arguments)], cwd=cwd, env=environment,
-                          capture_output=True, text=True, timeout=options.pop("timeout", 120), **options)
-
-
-def fails(done: subprocess.CompletedProcess, *words: str) -> None:
-    """Assert that a command ended as user errors do: exit code 2, one or two lines a mistake, no traceback, `words` in them."""
-    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-    assert "Traceback" not in done.stderr
-    message = done.stderr[done.stderr.index("error: "):]
-    assert len(message.strip().splitlines()) <= 2, message
-    for word in words:
-        assert word in message, message
+@pytest.fixture(autouse=True)
+def nothing_left_running():
+    """A process that a failed test leaves behind would take a core from those that follow."""
+    yield
+    for process in started:
+        if process.poll() is None:
+            process.terminate()                 # which torchrun passes on
+            try:
+                process.communicate(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    started.clear()
 
 
 def metrics(run: Path) -> dict[int, dict]:

@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from conftest import ROOT, command
+from commands import ROOT, command
 
 from kernels.launch import TILES
 
 
 def compiled(tmp_path, *arguments: str) -> list[dict]:
-    done = command("-m kernels.ahead_of_time", "--json", tmp_path / "rows.json", *arguments, timeout=1800)
+    done = command("-m kernels.ahead_of_time", "--json", tmp_path / "rows.json", *arguments)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     return json.loads((tmp_path / "rows.json").read_text())

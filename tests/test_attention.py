@@ -45,7 +45,7 @@ def cases(draw):
     return K * groups, K, T, S, causal, window, segments, scale, draw(st.integers(0, 99))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(cases())
 def test_every_backend_is_the_formula(case):
     H, K, T, S, causal, window, segments, scale, seed = case

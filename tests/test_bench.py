@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, command
+from commands import ROOT, command
 from PIL import Image
 
 from bench.study import spread
@@ -98,7 +98,7 @@ study.STUDIES["toy"] = (2, [study.Arm(name, name, ("train.steps=3", "heads.every
 study.main()
 """)
     for trained in (2, 0):
-        done = subprocess.run([sys.executable, "study.py"], capture_output=True, text=True, timeout=120,
+        done = subprocess.run([sys.executable, "study.py"], capture_output=True, text=True,
                               env=os.environ | {"PYTHONPATH": str(ROOT)})
         assert done.returncode == 0, done.stderr
         assert done.stdout.count(" left") == trained and "| `toy_1l_smear` | 0 of 1 |" in done.stdout, done.stdout

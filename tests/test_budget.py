@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, command, fails
+from commands import ROOT, command, fails
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 

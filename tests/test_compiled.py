@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import command, fails
+from commands import command, fails
 from test_model import make
 from test_sample import SHAPES, said_alone, said_together
 from torch._dynamo.utils import counters

@@ -7,23 +7,22 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, fails, metrics
+from commands import ROOT, command, environment, fails, start, wait_until
+from conftest import metrics
 
 from training.checkpoint import find_checkpoint, load_model, load_optimizer
 
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TORCHRUN = ["-m", "torch.distributed.run"]
 FOUR = pytest.param(4, marks=pytest.mark.faults)
 
 
 def torchrun(processes: int, *arguments: str, script: Path = ROOT / "train.py") -> subprocess.CompletedProcess:
-    return subprocess.run([*TORCHRUN, "--standalone", f"--nproc-per-node={processes}", str(script), *arguments],
-                          env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    return subprocess.run([sys.executable, *TORCHRUN, "--standalone", f"--nproc-per-node={processes}", str(script), *arguments],
+                          env=environment(), capture_output=True, text=True)
 
 
 def trained(processes: int, *arguments: str) -> str:
@@ -32,18 +31,30 @@ def trained(processes: int, *arguments: str) -> str:
     return done.stdout
 
 
-def same_run(a: Path, b: Path, first: int = 1) -> None:
+# Processes sum in another order, and float32 keeps a loss of 6 nats to 5e-7. From zero-initialised projections such differences grow: some
+# gradients there are nothing but rounding, which Muon scales to full-size updates. Two runs of *one* process that differ only in
+# train.micro_batch were 2e-4 nats apart after 20 steps. From random projections they do not grow: losses at most 1e-6 apart, gradient norms
+# 2e-6, tensors 6e-5 of their norm, over 4 seeds and the CPU's avx512, avx2 and default kernels, in one process and in two.
+STEADY = "model.zero_init=false"
+
+
+def same_run(a: Path, b: Path) -> None:
     """Both runs' measurements agree to 1e-5 of a nat over 20 steps, gradient norms to 1e-4."""
     left, right = metrics(a), metrics(b)
     assert list(left) == list(right) == list(range(1, 21))
-    for step in range(first, 21):
+    for step in range(1, 21):
         assert left[step].keys() == right[step].keys()
         for key in left[step].keys() & {"train/loss", "val/loss", "repeat/loss_first", "repeat/loss_second"}:
             assert left[step][key] == pytest.approx(right[step][key], abs=1e-5), (step, key)
         assert left[step]["train/grad_norm"] == pytest.approx(right[step]["train/grad_norm"], rel=1e-4)
+    one, many = checkpoint_tensors(a), checkpoint_tensors(b)
+    assert one.keys() == many.keys()
+    for name in one:
+        assert (one[name] - many[name]).norm() <= 1e-3 * one[name].norm(), name
 
 
 def checkpoint_tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Weights, and everything that the optimizer remembers."""
     checkpoint = find_checkpoint(run)
     return dict(load_model(checkpoint)[0].named_parameters()) | load_optimizer(checkpoint)
 
@@ -52,21 +63,19 @@ def checkpoint_tensors(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_several_processes_train_the_model_of_one(workplace, kind, processes):
     """Muon and AdamW, accumulation, packed documents, evaluation and heads; fully sharded with activations computed again."""
-    shape = ["tiny.yaml", "train.steps=20", "train.micro_batch=1", "data.mask_documents=true", "model.d_mlp=40"]
+    shape = ["tiny.yaml", STEADY, "train.steps=20", "train.micro_batch=1", "data.mask_documents=true", "model.d_mlp=40"]
     trained(1, *shape, "run=one")
     said = trained(processes, *shape, "run=many", f"distributed={kind}", f"train.checkpoint_activations={str(kind == 'fsdp').lower()}")
     assert f"{processes} processes ({kind}) × {8 // processes} × 1 windows a step" in said
     same_run(Path("runs/one"), Path("runs/many"))
-    one, many = checkpoint_tensors(Path("runs/one")), checkpoint_tensors(Path("runs/many"))
-    assert one.keys() == many.keys() and all(torch.allclose(one[name], many[name], atol=1e-4) for name in one)
     assert len(list(find_checkpoint("runs/many").glob("model*.safetensors"))) == (processes if kind == "fsdp" else 1)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), *(pytest.param(*pair, marks=pytest.mark.faults) for pair in ((1, 2), (4, 2)))])
 def test_a_run_goes_on_in_another_number_of_processes(workplace, before, after):
-    trained(1, "tiny.yaml", "run=whole", "train.steps=20")
-    trained(before, "tiny.yaml", "run=changed", "train.steps=20", "distributed=fsdp", "checkpoint.background=true", "checkpoint.every=5",
-            "checkpoint.keep=9")
+    trained(1, "tiny.yaml", STEADY, "run=whole", "train.steps=20")
+    trained(before, "tiny.yaml", STEADY, "run=changed", "train.steps=20", "distributed=fsdp", "checkpoint.background=true",
+            "checkpoint.every=5", "checkpoint.keep=9")
     for step in (15, 20):                                           # as if it had been killed behind step 10
         shutil.rmtree(f"runs/changed/checkpoints/{step:06d}")
     assert "continuing" in trained(after, "runs/changed")
@@ -99,12 +108,12 @@ def test_a_mistake_is_said_once(workplace):
 
 # --- processes that die ----------------------------------------------------------------------------------------------
 
+SAVED = Path("runs/tiny/checkpoints/000020/manifest.json")
 LONG = ("tiny.yaml", "train.steps=100000", "eval.every=0", "heads.every=0", "checkpoint.every=20")
 
 
-def start(*arguments: str, options: tuple[str, ...] = ("--standalone", "--nproc-per-node=2")) -> subprocess.Popen:
-    return subprocess.Popen([*TORCHRUN, *options, str(ROOT / "train.py"), *arguments], env=ENVIRONMENT,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def launch(*arguments: str, options: tuple[str, ...] = ("--standalone", "--nproc-per-node=2"), **env: str) -> subprocess.Popen:
+    return start(*TORCHRUN, *options, ROOT / "train.py", *arguments, env=env)
 
 
 def process_of(rank: int, launchers: list[subprocess.Popen]) -> int:
@@ -116,57 +125,49 @@ def process_of(rank: int, launchers: list[subprocess.Popen]) -> int:
     raise AssertionError(f"no process has rank {rank}")
 
 
-def await_file(path: str, processes: list[subprocess.Popen]) -> None:
-    end = time.monotonic() + 120
-    while not Path(path).exists():
-        assert time.monotonic() < end and all(process.poll() is None for process in processes), [p.stdout.read() for p in processes]
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.faults)])
 def test_when_one_dies_the_others_say_so_and_end(workplace, rank):
-    launcher = start(*LONG)
-    await_file("runs/tiny/checkpoints/000020/manifest.json", [launcher])
+    launcher = launch(*LONG)
+    wait_until(SAVED.exists, launcher)
     os.kill(process_of(rank, [launcher]), signal.SIGKILL)
-    began = time.monotonic()
-    output, _ = launcher.communicate(timeout=60)
-    assert time.monotonic() - began < 60 and launcher.returncode != 0
+    output, _ = launcher.communicate()
+    assert launcher.returncode != 0
     assert f"error: process {1 - rank} of 2 has lost another" in output and "torchrun … train.py tiny.yaml" in output
     step = int(find_checkpoint("runs/tiny").name)
     assert command("train.py", "runs/tiny", f"train.steps={step + 2}").returncode == 0         # its lock is free, its files are whole
 
 
 def test_torchrun_starts_all_again_from_the_newest_checkpoint(workplace):
-    launcher = start(*LONG[:1], "train.steps=300", *LONG[2:], "checkpoint.keep=99",
+    launcher = launch(*LONG[:1], "train.steps=300", *LONG[2:], "checkpoint.keep=99",
                      options=("--standalone", "--nproc-per-node=2", "--max-restarts=1"))
-    await_file("runs/tiny/checkpoints/000020/manifest.json", [launcher])
+    wait_until(SAVED.exists, launcher)
     os.kill(process_of(1, [launcher]), signal.SIGKILL)
-    output, _ = launcher.communicate(timeout=120)
+    output, _ = launcher.communicate()
     assert launcher.returncode == 0, output
     assert "continuing runs/tiny" in output and list(metrics(Path("runs/tiny"))) == list(range(1, 301))
 
 
 def test_a_signal_ends_all_behind_the_same_step(workplace):
-    launcher = start(*LONG)
-    await_file("runs/tiny/checkpoints/000020/manifest.json", [launcher])
+    launcher = launch(*LONG)
+    wait_until(SAVED.exists, launcher)
     launcher.send_signal(signal.SIGTERM)                            # torchrun passes it on
-    output, _ = launcher.communicate(timeout=60)
+    output, _ = launcher.communicate()
     assert "SIGTERM: finishing this step" in output and "continue   torchrun --nproc-per-node=2 train.py runs/tiny" in output
     assert int(find_checkpoint("runs/tiny").name) == max(metrics(Path("runs/tiny")))
 
 
-def test_two_machines_meet(workplace, monkeypatch):
+def test_two_machines_meet(workplace):
     """Two launchers on the loopback, as SLURM would start one on each of two machines: docs/distributed.md's recipe."""
-    monkeypatch.setitem(ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meet_at = f"127.0.0.1:{free.getsockname()[1]}"
     recipe = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={meet_at}", "--rdzv-id=7", "--max-restarts=1")
     arguments = (LONG[0], "train.steps=200", *LONG[2:], "distributed=fsdp")
-    machines = [start(*arguments, options=(*recipe, "--local-addr=127.0.0.1")) for _ in range(2)]
-    await_file("runs/tiny/checkpoints/000020/manifest.json", machines)
+    machines = [launch(*arguments, options=(*recipe, "--local-addr=127.0.0.1"), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+                for _ in range(2)]
+    wait_until(SAVED.exists, *machines)
     os.kill(process_of(1, machines), signal.SIGKILL)                # one machine loses its process: both start again
-    outputs = [machine.communicate(timeout=120)[0] for machine in machines]
+    outputs = [machine.communicate()[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     assert sum("continuing runs/tiny" in output for output in outputs) == 1
     assert list(metrics(Path("runs/tiny"))) == list(range(1, 201))

@@ -2,13 +2,10 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from commands import start, wait_until
 from test_prepare import data_config
 
 import data.encode
@@ -41,21 +38,13 @@ def test_processes_end_with_the_one_that_started_them_and_it_says_when_one_is_ki
     Path("p.yaml").write_text("data: {corpus: files, files: [texts/*.txt], tokenizer: bytes, folder: out}")
     script = ("import data.prepare as p; p.SMALL_BYTES, p.PART_BYTES, p.usable_cores = 0, 500_000, lambda: 2\n"
               "if __name__ == '__main__':\n    from errors import run_command; run_command(p.main)")
-    process = subprocess.Popen([sys.executable, "-c", script, "p.yaml"], env=os.environ | {"PYTHONPATH": str(ROOT)},
-                               stderr=subprocess.PIPE, text=True)
-    try:
-        while process.poll() is None and not Path("out/train-00000.npy").exists():
-            time.sleep(0.005)
-        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-                    if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
-        assert len(children) == 2
-        os.kill(process.pid if victim == "parent" else children[0], signal.SIGKILL)
-        said = process.communicate(timeout=30)[1]
-    finally:
-        process.kill()
+    process = start("-c", script, "p.yaml")
+    wait_until(Path("out/train-00000.npy").exists, process)
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
+    assert len(children) == 2
+    os.kill(process.pid if victim == "parent" else children[0], signal.SIGKILL)
+    said = process.communicate()[0]
     if victim == "child":
         assert process.returncode == 2 and "was killed" in said and "Traceback" not in said, said
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}/exe").exists() for pid in children) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not any(Path(f"/proc/{pid}/exe").exists() for pid in children)
+    wait_until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in children))

@@ -41,11 +41,12 @@ def run(case: Case, q, k, v, grad) -> list[torch.Tensor]:
 def check(case: Case) -> None:
     tensors = case.tensors()
     exact, plain = exact_and_plain(case, *tensors)
-    got, again = run(case, *tensors), run(case, *tensors)
+    got = run(case, *tensors)
     for name, g, e, p in zip(NAMES, got, exact, plain):
         assert_as_good(g, e, p, f"{name} of {case}")
     assert_as_good(got[1], exact[1], exact[1].float(), f"lse of {case}")          # float32 whatever the inputs are
-    assert all(torch.equal(a, b) for a, b in zip(got, again)), f"other bits the second time: {case}"
+    if DEVICE != "cpu":                         # where programs run at once, in any order
+        assert all(torch.equal(a, b) for a, b in zip(got, run(case, *tensors))), f"other bits the second time: {case}"
 
 
 # Around tiles of 16, 32, 64 and 128 positions, head sizes that are no powers of two
@@ -100,14 +101,14 @@ def any_case(draw):
                 layout=draw(st.sampled_from(LAYOUTS)), scale=draw(st.none() | st.floats(0.01, 2)), seed=draw(st.integers(0, 99)))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(any_case())
 def test_whatever_is_drawn(case):
     check(case)
 
 
 @pytest.mark.grid
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(any_case())
 def test_whatever_is_drawn_at_length(case):
     check(case)

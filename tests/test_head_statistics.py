@@ -56,7 +56,7 @@ def cases(draw):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(cases())
 @example((Case(37, 67, 24, K=2, groups=2, window=2, seed=97), 1))       # distances of 1 at positions of 67
 @example((Case(40, 55, 16), 1))             # whole tiles end just at the first query, which is no duplicate of itself

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, fails
+from commands import ROOT, command, fails
 from PIL import Image
 from test_scores import dense_scores
 
@@ -152,8 +152,7 @@ def studied(tmp_path_factory) -> Path:
     """Short real runs: two layers, which just form; their one-layer control, as long; smeared keys; the trap."""
     folder = tmp_path_factory.mktemp("studied")
     for name, steps in (("toy_2l", 700), ("toy_1l", 700), ("toy_1l_smear", 400), ("toy_fixed_period", 400)):
-        done = command("train.py", ROOT / f"configs/induction/{name}.yaml", f"train.steps={steps}", "log.wandb=disabled", cwd=folder,
-                       timeout=300)
+        done = command("train.py", ROOT / f"configs/induction/{name}.yaml", f"train.steps={steps}", "log.wandb=disabled", cwd=folder)
         assert done.returncode == 0, done.stderr
     return folder
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, fails, metrics
+from commands import command, fails
+from conftest import metrics
 from theirs import LLAMA3, MODELS, YARN, make_theirs
 
 from errors import UserError

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import command, metrics
+from commands import command
+from conftest import metrics
 
 from training.logger import Metrics
 
@@ -17,7 +18,7 @@ def inspect(run: Path, *options: str) -> list[dict]:
     """The records of an offline wandb run."""
     folder = next((run / "wandb").glob("offline-run-*"))
     done = subprocess.run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, str(folder)],
-                          capture_output=True, text=True, timeout=60, env=os.environ | {"WANDB_ERROR_REPORTING": "false"})
+                          capture_output=True, text=True, env=os.environ | {"WANDB_ERROR_REPORTING": "false"})
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
 

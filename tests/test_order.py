@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import command, fails
+from commands import command, fails
 
 from bench import order
 from data.batches import TextWindows

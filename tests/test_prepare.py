@@ -5,14 +5,12 @@ import gzip
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, command, fails
+from commands import command, fails, start
 
 import data.encode
 import data.prepare
@@ -99,8 +97,7 @@ def test_killed_preparation_continues(workplace):
     script = "import data.prepare as p; p.PART_BYTES = 500_000; from errors import run_command; run_command(p.main)"
     for kill in (True, True, True, False):
         before = len(list(Path("out").glob("train-*.npy")))
-        process = subprocess.Popen([sys.executable, "-c", script, "p.yaml"], env=os.environ | {"PYTHONPATH": str(ROOT)},
-                                   stderr=subprocess.DEVNULL)
+        process = start("-c", script, "p.yaml")
         while kill and process.poll() is None and len(list(Path("out").glob("train-*.npy"))) < before + 2:
             time.sleep(0.005)
         if kill:
@@ -289,9 +286,8 @@ def test_eight_preparations_of_one_folder_make_it_once(workplace):
     Path("texts/long.txt").write_text("\n".join(f"line {n} of a long text, {n * n}" for n in range(100_000)))
     whole = Shards(prepare(data_config(folder="whole")))
     Path("p.yaml").write_text("data: {corpus: files, files: [texts/*.txt], tokenizer: bytes, folder: out, val_fraction: 0.2}")
-    processes = [subprocess.Popen([sys.executable, "-m", "data.prepare", "p.yaml"], env=os.environ | {"PYTHONPATH": str(ROOT)},
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(8)]
-    said = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
+    processes = [start("-m", "data.prepare", "p.yaml") for _ in range(8)]
+    said = [(process.communicate()[0], process.returncode) for process in processes]
     assert Shards("out", verify=True).hash == whole.hash
     assert any(code == 0 for _, code in said)
     for error, code in said:                                # too early, or it was there already

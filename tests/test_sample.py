@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, command, fails
+from commands import ROOT, command, fails
 from test_model import make
 
 from data.tokenizer import bytes_tokenizer

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import yaml
-from conftest import ROOT
+from commands import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 

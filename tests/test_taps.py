@@ -165,7 +165,7 @@ def test_an_exception_leaves_the_model_as_it_was(model):
 
 def test_threads_and_models_do_not_meet(model):
     other, untouched, seen = GPT(CONFIG, seed=4), model(TOKENS), {}
-    ready, looked = threading.Barrier(3, timeout=30), threading.Barrier(3, timeout=30)
+    ready, looked = threading.Barrier(3), threading.Barrier(3)
 
     def look(scale: float) -> None:
         with taps(model, {"embed": lambda x: x * scale}) as cache:

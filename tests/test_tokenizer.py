@@ -84,7 +84,7 @@ def test_encodings_are_found_by_name(monkeypatch, tmp_path):
         "ENCODING_CONSTRUCTORS = {'tiny': tiny}\n")
     import tiktoken.registry as registry
     import tiktoken_ext
-    from conftest import ROOT
+    from commands import ROOT
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     monkeypatch.setattr(tiktoken_ext, "__path__", [*tiktoken_ext.__path__, str(package)])
     monkeypatch.setattr(registry, "ENCODING_CONSTRUCTORS", None)

@@ -1,7 +1,6 @@
 """The real trainer in real processes: finished, extended, started from weights, misused. What breaks it: tests/faults."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, command, fails, metrics
+from commands import ROOT, command, fails, start
+from conftest import TINY, metrics
 from faults.lab import same_bits, weights
 
 from training.checkpoint import find_checkpoint, load_model, whole_checkpoints
@@ -18,11 +18,6 @@ from training.checkpoint import find_checkpoint, load_model, whole_checkpoints
 
 def train(*arguments, cwd=None, **options):
     return command("train.py", *arguments, cwd=cwd, **options)
-
-
-def start(*arguments, cwd: Path) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, ROOT / "train.py", *arguments], cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)},
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def test_a_run_holds_what_the_readme_says(trained):
@@ -99,18 +94,18 @@ def test_micro_batches_precision_masks_and_background_saving_run(workplace):
 
 def test_a_compiled_step_gives_the_same_losses(workplace):
     assert train("tiny.yaml", "run=plain", "train.steps=3", "eval.every=0").returncode == 0
-    done = train("tiny.yaml", "run=fast", "train.steps=3", "eval.every=0", "train.compile=true", timeout=300)
+    done = train("tiny.yaml", "run=fast", "train.steps=3", "eval.every=0", "train.compile=true")
     assert done.returncode == 0, done.stderr
     for step, record in metrics(Path("runs/plain")).items():
         assert metrics(Path("runs/fast"))[step]["train/loss"] == pytest.approx(record["train/loss"], rel=1e-4)
 
 
 def test_a_console_that_is_gone_does_not_end_training(workplace):
-    process = start("tiny.yaml", "train.steps=300", "log.every=1", cwd=workplace)
+    process = start(ROOT / "train.py", "tiny.yaml", "train.steps=300", "log.every=1", cwd=workplace)
     while not process.stdout.readline().startswith("training"):
         pass
     process.stdout.close()                                  # as `| head -1` does
-    assert process.wait(timeout=60) == 0
+    assert process.wait() == 0
     assert find_checkpoint("runs/tiny").name == "000300" and len(metrics(Path("runs/tiny"))) == 300
 
 
@@ -172,7 +167,7 @@ def test_our_kernels_train_the_same_model(workplace):
     losses = []
     for backend, environment in (("sdpa", {}), ("triton", {"TRITON_INTERPRET": "1"})):
         done = command("train.py", "tiny.yaml", f"run={backend}", f"train.attention={backend}", "train.steps=4", "train.batch_tokens=64",
-                       "data.mask_documents=true", "model.window=9", cwd=workplace, env=environment, timeout=300)
+                       "data.mask_documents=true", "model.window=9", cwd=workplace, env=environment)
         assert done.returncode == 0, done.stderr
         losses.append([record["train/loss"] for record in metrics(workplace / "runs" / backend).values() if "train/loss" in record])
     assert len(losses[0]) == 4 and max(abs(a - b) for a, b in zip(*losses)) < 2e-5

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, command, metrics
+from commands import command
+from conftest import TINY, metrics
 from test_logger import inspect
 from test_train import same_bits
 

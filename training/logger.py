@@ -128,13 +128,15 @@ class Wandb:
         if not id_file.exists():
             with whole_file(id_file, "w") as file:
                 json.dump({"id": f"{name}-{secrets.token_hex(4)}"}, file)
-        settings = wandb.Settings(console="off", init_timeout=WANDB_SECONDS, x_transaction_log_flush_interval=1.0)
-        options: dict[str, Any] = {"dir": str(folder), "project": log.project, "name": name, "config": config, "settings": settings,
+        options: dict[str, Any] = {"dir": str(folder), "project": log.project, "name": name, "config": config,
                    "id": json.loads(id_file.read_text())["id"], "resume": "allow"}
         ways: list[Literal["online", "offline"]] = ["online", "offline"] if online else ["offline"]
         for way in ways:
+            settings = wandb.Settings(console="off", x_transaction_log_flush_interval=1.0)
+            if way == "online":                     # offline only wandb's own process is waited for, which a busy machine makes slow
+                settings.init_timeout = WANDB_SECONDS
             try:
-                self.run = wandb.init(mode=way, **options)
+                self.run = wandb.init(mode=way, settings=settings, **options)
                 self.run.define_metric("*", step_metric="step")
                 for group in ("heads", "repeat", "icl", "phase"):           # formation is a matter of tokens
                     self.run.define_metric(f"{group}/*", step_metric="tokens")

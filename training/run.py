@@ -315,7 +315,7 @@ def git_revision() -> str | None:
     """The commit this code is at, with + where it was changed since; None outside a repository."""
     def git(*args: str) -> str:
         return subprocess.run(["git", "-C", str(Path(__file__).parent), *args],
-                              capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+                              capture_output=True, text=True, timeout=60, check=True).stdout.strip()
     try:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):

@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import ROOT, command, metrics
+from commands import ROOT, command, start, wait_until
+from conftest import metrics
 
 from data.shards import Shards
 from errors import UserError
@@ -38,14 +38,12 @@ class Lab:
         return self.ended(command(str(BREAKER), moment, str(n), deed, "train.py", *arguments, cwd=self.folder, **options), *codes)
 
     def start(self, *arguments: str, **options) -> subprocess.Popen:
-        return subprocess.Popen([sys.executable, ROOT / "train.py", *arguments], cwd=self.folder, stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True,
-                                env=os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("env", {}), **options)
+        return start(ROOT / "train.py", *arguments, cwd=self.folder, **options)
 
-    def wait_for_a_line(self, run: Path) -> None:
-        """Until it has trained a step."""
-        while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
-            time.sleep(0.05)
+    @staticmethod
+    def wait_for_a_line(run: Path, process: subprocess.Popen) -> None:
+        """Until `process` has trained a step."""
+        wait_until(lambda: (run / "metrics.jsonl").exists() and bool((run / "metrics.jsonl").read_text()), process)
 
     @staticmethod
     def records(run: Path) -> list[dict]:
@@ -57,7 +55,7 @@ class Lab:
         """What an offline wandb run holds, read with wandb's own tool."""
         folder = max((run / "wandb").glob("offline-run-*"))
         done = subprocess.run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)], capture_output=True, text=True,
-                              timeout=60, env=os.environ | {"WANDB_ERROR_REPORTING": "false"})
+                              env=os.environ | {"WANDB_ERROR_REPORTING": "false"})
         assert done.returncode == 0, done.stderr
         records = [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
         return [record for record in records if record.get("type") == "history"]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, command, fails, make_workplace
+from commands import ROOT, command, fails
+from conftest import TINY, make_workplace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -139,7 +140,7 @@ def folder(tmp_path_factory):
     os.chdir(before)
 
 
-OPTIONS = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+OPTIONS = {"suppress_health_check": list(HealthCheck)}
 
 
 def go_through(fault, examples: int) -> dict[str, int]:
@@ -149,9 +150,9 @@ def go_through(fault, examples: int) -> dict[str, int]:
     @given(damaged())
     def each(text: bytes) -> None:
         with fault("damaged config", "in the test's process"):
-            started = time.monotonic()
+            began = time.process_time()
             seen[outcome(text)] += 1
-            assert time.monotonic() - started < 20
+            assert time.process_time() - began < 20
 
     each()
     return seen

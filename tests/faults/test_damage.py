@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import command, fails, metrics
+from commands import command, fails
+from conftest import metrics
 
 from faults.lab import Lab, same_bits
 from training.checkpoint import find_checkpoint, verify, whole_checkpoints

@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+from commands import wait_until
 
 from faults.lab import OFFLINE, SIGNALS, Lab, check_same_run, check_what_is_left, is_left
 from training.checkpoint import whole_checkpoints
@@ -70,9 +71,9 @@ def test_a_signal_saves_and_says_how_to_go_on(lab: Lab, fault, number):
     with fault(number.name, "any moment, by the clock"):
         run = lab / f"runs/told-{number.name}"
         process = lab.start("tiny.yaml", f"run={run.name}", "train.steps=100000", "eval.every=0", "checkpoint.every=0")
-        lab.wait_for_a_line(run)
+        lab.wait_for_a_line(run, process)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate()
         assert process.returncode == 0 and "finishing this step" in output and f"python train.py runs/{run.name}" in output
         check_what_is_left(run)
         saved = int(whole_checkpoints(run / "checkpoints")[-1].name)           # even where it would save nothing else
@@ -84,15 +85,11 @@ def test_wandb_ends_with_the_trainer_that_was_killed(lab: Lab, fault):
     with fault("kill -9", "with wandb's own process beside it"):
         process = lab.start("tiny.yaml", "run=orphan", "train.steps=100000", "eval.every=0", "heads.every=0", "log.wandb=offline",
                             env=OFFLINE)
-        lab.wait_for_a_line(lab / "runs/orphan")
+        lab.wait_for_a_line(lab / "runs/orphan", process)
         assert is_left(process.pid)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        for _ in range(100):
-            if not is_left(process.pid):
-                break
-            time.sleep(0.2)
-        assert not is_left(process.pid)
+        wait_until(lambda: not is_left(process.pid))
 
 
 @pytest.mark.parametrize("group", [pytest.param(False, marks=pytest.mark.faults), True], ids=["the trainer", "everything in the terminal"])
@@ -102,9 +99,9 @@ def test_ctrl_c_with_wandb_saves_too(lab: Lab, fault, group):
         run = lab / f"runs/group-{group}"
         process = lab.start("tiny.yaml", f"run={run.name}", "train.steps=100000", "eval.every=0", "heads.every=0", "log.wandb=offline",
                             env=OFFLINE, start_new_session=True)
-        lab.wait_for_a_line(run)
+        lab.wait_for_a_line(run, process)
         (os.killpg if group else os.kill)(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate()
         assert process.returncode == 0 and "wandb sync" in output, output
         check_what_is_left(run)
         assert len(list(lab.wandb_records(run))) > 0

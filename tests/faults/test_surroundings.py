@@ -1,14 +1,15 @@
 """What happens around a trainer: the disk fills up, folders vanish, the clock jumps, wandb dies, another trainer comes."""
 
+import itertools
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import command, fails, metrics
+from commands import command, fails, wait_until
+from conftest import metrics
 
 from data.shards import Shards
 from faults.lab import OFFLINE, Lab, check_same_run, check_what_is_left
@@ -122,11 +123,11 @@ def test_a_clock_that_jumps_ten_years_back_changes_nothing(lab: Lab, fault, n):
 def test_one_trainer_at_a_time(lab: Lab, fault):
     run = lab / "runs/alone"
     process = lab.start("tiny.yaml", "run=alone", "train.steps=100000", "eval.every=0", "heads.every=0", "checkpoint.every=0")
-    lab.wait_for_a_line(run)
+    lab.wait_for_a_line(run, process)
     with fault("two trainers on one run", "the second is refused"):
         before = len(metrics(run))
         fails(lab.train("runs/alone", code=2), "being trained by another process")
-        assert len(metrics(run)) > before
+        wait_until(lambda: len(metrics(run)) > before, process)
     process.kill()
     process.communicate()
     with fault("two trainers on one run", "the lock of a killed one is free"):
@@ -148,9 +149,7 @@ def test_one_preparation_at_a_time(lab: Lab, fault):
 def test_training_goes_on_where_wandbs_process_is_killed(lab: Lab, fault, n):
     run = lab / f"runs/core-{n}"
     with fault("wandb's process killed", "a step"):
-        started = time.monotonic()
         lab.train_broken("a step", n, "core", "tiny.yaml", f"run={run.name}", "log.wandb=offline", env=OFFLINE)
-        assert time.monotonic() - started < 60
         check_same_run(run, lab / "runs/whole")
 
 
@@ -160,10 +159,20 @@ def test_training_goes_on_where_wandbs_server_cannot_be_reached(lab: Lab, fault,
     run = lab / f"runs/server-{server.replace(' ', '-')}"
     with fault("wandb's server unreachable", f"it {server}"), socket.create_server(("127.0.0.1", 0)) as listening:
         port = 9 if server == "refuses" else listening.getsockname()[1]
-        started = time.monotonic()
         done = lab.train("tiny.yaml", f"run={run.name}", "log.wandb=online", env={
             "WANDB_MODE": "online", "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{port}"})
-        assert time.monotonic() - started < 40 and "logging offline" in done.stdout
+        assert "logging offline" in done.stdout
+        assert calls(listening) == (server == "is silent")              # the trainer's, of 3 s; wandb itself would go on for 20 s
         check_same_run(run, lab / "runs/whole")
         logged = [record for record in lab.wandb_records(run) if "train/lr" in str(record)]
         assert len(logged) == 12
+
+
+def calls(listening: socket.socket) -> int:
+    """How many connections nobody has taken yet."""
+    listening.setblocking(False)
+    for n in itertools.count():
+        try:
+            listening.accept()[0].close()
+        except BlockingIOError:
+            return n

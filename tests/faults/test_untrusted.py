@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from commands import ROOT
 
 from faults.lab import Lab
 
