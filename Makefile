@@ -18,8 +18,9 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Three workers on two cores: many tests wait for other processes.
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 # Every shape and mask of the kernels' protocol, and every tile for every target: half an hour on two cores.
 test-kernels: .venv/installed

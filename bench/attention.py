@@ -25,8 +25,8 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"        # before anything imports triton
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
-TOKENS, WIDTH = (16384, 2048) if GPU else (64, 64)
-CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384) if GPU else (32, 64)
+TOKENS, WIDTH = (16384, 2048) if GPU else (32, 64)
+CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384) if GPU else (16, 32)
 HEAD_SIZES = (64, 128) if GPU else (16, 32)
 GROUPS = (1, 4) if GPU else (1, 2)
 PASSES = {"forward": 1.0, "backward": 2.5, "both": 3.5}        # floating-point operations in units of the forward's
@@ -166,7 +166,7 @@ def decoding(rounds: int, copy_gb_s: float) -> list[dict]:
     """One new token a row against S keys, as a share of the copy bandwidth: each key and value is read once."""
     from kernels.attention import attention
     rows = []
-    for B, S, K, groups, D in (((64, 8192, 8, 4, 128), (64, 8192, 32, 1, 64), (1, 8192, 8, 4, 128)) if GPU else ((2, 256, 1, 2, 16),)):
+    for B, S, K, groups, D in (((64, 8192, 8, 4, 128), (64, 8192, 32, 1, 64), (1, 8192, 8, 4, 128)) if GPU else ((2, 64, 1, 2, 16),)):
         q = torch.randn(B, K * groups, 1, D, device=DEVICE, dtype=DTYPE)
         k, v = (torch.randn(B, K, S, D, device=DEVICE, dtype=DTYPE) for _ in range(2))
         ms = in_turn({"ours": lambda q=q, k=k, v=v: attention(q, k, v, backend="triton"),

@@ -31,17 +31,16 @@ SHAPES = {
                       tied_embeddings=True),
 }
 MOST_READ = 2 ** 19 if GPU else 2 ** 14             # tokens of a prefill: more take minutes, or more memory than there is
-MANY = 64                                           # prompts of different lengths
 
 
 def prompts_of(batch: int, context: int) -> torch.Tensor:
     return torch.randint(257, (batch, context), generator=torch.Generator().manual_seed(0))
 
 
-def many_prompts() -> tuple[list[list[int]], list[int]]:
+def many_prompts(number: int) -> tuple[list[list[int]], list[int]]:
     """Prompts of 8 to 128 tokens, and how many tokens each is continued by: 8 to 128."""
     draw = torch.Generator().manual_seed(1)
-    lengths = torch.randint(8, 129, (2, MANY), generator=draw).tolist()
+    lengths = torch.randint(8, 129, (2, number), generator=draw).tolist()
     return [torch.randint(257, (n,), generator=draw).tolist() for n in lengths[0]], lengths[1]
 
 
@@ -52,7 +51,7 @@ def intervals(started: float, told: list[float]) -> tuple[float, float]:
 
 @torch.inference_mode()
 def serve_ours(pipe, path: Path, threads: int, compile: bool) -> None:
-    """`(batch, context, n)` → prefill, decode, what was said; `("many", batch_size)` → seconds; `("floor",)` → bytes a second."""
+    """`(batch, context, n)` → prefill, decode, what was said; `("many", prompts, batch_size)` → seconds; `("floor",)` → bytes a second."""
     from model.compiled import CompiledStep
     from model.generate import Sampling, generate
     torch.set_num_threads(threads)
@@ -68,8 +67,8 @@ def serve_ours(pipe, path: Path, threads: int, compile: bool) -> None:
                     product = torch.dot(read[0], read[1])
                 float(product)                      # a GPU has done it by now
                 pipe.send(10 * read.nbytes / (time.perf_counter() - started))
-            case ("many", batch_size):
-                prompts, left = many_prompts()
+            case ("many", number, batch_size):
+                prompts, left = many_prompts(number)
 
                 def wanted(row: int, left=left) -> bool:
                     left[row] -= 1
@@ -165,6 +164,7 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 8192], help="tokens already read (default 256 1024 8192)")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64],
                         help="rows decoded together (default 1 8 64); 1 alone leaves out the many prompts")
+    parser.add_argument("--prompts", type=int, default=64, help="how many prompts of different lengths at the end (default 64)")
     parser.add_argument("--shape", choices=list(SHAPES), action="append", help="default: small and gpt2-small, on a GPU 1b too")
     parser.add_argument("--eager", action="store_true", help="without the compiled arm, which compiles every batch for half a minute")
     args = parser.parse_args()
@@ -186,13 +186,14 @@ def main() -> None:
                 floor = bytes_read(config, batch, context) / bandwidth * 1e3
                 print(lines(batch, context, found, floor), flush=True)
                 rows.append({"model": name, "batch": batch, "context": context, "floor_ms": floor, "sides": found})
-            said = sum(many_prompts()[1])
+            said = sum(many_prompts(args.prompts)[1])
             for arm in arms if max(args.batches) > 1 else []:
                 sizes = (1, 8, 32)
                 for size in sizes:
-                    sides[arm]("many", size)                    # warm, and compiled
-                seconds = {size: statistics.median(sides[arm]("many", size) for _ in range(args.rounds)) for size in sizes}
-                print(f"  {arm}: {MANY} prompts of 8 to 128 tokens, {said:,} tokens said: one by one {said / seconds[1]:,.0f} tokens/s; "
+                    sides[arm]("many", args.prompts, size)      # warm, and compiled
+                seconds = {size: statistics.median(sides[arm]("many", args.prompts, size) for _ in range(args.rounds)) for size in sizes}
+                print(f"  {arm}: {args.prompts} prompts of 8 to 128 tokens, {said:,} tokens said: one by one "
+                      f"{said / seconds[1]:,.0f} tokens/s; "
                       + ", ".join(f"{size} at a time {seconds[1] / seconds[size]:.2f} ×" for size in sizes[1:]), flush=True)
                 many.append({"model": name, "arm": arm, "tokens": said, "seconds": seconds})
             for side in sides.values():

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,11 +66,13 @@ def _become(script: str, words: list[str], cwd: Path, variables: dict[str, str],
     sys.path = [str(ROOT), *(path for path in sys.path if Path(path) not in (ROOT, ROOT / "tests"))]
     *module, target = arguments_of(script)
     sys.argv = [target, *words]
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main = types.ModuleType("__main__")
     try:
         if module:
-            runpy.run_module(target, run_name="__main__", alter_sys=True)
+            runpy._run_module_as_main(target, alter_argv=False)
         else:
-            runpy.run_path(target, run_name="__main__")
+            main.__file__ = target
+            exec(compile(Path(target).read_bytes(), target, "exec"), vars(main))
     finally:
         sys.stdout.flush()
         atexit._run_exitfuncs()                 # multiprocessing would leave them out

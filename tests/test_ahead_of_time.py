@@ -29,9 +29,12 @@ def check(rows: list[dict]) -> None:
             assert row["wgmma"] > 0 and not (row["serialised"] and (row["kernel"], row["masks"]) != ("backward_kv", "full")), name
 
 
-def test_every_tile_of_the_table(tmp_path):
-    rows = compiled(tmp_path)
-    assert len(rows) == sum(len(table) for family in ("ampere", "hopper") for table in TILES[family].values())
+@pytest.mark.parametrize(("target", "family", "dtype", "element"), [
+    ("sm_80", "ampere", "bf16", 2), ("sm_90", "hopper", "bf16", 2), ("sm_80", "ampere", "fp32", 4),     # both families share fp32's tiles
+    pytest.param("sm_90", "hopper", "fp32", 4, marks=pytest.mark.grid)])
+def test_every_tile_of_the_table(tmp_path, target, family, dtype, element):
+    rows = compiled(tmp_path, "--targets", target, "--dtypes", dtype)
+    assert len(rows) == sum(size == element for table in TILES[family].values() for size, _ in table)
     check(rows)
 
 

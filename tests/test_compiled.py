@@ -15,7 +15,8 @@ from model.kv_cache import KVCache
 
 
 @pytest.mark.parametrize(("shape", "batch_size", "kinds"), [
-    ({"n_layers": 1}, 3, 1), ({"n_layers": 2, "window": [5, None], "smear": True, "qk_norm": True}, 1, 2)], ids=str)
+    ({"n_layers": 1}, 3, 1),                                                                            # ragged rows
+    ({"n_layers": 2, "window": [5, None], "smear": True, "qk_norm": True, "mlp": "none"}, 1, 2)], ids=str)
 def test_a_compiled_step_says_what_the_model_says(shape, batch_size, kinds):
     """And is compiled once, however often contexts fill; with a ring, once more for when that is full."""
     model = make(n_ctx=16, **shape)
@@ -25,12 +26,14 @@ def test_a_compiled_step_says_what_the_model_says(shape, batch_size, kinds):
     step = CompiledStep(model.pack())
     assert said_together(model, True, batch_size, step) == expected
     assert counters["stats"]["unique_graphs"] == len(step.known) == kinds
-    with torch.inference_mode():
-        caches = [KVCache(model.config, batch_size, 17) for _ in range(2)]
-        tokens = torch.randint(50, (batch_size, 12))
-        for cache in caches:
-            model(tokens, cache=cache)
-        assert torch.allclose(step(tokens[:, :1], caches[0]), model(tokens[:, :1], cache=caches[1]), atol=1e-5)
+    if batch_size == 1:                                     # its logits, by the code that is compiled already
+        with torch.inference_mode():
+            caches = [KVCache(model.config, batch_size, 17) for _ in range(2)]
+            tokens = torch.randint(50, (batch_size, 12))
+            for cache in caches:
+                model(tokens, cache=cache)
+            assert torch.allclose(step(tokens[:, :1], caches[0]), model(tokens[:, :1], cache=caches[1]), atol=1e-5)
+            assert len(step.known) == kinds
 
 
 class Capture:

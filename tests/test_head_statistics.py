@@ -55,13 +55,7 @@ def cases(draw):
                 seed=draw(st.integers(0, 99))), draw(st.integers(1, 9))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=20)
-@given(cases())
-@example((Case(37, 67, 24, K=2, groups=2, window=2, seed=97), 1))       # distances of 1 at positions of 67
-@example((Case(40, 55, 16), 1))             # whole tiles end just at the first query, which is no duplicate of itself
-def test_statistics_are_their_definitions(backend, drawn):
-    case, vocabulary = drawn
+def check_statistics(backend: str, case: Case, vocabulary: int) -> None:
     q, k, _, _ = case.tensors()
     tokens = torch.randint(0, vocabulary, (case.B, case.S), generator=torch.Generator().manual_seed(case.seed))
     masks = {name: mask for name, mask in case.masks().items() if name != "causal"}
@@ -69,6 +63,23 @@ def test_statistics_are_their_definitions(backend, drawn):
     pattern, lse = attention_pattern(q.double(), k.double(), **masks)
     found = head_statistics(q, k, lse.float(), tokens.to(DEVICE), **masks, backend=backend)
     agree(found, by_hand(pattern.cpu(), tokens, segments), 1e-5, str(case))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=10)
+@given(cases())
+@example((Case(37, 67, 24, K=2, groups=2, window=2, seed=97), 1))       # distances of 1 at positions of 67
+@example((Case(40, 55, 16), 1))             # whole tiles end just at the first query, which is no duplicate of itself
+def test_statistics_are_their_definitions(backend, drawn):
+    check_statistics(backend, *drawn)
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=200, derandomize=False)
+@given(cases())
+def test_statistics_are_their_definitions_at_length(backend, drawn):
+    check_statistics(backend, *drawn)
 
 
 @pytest.mark.gpu

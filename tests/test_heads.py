@@ -149,10 +149,12 @@ def test_mistakes_are_two_lines(run):
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory) -> Path:
-    """Short real runs: two layers, which just form; their one-layer control, as long; smeared keys; the trap."""
+    """Short real runs: two layers, which just form; their one-layer control, as long; smeared keys; the trap. With fewer tokens to tell
+    apart than in configs/ heads form in a third of the time."""
     folder = tmp_path_factory.mktemp("studied")
-    for name, steps in (("toy_2l", 700), ("toy_1l", 700), ("toy_1l_smear", 400), ("toy_fixed_period", 400)):
-        done = command("train.py", ROOT / f"configs/induction/{name}.yaml", f"train.steps={steps}", "log.wandb=disabled", cwd=folder)
+    for name, steps in (("toy_2l", 800), ("toy_1l", 800), ("toy_1l_smear", 400), ("toy_fixed_period", 400)):
+        done = command("train.py", ROOT / f"configs/induction/{name}.yaml", f"train.steps={steps}", "train.batch_tokens=1024",
+                       "data.repeats.n_tokens=64", "log.wandb=disabled", cwd=folder)
         assert done.returncode == 0, done.stderr
     return folder
 
@@ -171,6 +173,6 @@ def test_the_verdict(studied):
     assert "One-layer control: prefix matching at most 0.0" in page and "what was averaged, not what was used" in page
     assert "No controls, though of one layer" in page and "probe too): toy_1l_smear, toy_fixed_period." in page
     early = heads("verdict", sorted((studied / "runs/toy_1l/checkpoints").glob("0*"))[0], cwd=studied).stdout
-    assert "of 700): no" in early and "No one-layer control" in early and "(unfinished; or" in early
+    assert "of 800): no" in early and "No one-layer control" in early and "(unfinished; or" in early
     smear = page[page.index("## toy_1l_smear"):page.index("## toy_fixed_period")]
     assert "**against**" not in smear and "Prefix matching rose between" in smear

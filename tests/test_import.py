@@ -143,30 +143,16 @@ def test_nothing_is_unpickled_and_nothing_outside_is_read(shared, tmp_path):
 
 # --- as a user would -----------------------------------------------------------------------------------------------------------------
 
-AS_MAIN = """
-import json, runpy, sys
-for script, *arguments in json.loads(sys.argv[1]):
-    sys.argv = [script, *arguments]
-    try:
-        runpy.run_module(script, run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        assert not end.code, arguments
-"""
-
-
 def test_what_was_imported_is_sampled_looked_at_and_judged(shared, tmp_path):
-    """One command after another as a user's, in one process, which pays for its imports once."""
-    (tmp_path / "all.py").write_text(AS_MAIN)
-    kinds = ["gpt2", "llama", "qwen3", "mistral"]
-    done = command(str(tmp_path / "all.py"), json.dumps([line for kind in kinds for line in (
-        ["model.huggingface", "import", str(shared / kind), f"runs/{kind}"],
-        ["sample", f"runs/{kind}", "the quick", "--max-tokens", "8", "--json"],
-        ["heads", f"runs/{kind}", "--json", f"{kind}.json"], ["heads", "verdict", f"runs/{kind}"])]), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for kind in kinds:
-        assert f"theirs/{kind}: {kind}, " in done.stdout and f"runs/{kind} at step 0, on random tokens" in done.stdout
+    for kind in ("gpt2", "llama", "qwen3", "mistral"):
+        run = f"runs/{kind}"
+        steps = [command("-m model.huggingface", "import", shared / kind, run, cwd=tmp_path),
+                 command("sample.py", run, "the quick", "--max-tokens", "8", "--json", cwd=tmp_path),
+                 command("heads.py", run, "--json", f"{kind}.json", cwd=tmp_path), command("heads.py", "verdict", run, cwd=tmp_path)]
+        for done, says in zip(steps, (f"theirs/{kind}: {kind}, ", '"prompt": "the quick", "text": "', f"{run} at step 0, on random tokens",
+                                      "Did induction heads form?")):
+            assert done.returncode == 0 and says in done.stdout, done.stderr
         assert len(json.loads((tmp_path / f"{kind}.json").read_text())) == 12
-    assert done.stdout.count('"prompt": "the quick", "text": "') == done.stdout.count("Did induction heads form?") == 4
 
 
 def test_an_imported_run_is_trained_as_any_other(shared, workplace):

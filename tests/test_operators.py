@@ -135,6 +135,7 @@ def shard(rank: int, port: int, results) -> None:
         grad = next(model.parameters()).grad
         results[f"{kind}{rank}"] = (grad.full_tensor() if kind == "fsdp" else grad).tolist()
     dist.destroy_process_group()
+    os._exit(0)         # a thread of gloo's that still holds a tensor when Python ends aborts the process (seen once)
 
 
 def layer() -> torch.nn.Module:
