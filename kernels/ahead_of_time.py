@@ -138,14 +138,15 @@ def compile_all(cases: list[tuple]) -> list[Compiled]:
         return list(pool.map(compile_kernel, *zip(*cases), chunksize=4))
 
 
-def cases(targets: list[str], dtypes: list[str], masks: list[str], smaller: bool = False) -> list[tuple]:
-    """Every row of the table; with `smaller` also the tiles that take over where a row does not fit."""
+def cases(targets: list[str], dtypes: list[str], masks: list[str], sizes: list[int] | None = None, smaller: bool = False) -> list[tuple]:
+    """Every row of the table, or those of some head sizes; with `smaller` also the tiles that take over where a row does not fit."""
     unknown = {"decode_part": ("full", "segments"), "statistics_rows": ("full", "positions")}       # masks that a kernel does not have
     found = []
     for target, kernel, dtype, mask in product(targets, KERNELS, dtypes, masks):
         if mask not in unknown.get(kernel, ("positions",)):
-            sizes = [D for element, D in launch.TILES[TARGETS[target][0]][kernel] if element == DTYPES[dtype].itemsize]
-            found += [(target, kernel, dtype, D, mask, tile) for D in sizes for tile in (None, *(SMALLER if smaller else ()))]
+            rows = [D for element, D in launch.TILES[TARGETS[target][0]][kernel] if element == DTYPES[dtype].itemsize]
+            found += [(target, kernel, dtype, D, mask, tile) for D in rows if D in (sizes or rows)
+                      for tile in (None, *(SMALLER if smaller else ()))]
     return found
 
 
@@ -167,10 +168,11 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=["sm_80", "sm_90"], metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp32"], metavar="DTYPE", help=", ".join(DTYPES))
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=["causal"], metavar="MASKS", help=", ".join(MASKS))
+    parser.add_argument("--sizes", nargs="+", type=int, metavar="D", help="head sizes of the table (default: all)")
     parser.add_argument("--smaller", action="store_true", help="also the tiles for devices with little shared memory")
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
-    rows = compile_all(cases(args.targets, args.dtypes, args.masks, args.smaller))
+    rows = compile_all(cases(args.targets, args.dtypes, args.masks, args.sizes, args.smaller))
     print(f"triton {triton.__version__}\n\n{table(rows)}")
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(r) | {"fits": r.fits} for r in rows], indent=1))

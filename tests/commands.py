@@ -8,6 +8,8 @@ memory, working directory, environment, output, signals and exit code. `start` b
 import atexit
 import multiprocessing
 import os
+import pickle
+import resource
 import runpy
 import subprocess
 import sys
@@ -18,10 +20,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-READ_BY_IMPORTS = {"OMP_NUM_THREADS", "TRITON_INTERPRET", "PATH"}      # a fork would see these too late
+READ_BY_IMPORTS = {"OMP_NUM_THREADS", "TRITON_INTERPRET"}      # a fork would see these too late
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "torch._dynamo"])
+SERVER.set_forkserver_preload(["torch", "torch._dynamo", "pydantic", "matplotlib.backends.backend_agg", "matplotlib.figure"])
 started: list[subprocess.Popen] = []            # by `start`; what a test leaves behind is ended after it
+
+
+class Done(subprocess.CompletedProcess[str]):
+    """How a command ended. `used` has what it took, if it is a fork and was not killed: its ru_utime, ru_stime and ru_maxrss."""
+
+    used: resource.struct_rusage
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -37,25 +45,29 @@ def arguments_of(script: str) -> list[str]:
 
 
 def command(script: str, *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None,
-            input: str = "") -> subprocess.CompletedProcess[str]:
+            input: str = "") -> Done:
     """Run a script of the repository (or `-m module`) to its end. `env` changes its environment."""
     words = list(map(str, arguments))
     if READ_BY_IMPORTS & (env or {}).keys():
-        return subprocess.run([sys.executable, *arguments_of(script), *words], cwd=cwd, env=environment(**env or {}), input=input,
+        done = subprocess.run([sys.executable, *arguments_of(script), *words], cwd=cwd, env=environment(**env or {}), input=input,
                               capture_output=True, text=True)
+        return Done(done.args, done.returncode, done.stdout, done.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        streams = [Path(folder, name) for name in ("stdin", "stdout", "stderr")]
+        *streams, used = [Path(folder, name) for name in ("stdin", "stdout", "stderr", "used")]
         streams[0].write_text(input)
-        fork = SERVER.Process(target=_become, args=(script, words, cwd or Path.cwd(), environment(**env or {}), streams))
+        fork = SERVER.Process(target=_become, args=(script, words, cwd or Path.cwd(), environment(**env or {}), streams, used))
         fork.start()
         try:
             fork.join()
         finally:
             fork.kill()                         # it still runs if the test has run out of time
-        return subprocess.CompletedProcess([script, *words], fork.exitcode, streams[1].read_text(), streams[2].read_text())
+        done = Done([script, *words], fork.exitcode, streams[1].read_text(), streams[2].read_text())
+        if used.exists():
+            done.used = pickle.loads(used.read_bytes())
+        return done
 
 
-def _become(script: str, words: list[str], cwd: Path, variables: dict[str, str], streams: list[Path]) -> None:
+def _become(script: str, words: list[str], cwd: Path, variables: dict[str, str], streams: list[Path], used: Path) -> None:
     """In the fork: turn into `python script words…`."""
     os.environ.clear()
     os.environ.update(variables)
@@ -76,6 +88,7 @@ def _become(script: str, words: list[str], cwd: Path, variables: dict[str, str],
     finally:
         sys.stdout.flush()
         atexit._run_exitfuncs()                 # multiprocessing would leave them out
+        used.write_bytes(pickle.dumps(resource.getrusage(resource.RUSAGE_SELF)))
 
 
 def start(*words: object, env: dict[str, str] | None = None, **options) -> subprocess.Popen[str]:

@@ -8,7 +8,7 @@ from commands import ROOT, command
 from kernels.launch import TILES
 
 
-def compiled(tmp_path, *arguments: str) -> list[dict]:
+def compiled(tmp_path, *arguments: object) -> list[dict]:
     done = command("-m kernels.ahead_of_time", "--json", tmp_path / "rows.json", *arguments)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
@@ -29,12 +29,10 @@ def check(rows: list[dict]) -> None:
             assert row["wgmma"] > 0 and not (row["serialised"] and (row["kernel"], row["masks"]) != ("backward_kv", "full")), name
 
 
-@pytest.mark.parametrize(("target", "family", "dtype", "element"), [
-    ("sm_80", "ampere", "bf16", 2), ("sm_90", "hopper", "bf16", 2), ("sm_80", "ampere", "fp32", 4),     # both families share fp32's tiles
-    pytest.param("sm_90", "hopper", "fp32", 4, marks=pytest.mark.grid)])
-def test_every_tile_of_the_table(tmp_path, target, family, dtype, element):
-    rows = compiled(tmp_path, "--targets", target, "--dtypes", dtype)
-    assert len(rows) == sum(size == element for table in TILES[family].values() for size, _ in table)
+@pytest.mark.parametrize("sizes", [[64], pytest.param([32, 128, 256], marks=pytest.mark.grid)], ids=str)
+def test_every_tile_of_the_table(tmp_path, sizes):
+    rows = compiled(tmp_path, "--sizes", *sizes)
+    assert len(rows) == sum(D in sizes for family in ("ampere", "hopper") for table in TILES[family].values() for _, D in table)
     check(rows)
 
 

@@ -20,13 +20,13 @@ TORCHRUN = ["-m", "torch.distributed.run"]
 FOUR = pytest.param(4, marks=pytest.mark.faults)
 
 
-def torchrun(processes: int, *arguments: str, script: Path = ROOT / "train.py") -> subprocess.CompletedProcess:
+def torchrun(processes: int, *arguments: str, script: Path = ROOT / "train.py", cwd: Path | None = None) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *TORCHRUN, "--standalone", f"--nproc-per-node={processes}", str(script), *arguments],
-                          env=environment(), capture_output=True, text=True)
+                          cwd=cwd, env=environment(), capture_output=True, text=True)
 
 
-def trained(processes: int, *arguments: str) -> str:
-    done = torchrun(processes, *arguments) if processes > 1 else command("train.py", *arguments)
+def trained(processes: int, *arguments: str, cwd: Path | None = None) -> str:
+    done = torchrun(processes, *arguments, cwd=cwd) if processes > 1 else command("train.py", *arguments, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -59,16 +59,30 @@ def checkpoint_tensors(run: Path) -> dict[str, torch.Tensor]:
     return dict(load_model(checkpoint)[0].named_parameters()) | load_optimizer(checkpoint)
 
 
+@pytest.fixture(scope="session")
+def together(made_once):
+    """`together(kind, processes)`: a folder with runs/one, runs/many, and what was said while the second was trained."""
+    shape = ["tiny.yaml", STEADY, "train.steps=20", "train.micro_batch=1", "data.mask_documents=true", "model.d_mlp=40"]
+
+    def trained_by(kind: str, processes: int) -> Path:
+        def train(folder: Path) -> None:
+            trained(1, *shape, "run=one", cwd=folder)
+            again = f"train.checkpoint_activations={str(kind == 'fsdp').lower()}"
+            (folder / "said").write_text(trained(processes, *shape, "run=many", f"distributed={kind}", again, cwd=folder))
+
+        return made_once(f"{kind}-{processes}", train)
+
+    return trained_by
+
+
 @pytest.mark.parametrize("processes", [2, FOUR])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_several_processes_train_the_model_of_one(workplace, kind, processes):
+def test_several_processes_train_the_model_of_one(together, kind, processes):
     """Muon and AdamW, accumulation, packed documents, evaluation and heads; fully sharded with activations computed again."""
-    shape = ["tiny.yaml", STEADY, "train.steps=20", "train.micro_batch=1", "data.mask_documents=true", "model.d_mlp=40"]
-    trained(1, *shape, "run=one")
-    said = trained(processes, *shape, "run=many", f"distributed={kind}", f"train.checkpoint_activations={str(kind == 'fsdp').lower()}")
-    assert f"{processes} processes ({kind}) × {8 // processes} × 1 windows a step" in said
-    same_run(Path("runs/one"), Path("runs/many"))
-    assert len(list(find_checkpoint("runs/many").glob("model*.safetensors"))) == (processes if kind == "fsdp" else 1)
+    folder = together(kind, processes)
+    assert f"{processes} processes ({kind}) × {8 // processes} × 1 windows a step" in (folder / "said").read_text()
+    same_run(folder / "runs/one", folder / "runs/many")
+    assert len(list(find_checkpoint(folder / "runs/many").glob("model*.safetensors"))) == (processes if kind == "fsdp" else 1)
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), *(pytest.param(*pair, marks=pytest.mark.faults) for pair in ((1, 2), (4, 2)))])
@@ -82,9 +96,9 @@ def test_a_run_goes_on_in_another_number_of_processes(workplace, before, after):
     same_run(Path("runs/whole"), Path("runs/changed"))
 
 
-def test_shared_out_files_are_a_hugging_face_directory(workplace):
+def test_shared_out_files_are_a_hugging_face_directory(together, workplace):
     from transformers import AutoModelForCausalLM
-    trained(2, "tiny.yaml", "distributed=fsdp", "train.steps=4")
+    shutil.copytree(together("fsdp", 2) / "runs/many", "runs/tiny", symlinks=True)
     checkpoint = find_checkpoint("runs/tiny")
     index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
     model, _ = load_model(checkpoint)
@@ -100,10 +114,10 @@ def test_shared_out_files_are_a_hugging_face_directory(workplace):
 
 
 def test_a_mistake_is_said_once(workplace):
-    done = torchrun(3, "tiny.yaml")
+    done = torchrun(2, "tiny.yaml", "train.batch_tokens=288")
     assert done.returncode != 0 and not Path("runs/tiny").exists()
-    assert done.stderr.count("error: train.batch_tokens=256 is 8 windows, which 3 processes cannot share evenly") == 1
-    assert "try train.batch_tokens=288" in done.stderr and "Traceback" not in done.stderr.split("elastic")[0]
+    assert done.stderr.count("error: train.batch_tokens=288 is 9 windows, which 2 processes cannot share evenly") == 1
+    assert "try train.batch_tokens=256" in done.stderr and "Traceback" not in done.stderr.split("elastic")[0]
 
 
 # --- processes that die ----------------------------------------------------------------------------------------------
@@ -175,8 +189,10 @@ def test_two_machines_meet(workplace):
 
 # --- what they send ---------------------------------------------------------------------------------------------------
 
-MATRICES = """
-import torch
+EXCHANGES = """
+import torch, torch.distributed as dist
+from model.config import ModelConfig
+from model.gpt import GPT
 from training.distributed import join, over_whole_matrices
 from training.optimizer import orthogonalise
 world = join()
@@ -189,14 +205,7 @@ for world.kind in ("ddp", "fsdp"):
         got = over_whole_matrices(lambda g: calls.append(len(g)) or orthogonalise(g), whole[:, mine], R, world)
         assert torch.allclose(got, orthogonalise(whole)[:, mine], atol=1e-6), (world.kind, N, R, C)
         assert sum(calls) <= -(-N // world.size), "each process computes its share alone"
-"""
 
-GRADIENTS = """
-import torch, torch.distributed as dist
-from model.config import ModelConfig
-from model.gpt import GPT
-from training.distributed import join
-world = join()
 def send(state, bucket):
     exchanges.append(part)
     return torch.futures.collect_all([dist.all_reduce(bucket.buffer(), async_op=True).get_future()]).then(lambda done: bucket.buffer())
@@ -214,14 +223,15 @@ for world.kind in ("ddp", "fsdp"):
         if world.kind == "fsdp" and all(p.grad is not None for p in model.parameters()):    # a shard's gradient comes with the exchange
             exchanges.append(part)
     assert exchanges == [2], (world.kind, exchanges)
+print("agreed")
+world.close()
 """
 
 
-@pytest.mark.parametrize("script", [MATRICES, GRADIENTS], ids=["matrices", "gradients"])
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.faults)])
-def test_what_processes_send(tmp_path, script, processes):
+def test_what_processes_send(tmp_path, processes):
     """Whole matrices, each computed once among all: odd rows, fewer matrices than processes, shares without a row. And gradients, behind
     the last part of a batch alone."""
-    (tmp_path / "exchange.py").write_text(script + "print('agreed')\nworld.close()\n")
+    (tmp_path / "exchange.py").write_text(EXCHANGES)
     done = torchrun(processes, script=tmp_path / "exchange.py")
     assert done.stdout.count("agreed") == processes, done.stderr
