@@ -27,7 +27,7 @@ if not GPU:
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 TOKENS, WIDTH = (16384, 2048) if GPU else (32, 64)
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384) if GPU else (16, 32)
-HEAD_SIZES = (64, 128) if GPU else (16, 32)
+HEAD_SIZES = (64, 128) if GPU else (16,)
 GROUPS = (1, 4) if GPU else (1, 2)
 PASSES = {"forward": 1.0, "backward": 2.5, "both": 3.5}        # floating-point operations in units of the forward's
 GOALS = {("forward", "flash", 64): 1.2, ("forward", "flash", 128): 1.2, ("backward", "flash", 64): 1.1, ("backward", "flash", 128): 1.1,

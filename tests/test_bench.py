@@ -71,7 +71,7 @@ def test_attention(workplace):
 def test_attention_tiles(workplace):
     done = command("-m bench.attention", "--tune", cwd=workplace, env={"BENCH_RESULTS": str(workplace / "results")})
     assert done.returncode == 0, done.stderr
-    assert len(json.loads((workplace / "results" / "attention_tiles.json").read_text())["tiles"]) == 16
+    assert len(json.loads((workplace / "results" / "attention_tiles.json").read_text())["tiles"]) == 8
 
 
 def test_probe_overhead(workplace):

@@ -1,10 +1,13 @@
 """From text to shards: preparing continues and verifies, the split stays, files are taken as they stand."""
 
+import contextlib
 import csv
 import gzip
 import json
 import os
 import signal
+import socket
+import threading
 import time
 from pathlib import Path
 
@@ -294,10 +297,25 @@ def test_eight_preparations_of_one_folder_make_it_once(workplace):
         assert code == 0 or (code == 2 and "being prepared by another process (wait for it)" in error), error
 
 
-def test_offline_a_hub_name_fails_quickly(workplace):
+@pytest.mark.parametrize("hub", ["refuses", "hangs up"])
+def test_offline_a_hub_is_asked_once(workplace, hub):
+    """`datasets` itself would ask again and again, for 24 s."""
     Path("h.yaml").write_text("data: {corpus: hub, hub: {dataset: someone/something}, tokenizer: bytes}")
-    started = time.monotonic()
-    done = command("-m data.prepare", "h.yaml", cwd=workplace, env={"HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert time.monotonic() - started < 15
+    asked = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):              # until the test shuts the server
+                while True:
+                    connection, _ = server.accept()
+                    asked.append(connection.recv(1000).split()[1])
+                    connection.close()
+
+        listener = threading.Thread(target=hang_up)
+        listener.start()
+        port = server.getsockname()[1] if hub == "hangs up" else 9
+        done = command("-m data.prepare", "h.yaml", cwd=workplace, env={"HF_ENDPOINT": f"http://127.0.0.1:{port}"})
+        server.shutdown(socket.SHUT_RDWR)
+        listener.join()
+    assert asked.count(b"/api/datasets/someone/something") == (hub == "hangs up"), asked
     fails(done, "someone/something", "cannot be reached")
     assert not list(Path("prepared").glob("*/manifest.json"))

@@ -149,7 +149,8 @@ def test_one_preparation_at_a_time(lab: Lab, fault):
 def test_training_goes_on_where_wandbs_process_is_killed(lab: Lab, fault, n):
     run = lab / f"runs/core-{n}"
     with fault("wandb's process killed", "a step"):
-        lab.train_broken("a step", n, "core", "tiny.yaml", f"run={run.name}", "log.wandb=offline", env=OFFLINE)
+        done = lab.train_broken("a step", n, "core", "tiny.yaml", f"run={run.name}", "log.wandb=offline", env=OFFLINE)
+        assert done.stdout.count("wandb      stopped") == 1             # it was not called again
         check_same_run(run, lab / "runs/whole")
 
 
