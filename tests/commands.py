@@ -86,7 +86,8 @@ def _become(script: str, words: list[str], cwd: Path, variables: dict[str, str],
             main.__file__ = target
             exec(compile(Path(target).read_bytes(), target, "exec"), vars(main))
     finally:
-        sys.stdout.flush()
+        if not sys.stdout.closed:
+            sys.stdout.flush()
         atexit._run_exitfuncs()                 # multiprocessing would leave them out
         used.write_bytes(pickle.dumps(resource.getrusage(resource.RUSAGE_SELF)))
 

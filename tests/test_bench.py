@@ -1,9 +1,6 @@
 """The benches run, on shapes so small that nothing is measured."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -98,7 +95,6 @@ study.STUDIES["toy"] = (2, [study.Arm(name, name, ("train.steps=3", "heads.every
 study.main()
 """)
     for trained in (2, 0):
-        done = subprocess.run([sys.executable, "study.py"], capture_output=True, text=True,
-                              env=os.environ | {"PYTHONPATH": str(ROOT)})
+        done = command(str(workplace / "study.py"))
         assert done.returncode == 0, done.stderr
         assert done.stdout.count(" left") == trained and "| `toy_1l_smear` | 0 of 1 |" in done.stdout, done.stdout
