@@ -22,9 +22,9 @@ lint: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -n 3 --dist worksteal
 
-# Every shape and mask of the kernels' protocol, and every tile for every target: half an hour on two cores.
+# Every shape and mask of the kernels' protocol, and every tile for every target: half an hour on two cores, some of it in one test.
 test-kernels: .venv/installed
-	$(BIN)/python -m pytest -n 2 -m grid
+	PYTEST_TIMEOUT=7200 $(BIN)/python -m pytest -n 2 -m grid
 
 # Patterns, scores and ablations beside TransformerLens's, which has an environment of its own.
 test-lens: .venv-lens/installed

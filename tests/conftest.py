@@ -36,9 +36,9 @@ def slowness() -> float:
     return max(1.0, (time.perf_counter() - began) / 0.15)
 
 
-# The one limit on time: seconds after which a test, or the making of what it needs, is taken to hang (by pytest-timeout). On two idle cores
-# the longest test takes a minute, of `make test-kernels` a quarter of an hour. It is set once, by the process that starts the workers.
-os.environ.setdefault("PYTEST_TIMEOUT", str(round(1800 * slowness())))
+# The one limit on time: seconds after which pytest-timeout takes a test to hang. On two idle cores the longest takes a minute with what it
+# needs. It is set once, by the process that starts the workers.
+os.environ.setdefault("PYTEST_TIMEOUT", str(round(900 * slowness())))
 
 TINY = {
     "run": "tiny", "seed": 1,
