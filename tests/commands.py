@@ -71,6 +71,7 @@ def _become(script: str, words: list[str], cwd: Path, variables: dict[str, str],
     """In the fork: turn into `python script words…`."""
     os.environ.clear()
     os.environ.update(variables)
+    sys.dont_write_bytecode = False             # the server has this process's flags
     for number, (path, flags) in enumerate(zip(streams, (os.O_RDONLY, os.O_WRONLY | os.O_CREAT, os.O_WRONLY | os.O_CREAT))):
         os.dup2(os.open(path, flags), number)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)        # noqa: SIM115
