@@ -38,6 +38,22 @@ def test_wandb_holds_every_key_of_metrics_jsonl(workplace):
     assert len(on_the_console) == 2 and all(f'"{name}":' in written for name in on_the_console), on_the_console
 
 
+def test_the_limit_for_wandbs_server_is_none_for_an_offline_run(tmp_path):
+    """On a busy machine wandb's own process takes long to start, and nothing else is waited for."""
+    (tmp_path / "offline.py").write_text("""
+from pathlib import Path
+import training.logger
+from training.config import LogConfig
+training.logger.WANDB_SECONDS = -100          # has passed already
+wandb = training.logger.Wandb(LogConfig(wandb="offline"), Path(), "offline", {}, print)
+wandb.log({"step": 1, "loss": 2.5})
+wandb.finish()
+""")
+    done = command(str(tmp_path / "offline.py"), cwd=tmp_path, env={"WANDB_MODE": "offline"})
+    assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
+    assert "2.5" in json.dumps(inspect(tmp_path))
+
+
 def test_a_line_the_disk_takes_a_part_of_is_taken_back(tmp_path, monkeypatch):
     log = Metrics(tmp_path / "metrics.jsonl", 0)
     log.write({"step": 1})
