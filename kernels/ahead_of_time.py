@@ -172,7 +172,10 @@ def main() -> None:
     parser.add_argument("--smaller", action="store_true", help="also the tiles for devices with little shared memory")
     parser.add_argument("--json", metavar="FILE", help="write the rows there too")
     args = parser.parse_args()
-    rows = compile_all(cases(args.targets, args.dtypes, args.masks, args.sizes, args.smaller))
+    chosen = cases(args.targets, args.dtypes, args.masks, args.sizes, args.smaller)
+    if not chosen:
+        parser.error("the table of kernels/launch.py has no such rows")
+    rows = compile_all(chosen)
     print(f"triton {triton.__version__}\n\n{table(rows)}")
     if args.json:
         Path(args.json).write_text(json.dumps([asdict(r) | {"fits": r.fits} for r in rows], indent=1))
