@@ -22,7 +22,7 @@ if not find_spec("triton"):                     # macOS, Windows: everything but
 elif not torch.cuda.is_available():
     import interpreter  # noqa: F401          so that the kernels run on the CPU
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")   # two workers on two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # the workers share the cores
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 os.environ |= {"WANDB_MODE": "disabled", "WANDB__SERVICE_WAIT": "600", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)             # or each of hundreds of processes compiles our modules anew

@@ -118,10 +118,13 @@ def test_what_cannot_be_served_is_named(change, words):
         attention(q, k, k, **change)
 
 
-def test_one_query_of_rows_of_different_lengths():
-    """Each row alone is the whole story; a position past the last slot sees all of them. Compiled: tests/test_compiled.py."""
+def test_one_query_of_rows_of_different_lengths_plain_and_compiled():
+    """Each row alone is the whole story; a position past the last slot sees all of them."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 4, 1, 16), torch.randn(3, 2, 10, 16), torch.randn(3, 2, 10, 16)
     positions = torch.tensor([[0], [6], [25]])
     expected = torch.cat([reference_attention(q[b, None], k[b, None, :, :n], v[b, None, :, :n])[0] for b, n in enumerate((1, 7, 10))])
-    assert torch.allclose(decode(q, k, v, positions), expected, atol=1e-6)
+    with torch.no_grad():
+        for function in (decode, torch.compile(decode, fullgraph=True)):
+            assert torch.allclose(function(q, k, v, positions), expected, atol=1e-6)
+        assert torch.allclose(torch.compile(attention, fullgraph=True)(q, k, v), reference_attention(q, k, v)[0], atol=1e-6)

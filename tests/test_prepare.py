@@ -307,7 +307,7 @@ def test_offline_a_hub_is_asked_once(workplace, hub):
             with contextlib.suppress(OSError):              # until the test shuts the server
                 while True:
                     connection, _ = server.accept()
-                    asked.append(connection.recv(1000).split()[1])
+                    asked.extend(connection.recv(1000).split()[1:2])
                     connection.close()
 
         listener = threading.Thread(target=hang_up)

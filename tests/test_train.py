@@ -93,7 +93,7 @@ def test_micro_batches_precision_masks_and_background_saving_run(workplace):
 
 
 def test_a_compiled_step_gives_the_same_losses(workplace):
-    small = ("tiny.yaml", "model.n_layers=1", "model.mlp=none", "train.steps=3", "eval.every=0", "heads.every=0")
+    small = ("tiny.yaml", "model.n_layers=1", "train.steps=3", "eval.every=0", "heads.every=0")
     assert train(*small, "run=plain").returncode == 0
     done = train(*small, "run=fast", "train.compile=true")
     assert done.returncode == 0, done.stderr
