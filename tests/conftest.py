@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 import time
 from collections.abc import Callable
@@ -111,6 +112,16 @@ def nothing_left_running():
             except subprocess.TimeoutExpired:
                 process.kill()
     started.clear()
+
+
+def wandb_history(run: Path) -> list[dict]:
+    """What was logged in the newest offline wandb run of a run, read with wandb's own tool."""
+    folder = max((run / "wandb").glob("offline-run-*"))
+    done = subprocess.run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)], capture_output=True, text=True,
+                          env=os.environ | {"WANDB_ERROR_REPORTING": "false"})
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
+    return [record for record in records if record.get("type") == "history"]
 
 
 def metrics(run: Path) -> dict[int, dict]:

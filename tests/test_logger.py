@@ -1,33 +1,21 @@
 """wandb's own files, read back with its own tool; metrics.jsonl after a torn write."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from commands import command
-from conftest import metrics
+from conftest import metrics, wandb_history
 
 from training.logger import Metrics
-
-
-def inspect(run: Path, *options: str) -> list[dict]:
-    """The records of an offline wandb run."""
-    folder = next((run / "wandb").glob("offline-run-*"))
-    done = subprocess.run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, str(folder)],
-                          capture_output=True, text=True, env=os.environ | {"WANDB_ERROR_REPORTING": "false"})
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
 
 
 def test_wandb_holds_every_key_of_metrics_jsonl(workplace):
     done = command("train.py", "tiny.yaml", "log.wandb=offline", env={"WANDB_MODE": "offline"}, cwd=workplace)
     assert done.returncode == 0 and "wandb sync" in done.stdout, done.stderr
     records = metrics(Path("runs/tiny"))
-    history = [record for record in inspect(Path("runs/tiny")) if record.get("type") == "history"]
+    history = wandb_history(Path("runs/tiny"))
     assert sum("train/lr" in json.dumps(record) for record in history) == len(records)         # besides, pictures have lines of their own
     text = json.dumps(history)
     for key in set().union(*records.values()):
@@ -51,7 +39,7 @@ wandb.finish()
 """)
     done = command(str(tmp_path / "offline.py"), cwd=tmp_path, env={"WANDB_MODE": "offline"})
     assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
-    assert "2.5" in json.dumps(inspect(tmp_path))
+    assert "2.5" in json.dumps(wandb_history(tmp_path))
 
 
 def test_a_line_the_disk_takes_a_part_of_is_taken_back(tmp_path, monkeypatch):

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from commands import command
-from conftest import TINY, metrics
-from test_logger import inspect
+from conftest import TINY, metrics, wandb_history
 from test_train import same_bits
 
 from data.config import DataConfig
@@ -85,7 +84,7 @@ def test_wandb_holds_every_key_image_table_and_page(workplace):
     done = command("train.py", "tiny.yaml", "heads.every=4", "heads.images_every=8", "log.wandb=offline", env={"WANDB_MODE": "offline"})
     assert done.returncode == 0, done.stderr
     run = Path("runs/tiny")
-    history = [record for record in inspect(run) if record.get("type") == "history"]
+    history = wandb_history(run)
     text = json.dumps(history)
     for key in [f"heads/{score}/{head}" for score in (*SCORES, "offset_profile") for head in HEADS] + [
             "repeat/loss_first", "repeat/loss_second", "icl/score", "heads/patterns/random tokens", "heads/patterns/held-out text",

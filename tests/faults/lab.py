@@ -1,10 +1,8 @@
 """Where runs are broken: how to start them, and what must hold of what is left."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,16 +47,6 @@ class Lab:
     def records(run: Path) -> list[dict]:
         """The lines of its metrics.jsonl."""
         return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-    @staticmethod
-    def wandb_records(run: Path) -> list[dict]:
-        """What an offline wandb run holds, read with wandb's own tool."""
-        folder = max((run / "wandb").glob("offline-run-*"))
-        done = subprocess.run([sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)], capture_output=True, text=True,
-                              env=os.environ | {"WANDB_ERROR_REPORTING": "false"})
-        assert done.returncode == 0, done.stderr
-        records = [json.loads(line) for line in done.stdout.splitlines() if line.strip()]
-        return [record for record in records if record.get("type") == "history"]
 
     @staticmethod
     def ended(done: subprocess.CompletedProcess, *codes: int) -> subprocess.CompletedProcess:

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from commands import wait_until
+from conftest import wandb_history
 
 from faults.lab import OFFLINE, SIGNALS, Lab, check_same_run, check_what_is_left, is_left
 from training.checkpoint import whole_checkpoints
@@ -104,4 +105,4 @@ def test_ctrl_c_with_wandb_saves_too(lab: Lab, fault, group):
         output, _ = process.communicate()
         assert process.returncode == 0 and "wandb sync" in output, output
         check_what_is_left(run)
-        assert len(list(lab.wandb_records(run))) > 0
+        assert len(wandb_history(run)) > 0

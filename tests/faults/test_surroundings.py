@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import command, fails, wait_until
-from conftest import metrics
+from conftest import metrics, wandb_history
 
 from data.shards import Shards
 from faults.lab import OFFLINE, Lab, check_same_run, check_what_is_left
@@ -165,7 +165,7 @@ def test_training_goes_on_where_wandbs_server_cannot_be_reached(lab: Lab, fault,
         assert "logging offline" in done.stdout
         assert calls(listening) == (server == "is silent")              # the trainer's, of 3 s; wandb itself would go on for 20 s
         check_same_run(run, lab / "runs/whole")
-        logged = [record for record in lab.wandb_records(run) if "train/lr" in str(record)]
+        logged = [record for record in wandb_history(run) if "train/lr" in str(record)]
         assert len(logged) == 12
 
 
