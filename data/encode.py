@@ -6,10 +6,11 @@ import os
 import signal
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from itertools import cycle
+from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -38,22 +39,21 @@ def encode_in_order(pieces: Iterator[Piece], tokenizer: Tokenizer, path: Path, f
         for batch in batches:
             yield from _divided(batch, *here([piece.text for piece in batch]))
         return
-    # Spawned, not forked: the process that prepares may have threads, torch's say.
-    pool = ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), _start, (path, fraction))
-    ahead: deque = deque()
+    processes = [EncodingProcess(path, fraction) for _ in range(cores)]
+    ahead: deque[tuple[list[Piece], Future]] = deque()
     try:
-        while True:
-            while len(ahead) < 3 * cores and (batch := next(batches, [])):
-                ahead.append((batch, pool.submit(_encode, [piece.text for piece in batch])))
-            if not ahead:
-                return
-            batch, future = ahead.popleft()
+        for process in cycle(processes):
+            while len(ahead) >= 3 * cores:
+                batch, future = ahead.popleft()
+                yield from _divided(batch, *future.result())
+            if not (batch := next(batches, [])):
+                break
+            ahead.append((batch, process.submit([piece.text for piece in batch])))
+        for batch, future in ahead:
             yield from _divided(batch, *future.result())
-    except BrokenProcessPool:
-        raise UserError("a process that encodes text was killed (out of memory?)\n"
-                        "  run again: it continues here; with `taskset -c 0` in front it takes one core and less memory") from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        for process in processes:
+            process.close()
 
 
 def usable_cores() -> int:
@@ -94,23 +94,54 @@ def _divided(batch: list[Piece], ids: np.ndarray, lengths: list[int], held_out: 
         yield Encoded(piece, "val" if validation else "train", ids[end:(end := end + length)])
 
 
-# --- in each of the processes ----------------------------------------------------------------------------------------
+# --- the processes ---------------------------------------------------------------------------------------------------
 
-_encoder: Encoder
+class EncodingProcess:
+    """An Encoder in a process of its own, over a pipe of its own.
+
+    The processes of a ProcessPoolExecutor send results through one queue. If one is killed in the middle of a result, the others and the
+    reader wait for the rest of it forever. A pipe that has one writer ends with it.
+    """
+
+    def __init__(self, path: Path, fraction: float):
+        spawned = multiprocessing.get_context("spawn")          # not forked: the process that prepares may have threads, torch's say
+        self.pipe, its_end = spawned.Pipe()
+        self.process = spawned.Process(target=_serve, args=(its_end, path, fraction), daemon=True)
+        self.process.start()
+        its_end.close()                                         # or the pipe would not end with the process
+        self.thread = ThreadPoolExecutor(1)
+
+    def submit(self, texts: list[bytes]) -> Future:
+        """What Encoder returns for `texts`, one call after another. The result raises UserError if the process was killed."""
+        return self.thread.submit(self._ask, texts)
+
+    def _ask(self, texts: list[bytes]) -> tuple[np.ndarray, list[int], list[bool]]:
+        try:
+            self.pipe.send(texts)
+            answer = self.pipe.recv()
+        except (EOFError, OSError):
+            raise UserError("a process that encodes text was killed (out of memory?)\n"
+                            "  run again: it continues here; with `taskset -c 0` in front it takes one core and less memory") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        self.process.kill()                                     # which ends what the thread waits for
+        self.thread.shutdown(cancel_futures=True)
+        self.process.join()
+        self.pipe.close()
 
 
-def _start(path: Path, fraction: float) -> None:
-    global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is for the one that asked
-    Thread(target=_die_with_parent, daemon=True).start()
-    _encoder = Encoder(Tokenizer.load(path), fraction)
-
-
-def _die_with_parent() -> None:
-    if parent := multiprocessing.parent_process():
-        parent.join()                                       # one that is killed says no goodbye
-    os._exit(1)
-
-
-def _encode(texts: list[bytes]) -> tuple[np.ndarray, list[int], list[bool]]:
-    return _encoder(texts)
+def _serve(pipe: Connection, path: Path, fraction: float) -> None:
+    """In the process: answer until the one that asks has closed its end, or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C is for the one that asks
+    encoder = Encoder(Tokenizer.load(path), fraction)
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            texts = pipe.recv()
+            try:
+                answer: object = encoder(texts)
+            except Exception as error:
+                answer = error
+            pipe.send(answer)

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from commands import start, wait_until
+from commands import ROOT, start, wait_until
 from test_prepare import data_config
 
 import data.encode
@@ -31,14 +31,23 @@ def test_processes_do_not_change_the_result(workplace, monkeypatch):
         assert (a.read(0, len(a)) == b.read(0, len(b))).all() and len(a) == len(b)
 
 
+LONG = "\n".join(f"line {n} of a long text, {n * n}" for n in range(400_000))
+PREPARE_IN_TWO = ("import data.prepare as p; p.SMALL_BYTES, p.PART_BYTES, p.usable_cores = 0, 500_000, lambda: 2\n"
+                  "if __name__ == '__main__':\n    from errors import run_command; run_command(p.main)")
+
+
+@pytest.fixture
+def long_text(workplace) -> Path:
+    """A folder whose p.yaml prepares a text of many batches."""
+    Path("texts/long.txt").write_text(LONG)
+    Path("p.yaml").write_text("data: {corpus: files, files: [texts/*.txt], tokenizer: bytes, folder: out}")
+    return workplace
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds children in /proc")
 @pytest.mark.parametrize("victim", ["parent", "child"])
-def test_processes_end_with_the_one_that_started_them_and_it_says_when_one_is_killed(workplace, victim):
-    Path("texts/long.txt").write_text("\n".join(f"line {n} of a long text, {n * n}" for n in range(400_000)))
-    Path("p.yaml").write_text("data: {corpus: files, files: [texts/*.txt], tokenizer: bytes, folder: out}")
-    script = ("import data.prepare as p; p.SMALL_BYTES, p.PART_BYTES, p.usable_cores = 0, 500_000, lambda: 2\n"
-              "if __name__ == '__main__':\n    from errors import run_command; run_command(p.main)")
-    process = start("-c", script, "p.yaml")
+def test_processes_end_with_the_one_that_started_them_and_it_says_when_one_is_killed(long_text, victim):
+    process = start("-c", PREPARE_IN_TWO, "p.yaml")
     wait_until(Path("out/train-00000.npy").exists, process)
     children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
                 if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()]
@@ -48,3 +57,22 @@ def test_processes_end_with_the_one_that_started_them_and_it_says_when_one_is_ki
     if victim == "child":
         assert process.returncode == 2 and "was killed" in said and "Traceback" not in said, said
     wait_until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in children))
+
+
+def test_a_process_killed_in_the_middle_of_a_result_is_noticed(long_text):
+    """Half of the result is in the pipe when the process dies. Python runs a sitecustomize.py first, in every process."""
+    Path("sitecustomize.py").write_text("""
+import multiprocessing, os, signal
+from multiprocessing.connection import Connection
+
+def send_half(self, message, send=Connection._send):
+    if len(message) > 100_000 and multiprocessing.parent_process():
+        send(self, message[:70_000])
+        os.kill(os.getpid(), signal.SIGKILL)
+    send(self, message)
+
+Connection._send = send_half
+""")
+    process = start("-c", PREPARE_IN_TWO, "p.yaml", env={"PYTHONPATH": f"{long_text}{os.pathsep}{ROOT}"})
+    said = process.communicate()[0]
+    assert process.returncode == 2 and "was killed" in said and "Traceback" not in said, said
