@@ -1,11 +1,12 @@
 """The project's commands in processes of their own, as a user runs them.
 
-Most of a short command's time is the import of PyTorch, and the tests run hundreds of commands. So each pytest worker keeps one process
-that has imported PyTorch and nothing of this project (multiprocessing's fork server), and `command` runs in a fork of it, with its own
+Most of a short command's time is the import of packages, and the tests run hundreds of commands. So each pytest worker keeps one
+process that has imported them and nothing of this project (multiprocessing's fork server), and `command` runs in a fork of it, with its own
 memory, working directory, environment, output, signals and exit code. `start` begins a new interpreter, for what is to be disturbed.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import pickle
@@ -22,7 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 READ_BY_IMPORTS = {"OMP_NUM_THREADS", "TRITON_INTERPRET"}      # a fork would see these too late
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "torch._dynamo", "pydantic", "matplotlib.backends.backend_agg", "matplotlib.figure"])
+SERVER.set_forkserver_preload(["torch", "torch._dynamo", "torch.nn.attention.flex_attention", "pydantic.fields", "pydantic.types", "yaml",
+                               "filelock", "safetensors.torch", "tiktoken", "tqdm", "PIL.ImageDraw", "PIL.ImageFont",
+                               "matplotlib.backends.backend_agg", "matplotlib.figure"])
 started: list[subprocess.Popen] = []            # by `start`; what a test leaves behind is ended after it
 
 
@@ -69,6 +72,7 @@ def command(script: str, *arguments: object, cwd: Path | None = None, env: dict[
 
 def _become(script: str, words: list[str], cwd: Path, variables: dict[str, str], streams: list[Path], used: Path) -> None:
     """In the fork: turn into `python script words…`."""
+    gc.freeze()                                 # or each collection copies all that was imported
     os.environ.clear()
     os.environ.update(variables)
     sys.dont_write_bytecode = False             # the server has this process's flags
