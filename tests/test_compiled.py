@@ -15,11 +15,11 @@ from model.kv_cache import KVCache
 
 
 @pytest.mark.parametrize(("shape", "batch_size", "kinds"), [
-    ({"n_layers": 1}, 3, 1),                                                                            # ragged rows
+    ({"n_layers": 1, "d_mlp": 32}, 3, 1),                                                               # ragged rows
     ({"n_layers": 2, "window": [5, None], "smear": True, "qk_norm": True, "mlp": "none"}, 1, 2)], ids=str)
 def test_a_compiled_step_says_what_the_model_says(shape, batch_size, kinds):
     """And is compiled once, however often contexts fill; with a ring, once more for when that is full."""
-    model = make(n_ctx=16, **shape)
+    model = make(n_ctx=16, vocab_size=64, **shape)          # matrices of two shapes: the compiler writes and times code for each shape
     expected = said_alone(model, slide=True)
     torch._dynamo.reset()
     counters.clear()

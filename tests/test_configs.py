@@ -17,13 +17,18 @@ CONFIGS = {path.stem: path for path in sorted(ROOT.glob("configs/**/*.yaml")) if
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_three_steps(name, workplace):
+def test_three_steps(name, workplace, made_once):
     config = load_config(CONFIGS[name])
+    Path("prepared").symlink_to(made_once("corpora", lambda folder: None))      # most have the same corpus and tokenizer
     n_ctx = min(config.model.n_ctx, 128)
     overrides = ["train.steps=3", f"model.n_ctx={n_ctx}", f"train.batch_tokens={4 * n_ctx}", "eval.tokens=1024", "log.every=1",
                  "log.wandb=disabled"]
     if config.model.n_layers > 2:
         overrides += ["model.n_layers=2"]                       # the others are like these
+    if config.model.d_model > 256:
+        overrides.append(f"model.d_model={config.model.d_model // 4}")
+        if config.model.d_mlp:
+            overrides.append(f"model.d_mlp={config.model.d_mlp // 4}")
     if config.model.vocab_size:
         overrides += ["model.vocab_size=512"]
     if config.data.text_corpus in ("hub", "files"):

@@ -62,11 +62,12 @@ def checkpoint_tensors(run: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="session")
 def together(made_once):
     """`together(kind, processes)`: a folder with runs/one, runs/many, and what was said while the second was trained."""
-    shape = ["tiny.yaml", STEADY, "train.steps=20", "train.micro_batch=1", "data.mask_documents=true", "model.d_mlp=40"]
+    shape = ["tiny.yaml", STEADY, "train.steps=20", "train.micro_batch=1", "data.mask_documents=true", "model.d_mlp=40",
+             "checkpoint={every: 5, keep: 9, background: true}"]
 
     def trained_by(kind: str, processes: int) -> Path:
         def train(folder: Path) -> None:
-            trained(1, *shape, "run=one", cwd=folder)
+            trained(1, *shape, "run=one", f"distributed={kind}", cwd=folder)
             again = f"train.checkpoint_activations={str(kind == 'fsdp').lower()}"
             (folder / "said").write_text(trained(processes, *shape, "run=many", f"distributed={kind}", again, cwd=folder))
 
@@ -88,14 +89,13 @@ def test_several_processes_train_the_model_of_one(together, kind, processes):
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), *(pytest.param(*pair, marks=pytest.mark.faults) for pair in ((1, 2), (4, 2)))])
-def test_a_run_goes_on_in_another_number_of_processes(workplace, before, after):
-    trained(1, "tiny.yaml", STEADY, "run=whole", "train.steps=20")
-    trained(before, "tiny.yaml", STEADY, "run=changed", "train.steps=20", "distributed=fsdp", "checkpoint.background=true",
-            "checkpoint.every=5", "checkpoint.keep=9")
+def test_a_run_goes_on_in_another_number_of_processes(together, tmp_path, before, after):
+    shutil.copytree(together("fsdp", max(before, 2)), tmp_path, symlinks=True, dirs_exist_ok=True)
+    run, whole = (tmp_path / "runs" / name for name in (("one", "many") if before == 1 else ("many", "one")))
     for step in (15, 20):                                           # as if it had been killed behind step 10
-        shutil.rmtree(f"runs/changed/checkpoints/{step:06d}")
-    assert "continuing" in trained(after, "runs/changed")
-    same_run(Path("runs/whole"), Path("runs/changed"))
+        shutil.rmtree(run / f"checkpoints/{step:06d}")
+    assert "continuing" in trained(after, f"runs/{run.name}", cwd=tmp_path)
+    same_run(whole, run)
 
 
 def test_shared_out_files_are_a_hugging_face_directory(together, workplace):
@@ -154,13 +154,13 @@ def test_when_one_dies_the_others_say_so_and_end(workplace, rank):
 
 
 def test_torchrun_starts_all_again_from_the_newest_checkpoint(workplace):
-    launcher = launch(*LONG[:1], "train.steps=300", *LONG[2:], "checkpoint.keep=99",
+    launcher = launch(*LONG[:1], "train.steps=160", *LONG[2:], "checkpoint.keep=99",
                      options=("--standalone", "--nproc-per-node=2", "--max-restarts=1"))
     wait_until(SAVED.exists, launcher)
     os.kill(process_of(1, [launcher]), signal.SIGKILL)
     output, _ = launcher.communicate()
     assert launcher.returncode == 0, output
-    assert "continuing runs/tiny" in output and list(metrics(Path("runs/tiny"))) == list(range(1, 301))
+    assert "continuing runs/tiny" in output and list(metrics(Path("runs/tiny"))) == list(range(1, 161))
 
 
 def test_a_signal_ends_all_behind_the_same_step(workplace):
@@ -178,7 +178,7 @@ def test_two_machines_meet(workplace):
         free.bind(("127.0.0.1", 0))
         meet_at = f"127.0.0.1:{free.getsockname()[1]}"
     recipe = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={meet_at}", "--rdzv-id=7", "--max-restarts=1")
-    arguments = (LONG[0], "train.steps=200", *LONG[2:], "distributed=fsdp")
+    arguments = (LONG[0], "train.steps=140", *LONG[2:], "distributed=fsdp")
     machines = [launch(*arguments, options=(*recipe, "--local-addr=127.0.0.1"), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
                 for _ in range(2)]
     wait_until(SAVED.exists, *machines)
@@ -186,7 +186,7 @@ def test_two_machines_meet(workplace):
     outputs = [machine.communicate()[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], outputs
     assert sum("continuing runs/tiny" in output for output in outputs) == 1
-    assert list(metrics(Path("runs/tiny"))) == list(range(1, 201))
+    assert list(metrics(Path("runs/tiny"))) == list(range(1, 141))
 
 
 # --- what they send ---------------------------------------------------------------------------------------------------
