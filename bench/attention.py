@@ -25,7 +25,7 @@ GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"        # before anything imports triton
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
-TOKENS, WIDTH = (16384, 2048) if GPU else (32, 64)
+TOKENS, WIDTH = (16384, 2048) if GPU else (32, 32)
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384) if GPU else (16, 32)
 HEAD_SIZES = (64, 128) if GPU else (16,)
 GROUPS = (1, 4) if GPU else (1, 2)
@@ -181,7 +181,7 @@ def head_statistics_cost(rounds: int) -> list[dict]:
     from kernels.attention import attention
     from kernels.head_statistics import head_statistics
     rows = []
-    for T, D in product((CONTEXTS[0], CONTEXTS[-2], CONTEXTS[-1]), HEAD_SIZES):
+    for T, D in product(sorted({CONTEXTS[0], *CONTEXTS[-2:]}), HEAD_SIZES):
         q, k, v, _ = (t.detach() for t in tensors(T, D, 1))
         ids = torch.randint(0, 500, (TOKENS // T, T), device=DEVICE)
         _, lse = attention(q, k, v, backend="triton", return_lse=True)
