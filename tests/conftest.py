@@ -55,6 +55,20 @@ TINY = {
 }
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Deal out the tests marked `long`: pytest's workers begin with equal parts of the list, and take from each other's ends."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    long = [item for item in items if item.get_closest_marker("long")]
+    others, share = [item for item in items if item not in long], len(items) // workers
+    items.clear()
+    for worker in range(workers):
+        items += long[worker::workers]
+        taken = len(others) if worker == workers - 1 else share * (worker + 1) - len(items)
+        items += others[:taken]
+        del others[:taken]
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch) -> Path:
     """An empty folder to work in, with texts/*.txt (24 files of Python's own library) and tiny.yaml that trains on them."""

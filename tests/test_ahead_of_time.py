@@ -29,6 +29,7 @@ def check(rows: list[dict]) -> None:
             assert row["wgmma"] > 0 and not (row["serialised"] and (row["kernel"], row["masks"]) != ("backward_kv", "full")), name
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", [[64], pytest.param([32, 128, 256], marks=pytest.mark.grid)], ids=str)
 def test_every_tile_of_the_table(tmp_path, sizes):
     rows = compiled(tmp_path, "--sizes", *sizes)

@@ -19,6 +19,7 @@ def test_time_to_loss(workplace):
     assert result["runs"][0]["plain"]["tokens"] == 3 * 768 and result["runs"][0]["ours"][0]["loss"] > 0
 
 
+@pytest.mark.long
 def test_train(workplace):
     done = command("-m bench.train", "--eager", "--rounds", "1", "--shape", "0", cwd=workplace,
                    env={"BENCH_RESULTS": str(workplace / "results")})
@@ -29,6 +30,7 @@ def test_train(workplace):
     assert row["products_ms"] > 0 and ours["passes_ms"] > 0 and ours["of_matrix_rate"] > 0      # how they compare, the machine decides
 
 
+@pytest.mark.long
 def test_sampling(workplace):
     done = command("-m bench.sampling", "--eager", "--shape", "small", "--tokens", "2", "--rounds", "1", "--contexts", "16",
                    "--batches", "1", "3", "--prompts", "5", cwd=workplace,
@@ -85,6 +87,7 @@ def test_a_studys_cell_is_the_median_and_the_range():
     assert spread(["101%", "101%"]) == "101%" and spread([None, None]) == ""
 
 
+@pytest.mark.long
 def test_a_study(workplace):
     """One seed each of a study's arms, for three steps: trained, weighed, and a second call trains nothing again."""
     (workplace / "study.py").write_text("""

@@ -131,7 +131,7 @@ def test_what_fits_does_and_one_window_more_does_not():
 
 
 def test_where_nothing_fits_the_number_of_devices_that_would_do_is_said():
-    config = load_config(ROOT / "configs/gpt3_175b.yaml").model.model_copy(update={"vocab_size": 50257})
+    config = load_config(ROOT / "configs/gpt3_175b.yaml").model.model_copy(update={"vocab_size": 50257, "n_layers": 48})
     few = Cluster(8, 80e9, 50e9, 989e12, 0.4)
     assert not any(plan.room for plan in plans(config, "muon", 3145728, few))
     enough = devices_needed(config, "muon", 3145728, few)

@@ -14,6 +14,7 @@ from model.compiled import CompiledStep
 from model.kv_cache import KVCache
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("shape", "batch_size", "kinds"), [
     ({"n_layers": 1, "d_mlp": 32}, 3, 1),                                                               # ragged rows
     ({"n_layers": 2, "window": [5, None], "smear": True, "qk_norm": True, "mlp": "none"}, 1, 2)], ids=str)

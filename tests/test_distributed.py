@@ -172,6 +172,7 @@ def test_a_signal_ends_all_behind_the_same_step(workplace):
     assert int(find_checkpoint("runs/tiny").name) == max(metrics(Path("runs/tiny")))
 
 
+@pytest.mark.long
 def test_two_machines_meet(workplace):
     """Two launchers on the loopback, as SLURM would start one on each of two machines: docs/distributed.md's recipe."""
     with socket.socket() as free:

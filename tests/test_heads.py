@@ -159,6 +159,7 @@ def studied(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_the_verdict(studied):
     """Yes where heads formed and the model needs them; no for the trap, though it looks perfect on its own period; no for one layer."""
     done = heads("verdict", *(f"runs/{name}" for name in ("toy_2l", "toy_1l_smear", "toy_fixed_period", "toy_1l")), "--out", "verdict.md",

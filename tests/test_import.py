@@ -143,16 +143,20 @@ def test_nothing_is_unpickled_and_nothing_outside_is_read(shared, tmp_path):
 
 # --- as a user would -----------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.long
 def test_what_was_imported_is_sampled_looked_at_and_judged(shared, tmp_path):
-    for kind in ("gpt2", "llama", "qwen3", "mistral"):
+    kinds = ("gpt2", "llama", "qwen3", "mistral")
+    for kind in kinds:
         run = f"runs/{kind}"
         steps = [command("-m model.huggingface", "import", shared / kind, run, cwd=tmp_path),
                  command("sample.py", run, "the quick", "--max-tokens", "8", "--json", cwd=tmp_path),
-                 command("heads.py", run, "--json", f"{kind}.json", cwd=tmp_path), command("heads.py", "verdict", run, cwd=tmp_path)]
-        for done, says in zip(steps, (f"theirs/{kind}: {kind}, ", '"prompt": "the quick", "text": "', f"{run} at step 0, on random tokens",
-                                      "Did induction heads form?")):
+                 command("heads.py", run, "--json", f"{kind}.json", cwd=tmp_path)]
+        for done, says in zip(steps, (f"theirs/{kind}: {kind}, ", '"prompt": "the quick", "text": "',
+                                      f"{run} at step 0, on random tokens")):
             assert done.returncode == 0 and says in done.stdout, done.stderr
         assert len(json.loads((tmp_path / f"{kind}.json").read_text())) == 12
+    done = command("heads.py", "verdict", *(f"runs/{kind}" for kind in kinds), cwd=tmp_path)
+    assert done.returncode == 0 and all(f"## {kind} (at step 0" in done.stdout for kind in kinds), done
 
 
 def test_an_imported_run_is_trained_as_any_other(shared, workplace):

@@ -42,6 +42,7 @@ def checkout(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.long
 def test_every_block_runs_as_it_stands(checkout):
     left_out = []
     for language, block in BLOCKS:

@@ -92,6 +92,7 @@ def test_micro_batches_precision_masks_and_background_saving_run(workplace):
     assert done.returncode == 0 and "bfloat16" in done.stdout and not whole_checkpoints(Path("runs/d/checkpoints"))
 
 
+@pytest.mark.long
 def test_a_compiled_step_gives_the_same_losses(workplace):
     small = ("tiny.yaml", "model.n_layers=1", "train.steps=3", "eval.every=0", "heads.every=0")
     assert train(*small, "run=plain").returncode == 0
