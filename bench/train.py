@@ -157,12 +157,12 @@ def compare(shape: Shape, threads: int, rounds: int, compiled: bool) -> dict:
     ceilings = Side(serve_ceilings, shape, threads)
     taken, limits = {name: [] for name in arms}, []
     for n in range(-2, rounds):                             # two rounds to compile and to find memory
-        limit = ceilings("measure")
+        if n >= 0:
+            limits.append(ceilings("measure"))              # the best of several, so it needs no round to warm up
         for name, arm in arms.items():
             one = arm("step")
             if n >= 0:
                 taken[name].append(one)
-        limits.append(limit)
         results.meanwhile(f"{shape}: round {n + 1} of {rounds}")
     results.meanwhile("")
     for side in (*arms.values(), ceilings):

@@ -28,7 +28,7 @@ def test_a_compiled_step_says_what_the_model_says(shape, batch_size, kinds):
     assert said_together(model, True, batch_size, step) == expected
     assert counters["stats"]["unique_graphs"] == len(step.known) == kinds
     with torch.inference_mode():
-        caches = [KVCache(model.config, batch_size, 17) for _ in range(2)]
+        caches = [step.new_cache(batch_size, 17), KVCache(model.config, batch_size, 17)]
         tokens = torch.randint(50, (batch_size, 12))
         for cache in caches:
             model(tokens, cache=cache)
