@@ -39,9 +39,13 @@ class Lab:
         return start(ROOT / "train.py", *arguments, cwd=self.folder, **options)
 
     @staticmethod
-    def wait_for_a_line(run: Path, process: subprocess.Popen) -> None:
+    def lines(run: Path) -> int:
+        """How many lines its metrics.jsonl has. Those that are complete: a trainer that runs may be in the middle of one."""
+        return (run / "metrics.jsonl").read_text().count("\n")
+
+    def wait_for_a_line(self, run: Path, process: subprocess.Popen) -> None:
         """Until `process` has trained a step."""
-        wait_until(lambda: (run / "metrics.jsonl").exists() and bool((run / "metrics.jsonl").read_text()), process)
+        wait_until(lambda: (run / "metrics.jsonl").exists() and self.lines(run) > 0, process)
 
     @staticmethod
     def records(run: Path) -> list[dict]:

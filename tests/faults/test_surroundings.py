@@ -125,9 +125,9 @@ def test_one_trainer_at_a_time(lab: Lab, fault):
     process = lab.start("tiny.yaml", "run=alone", "train.steps=100000", "eval.every=0", "heads.every=0", "checkpoint.every=0")
     lab.wait_for_a_line(run, process)
     with fault("two trainers on one run", "the second is refused"):
-        before = len(metrics(run))
+        before = lab.lines(run)
         fails(lab.train("runs/alone", code=2), "being trained by another process")
-        wait_until(lambda: len(metrics(run)) > before, process)
+        wait_until(lambda: lab.lines(run) > before, process)
     process.kill()
     process.communicate()
     with fault("two trainers on one run", "the lock of a killed one is free"):
