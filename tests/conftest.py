@@ -139,7 +139,7 @@ def wandb_history(run: Path) -> list[dict]:
 
 
 def metrics(run: Path) -> dict[int, dict]:
-    """The lines of the metrics.jsonl of a run that has ended, by step, without what a clock or a memory gauge says. No step is there twice."""
+    """The metrics.jsonl of a run that has ended, by step, without what a clock or a memory gauge says. No step is there twice."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     by_step = {r["step"]: {k: v for k, v in r.items() if k not in
                            ("seconds", "train/tokens_per_second", "train/memory_gb", "train/mfu")} for r in records}
