@@ -25,6 +25,7 @@ elif not torch.cuda.is_available():
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # the workers share the cores
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")             # as errors.py sets it; read when a worker imports PyTorch
 os.environ |= {"WANDB_MODE": "disabled", "WANDB__SERVICE_WAIT": "600", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)             # or each of hundreds of processes compiles our modules anew
 settings.register_profile("repeatable", deadline=None, derandomize=True)
