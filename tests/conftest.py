@@ -61,13 +61,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Deal out the tests marked `long`: pytest's workers begin with equal parts of the list, and take from each other's ends."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     long = [item for item in items if item.get_closest_marker("long")]
-    others, share = [item for item in items if item not in long], len(items) // workers
+    others, total = [item for item in items if item not in long], len(items)
     items.clear()
     for worker in range(workers):
-        items += long[worker::workers]
-        taken = len(others) if worker == workers - 1 else share * (worker + 1) - len(items)
-        items += others[:taken]
-        del others[:taken]
+        share, first = (total - len(items)) // (workers - worker), long[worker::workers]    # as xdist divides what is left
+        rest = max(0, share - len(first))
+        items += first + others[:rest]
+        del others[:rest]
 
 
 @pytest.fixture

@@ -31,7 +31,6 @@ def test_processes_do_not_change_the_result(workplace, monkeypatch):
         assert (a.read(0, len(a)) == b.read(0, len(b))).all() and len(a) == len(b)
 
 
-LONG = "\n".join(f"line {n} of a long text, {n * n}" for n in range(400_000))
 PREPARE_IN_TWO = ("import data.prepare as p; p.SMALL_BYTES, p.PART_BYTES, p.usable_cores = 0, 500_000, lambda: 2\n"
                   "if __name__ == '__main__':\n    from errors import run_command; run_command(p.main)")
 
@@ -39,7 +38,7 @@ PREPARE_IN_TWO = ("import data.prepare as p; p.SMALL_BYTES, p.PART_BYTES, p.usab
 @pytest.fixture
 def long_text(workplace) -> Path:
     """A folder whose p.yaml prepares a text of many batches."""
-    Path("texts/long.txt").write_text(LONG)
+    Path("texts/long.txt").write_text("\n".join(f"line {n} of a long text, {n * n}" for n in range(400_000)))
     Path("p.yaml").write_text("data: {corpus: files, files: [texts/*.txt], tokenizer: bytes, folder: out}")
     return workplace
 

@@ -156,7 +156,8 @@ def test_what_was_imported_is_sampled_looked_at_and_judged(shared, tmp_path):
             assert done.returncode == 0 and says in done.stdout, done.stderr
         assert len(json.loads((tmp_path / f"{kind}.json").read_text())) == 12
     done = command("heads.py", "verdict", *(f"runs/{kind}" for kind in kinds), cwd=tmp_path)
-    assert done.returncode == 0 and all(f"## {kind} (at step 0" in done.stdout for kind in kinds), done
+    assert done.returncode == 0 and "Did induction heads form?" in done.stdout, done.stderr
+    assert all(f"## {kind} (at step 0" in done.stdout for kind in kinds), done.stdout
 
 
 def test_an_imported_run_is_trained_as_any_other(shared, workplace):
