@@ -20,6 +20,7 @@ from bench.side import Side
 from errors import ArgumentParser, run_command
 from kernels.attention import attention
 from model.budget import flops_per_token
+from model.compiled import keep_apart_by_cpu
 from model.config import ModelConfig
 from model.gpt import GPT
 from training.config import OptimizerConfig
@@ -82,6 +83,7 @@ def serve_plain(pipe, shape: Shape, threads: int, compiled: bool) -> None:
     recipe = Recipe(shape.n_layers, shape.n_heads, shape.d_model, shape.n_ctx, shape.vocab_size, shape.windows)
     model = PlainGPT(recipe).to(DEVICE)
     optimizer = model.optimizer(recipe)
+    keep_apart_by_cpu()
     loss = torch.compile(model.loss) if compiled else model.loss
 
     def forward_backward(tokens, targets):

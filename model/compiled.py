@@ -9,7 +9,6 @@ import io
 from contextlib import ExitStack, redirect_stderr
 
 import torch
-import torch._inductor.config as inductor
 import torch.compiler.config
 from torch import Tensor
 
@@ -18,6 +17,15 @@ from model.kv_cache import KVCache
 
 GRAIN = 512             # slots: a captured step serves for so many tokens
 PACKED = {"freezing": True, "max_autotune": True, "cpp_wrapper": True}      # weights become constants, laid out for generated products
+
+
+def keep_apart_by_cpu() -> None:
+    """Call it before torch.compile. PyTorch keeps compiled code in a folder for later processes, without saying for which vector width.
+
+    Code for 8 floats at a time that is read back where a vector holds 16 (under another `ATEN_CPU_CAPABILITY`, or from a folder shared with
+    another machine) gives wrong numbers and writes past the ends of its tensors.
+    """
+    torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
 
 
 class CompiledStep:
@@ -29,6 +37,7 @@ class CompiledStep:
 
     def __init__(self, model: GPT):
         self.model, self.on_gpu = model, model.embed.weight.is_cuda
+        keep_apart_by_cpu()
         self.compiled = torch.compile(model.forward, fullgraph=True)
         self.known: set[tuple] = set()                      # what has been compiled
         self.cache: KVCache | None = None                   # the newest: whose memory the graphs read and write
@@ -61,6 +70,7 @@ class CompiledStep:
                 self.known.add(kind)
                 settings.enter_context(torch.compiler.config.patch(dynamic_sources="L['cache'].longest"))     # type: ignore[attr-defined]
                 if self.model.embed.weight.is_cpu:
+                    import torch._inductor.config as inductor  # a second, which training without a compiler saves
                     settings.enter_context(inductor.patch(PACKED))
                     settings.enter_context(redirect_stderr(io.StringIO()))      # there the compiler prints what it has timed
             logits = self.compiled(tokens, cache=cache)

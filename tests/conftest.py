@@ -28,6 +28,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")             # as errors.py sets it; read when a worker imports PyTorch
 os.environ |= {"WANDB_MODE": "disabled", "WANDB__SERVICE_WAIT": "600", "TOKENIZERS_PARALLELISM": "false"}
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)             # or each of hundreds of processes compiles our modules anew
+torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()       # model.compiled.keep_apart_by_cpu says why
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 

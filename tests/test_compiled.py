@@ -1,10 +1,15 @@
 """Compiled decoding says what the model says."""
 
+import os
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
-from commands import command, fails
+from commands import command, environment, fails
 from test_model import make
 from test_sample import SHAPES, said_alone, said_together
 from torch._dynamo.utils import counters
@@ -12,6 +17,7 @@ from torch._dynamo.utils import counters
 from model import compiled
 from model.compiled import CompiledStep
 from model.kv_cache import KVCache
+from training.device import training_loss
 
 
 @pytest.mark.long
@@ -84,6 +90,37 @@ def test_captured_steps_say_what_the_model_says(shape, slide, monkeypatch):
         cache, graphs = step.cache, dict(step.graphs)
         assert said_together(model, slide, batch_size, step) == expected, batch_size
         assert step.cache is cache and graphs and graphs.items() <= step.graphs.items()
+
+
+def test_code_for_another_vector_width_is_not_read_back(tmp_path):
+    script, new = tmp_path / "script.py", os.getpid() + time.time()         # code that no process has compiled before
+    script.write_text(f"""
+import torch
+from model.compiled import keep_apart_by_cpu
+keep_apart_by_cpu()
+torch.compile(lambda x: x + {new})(torch.ones(1))
+print(torch.backends.cpu.get_cpu_capability())
+""")
+    done = subprocess.run([sys.executable, script], env=environment(ATEN_CPU_CAPABILITY="avx2"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    def is_read_back() -> bool:
+        torch._dynamo.reset()
+        counters.clear()
+        torch.compile(lambda x: x + new)(torch.ones(1))
+        return counters["inductor"]["fxgraph_cache_hit"] == 1
+
+    avx2, ours = done.stdout.strip(), torch.backends.cpu.get_cpu_capability()
+    assert is_read_back() == (ours == avx2)
+    with torch.compiler.config.patch(cache_key_tag=avx2):
+        assert is_read_back()                   # nothing else kept it apart
+
+
+@pytest.mark.parametrize("compile", [CompiledStep, partial(training_loss, compile=True)])
+def test_all_that_is_compiled_is_kept_apart(compile):
+    with torch.compiler.config.patch(cache_key_tag=""):
+        compile(make())
+        assert torch.compiler.config.cache_key_tag == torch.backends.cpu.get_cpu_capability()
 
 
 def test_without_a_compiler(trained, tmp_path):

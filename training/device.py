@@ -11,6 +11,7 @@ from torch import Tensor
 
 from errors import UserError
 from kernels.attention import use_triton
+from model.compiled import keep_apart_by_cpu
 from model.config import ModelConfig
 from model.fit import Cluster, Plan
 from model.gpt import GPT
@@ -136,6 +137,7 @@ def training_loss(model: GPT, compile: bool | str, world: World = ALONE) -> Call
     block by block, since the compiler cannot see through the gathering between them."""
     loss = model.loss
     if compile is True or (compile == "auto" and model.embed.weight.device.type == "cuda"):
+        keep_apart_by_cpu()
         if world.sharded:
             for block in model.blocks:
                 block.compile(dynamic=False)
