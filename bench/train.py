@@ -83,8 +83,10 @@ def serve_plain(pipe, shape: Shape, threads: int, compiled: bool) -> None:
     recipe = Recipe(shape.n_layers, shape.n_heads, shape.d_model, shape.n_ctx, shape.vocab_size, shape.windows)
     model = PlainGPT(recipe).to(DEVICE)
     optimizer = model.optimizer(recipe)
-    keep_apart_by_cpu()
-    loss = torch.compile(model.loss) if compiled else model.loss
+    loss = model.loss
+    if compiled:
+        keep_apart_by_cpu()
+        loss = torch.compile(loss)
 
     def forward_backward(tokens, targets):
         with torch.autocast(DEVICE.type, DTYPE) if GPU else nullcontext():

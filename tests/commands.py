@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-READ_BY_IMPORTS = {"OMP_NUM_THREADS", "TRITON_INTERPRET"}      # a fork would see these too late
+READ_BY_IMPORTS = {"ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "TRITON_INTERPRET"}       # a fork would see these too late
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "torch._dynamo", "torch.nn.attention.flex_attention", "pydantic.fields", "pydantic.types", "yaml",
                                "filelock", "safetensors.torch", "tiktoken", "tqdm", "PIL.ImageDraw", "PIL.ImageFont",

@@ -1,15 +1,13 @@
 """Compiled decoding says what the model says."""
 
 import os
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
-from commands import command, environment, fails
+from commands import command, fails
 from test_model import make
 from test_sample import SHAPES, said_alone, said_together
 from torch._dynamo.utils import counters
@@ -92,6 +90,7 @@ def test_captured_steps_say_what_the_model_says(shape, slide, monkeypatch):
         assert step.cache is cache and graphs and graphs.items() <= step.graphs.items()
 
 
+@pytest.mark.long
 def test_code_for_another_vector_width_is_not_read_back(tmp_path):
     script, new = tmp_path / "script.py", os.getpid() + time.time()         # code that no process has compiled before
     script.write_text(f"""
@@ -101,7 +100,7 @@ keep_apart_by_cpu()
 torch.compile(lambda x: x + {new})(torch.ones(1))
 print(torch.backends.cpu.get_cpu_capability())
 """)
-    done = subprocess.run([sys.executable, script], env=environment(ATEN_CPU_CAPABILITY="avx2"), capture_output=True, text=True)
+    done = command(str(script), env={"ATEN_CPU_CAPABILITY": "avx2"})
     assert done.returncode == 0, done.stderr
 
     def is_read_back() -> bool:
