@@ -93,7 +93,7 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int, samp
         if cache.ragged and (unread or ending):             # the next step has nothing to say to them: it need not be long
             cache.clear([*unread, *ending])
         if 2 * len(going) <= len(rows) and not step:        # nobody waits for these places
-            cache.keep(going)
+            cache = cache.only(going)
             rows, chosen, unread = [rows[n] for n in going], chosen[going], [going.index(n) for n in unread]
 
 

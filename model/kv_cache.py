@@ -1,5 +1,6 @@
 """Keys and values of the tokens already read, so that each new token costs one position and not all of them."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ from model.config import ModelConfig
 class KVCache:
     """The memory of one batch of sequences, passed to the model and holding everything that decoding remembers.
 
+    Its tensors are written in place and never replaced, so a step captured on a GPU, which knows only their addresses, stays good.
     Rows may hold different numbers of tokens (ragged prompts). A layer with a window keeps a ring of `window` slots:
     the token at position p lies in slot p mod slots, so memory stays at the window however long the text.
 
@@ -82,13 +84,15 @@ class KVCache:
         self._lengths[rows] = 0
         self.longest = int(self._lengths.max())
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Forget all sequences but `rows`."""
-        for parts in (self.keys, self.values, self.last_raw_key):
-            parts[:] = [part[rows] for part in parts]
-        self._lengths = self._lengths[rows]
+    def only(self, rows: Sequence[int]) -> "KVCache":
+        """A new cache that holds the sequences `rows` of this one."""
+        cache = copy.copy(self)
+        cache.keys, cache.values, cache.last_raw_key = ([part[rows] for part in parts] for parts in
+                                                        (self.keys, self.values, self.last_raw_key))
+        cache._lengths = self._lengths[rows]
         if self.ragged:
-            self.longest = int(self._lengths.max())
+            cache.longest = int(cache._lengths.max())
+        return cache
 
     def _memory(self) -> list[Tensor]:
         return [*self.keys, *self.values, *self.last_raw_key]
@@ -153,5 +157,5 @@ class KVCache:
         source = self._slot_positions(slots, before + self._counts()) - before[:, None]             # index into k, < 0: keep
         fresh = (source >= 0)[:, None, :, None]
         index = source.clamp(min=0)[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-        self.keys[layer] = torch.where(fresh, k.gather(2, index), self.keys[layer])
-        self.values[layer] = torch.where(fresh, v.gather(2, index), self.values[layer])
+        self.keys[layer].copy_(torch.where(fresh, k.gather(2, index), self.keys[layer]))
+        self.values[layer].copy_(torch.where(fresh, v.gather(2, index), self.values[layer]))

@@ -45,7 +45,14 @@ class Capture:
     def __init__(self):
         self.cache = None
 
+    def addresses(self) -> list[int]:
+        """Of everything that the step reads."""
+        cache, model = self.step.cache, self.step.model
+        return [part.data_ptr() for part in (*cache.keys, *cache.values, *cache.last_raw_key, cache._lengths, self.step.tokens,
+                                             *model.parameters(), *model.buffers())]
+
     def replay(self) -> None:
+        assert self.addresses() == self.captured
         longest, self.cache.longest = self.cache.longest, self.longest
         self.logits.copy_(self.step.run(self.step.tokens, self.cache))
         self.cache.longest = longest
@@ -67,7 +74,7 @@ def test_captured_steps_say_what_the_model_says(shape, slide, monkeypatch):
             graph.logits = run(*arguments)
             return graph.logits
 
-        step.run = keeps_logits
+        step.run, graph.captured = keeps_logits, graph.addresses()
         yield
         step.run = run
         for part, before in zip((*cache.keys, *cache.values, *cache.last_raw_key, cache._lengths), held):

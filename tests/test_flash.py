@@ -64,7 +64,6 @@ def grid():
 
 
 @pytest.mark.grid
-@pytest.mark.gpu
 @pytest.mark.parametrize("case", list(grid()), ids=lambda c: f"T{c.T}-D{c.D}-G{c.groups}-W{c.window}-{c.dtype}-{c.layout}")
 def test_grid(case):
     check(case)

@@ -69,6 +69,29 @@ def test_ragged_rows_are_the_full_pass(kind):
         at += count
 
 
+@pytest.mark.parametrize("kind", [{}, {"smear": True, "window": [4, None]}], ids=str)
+@torch.no_grad()
+def test_a_cache_stays_where_it_is_in_memory(kind):
+    """Whatever it is told: a captured step knows nothing of it but addresses."""
+    model, tokens = make(**kind), torch.randint(50, (3, 6))
+    lengths = torch.tensor([6, 2, 4])
+    cache, other = KVCache(model.config, 3, 24), KVCache(model.config, 1, 24)
+    model(tokens[:1], cache=other)
+
+    def addresses() -> list[int]:
+        return [part.data_ptr() for part in (*cache.keys, *cache.values, *cache.last_raw_key, cache._lengths)]
+
+    before = addresses()
+    for change in (lambda: model(tokens, cache=cache, lengths=lengths), lambda: model(tokens[:, :1], cache=cache),      # ragged rows
+                   lambda: model(tokens, cache=cache, lengths=lengths), lambda: cache.put([1], other), lambda: cache.clear([0]),
+                   lambda: model(tokens[:, :1], cache=cache), cache.reset, lambda: model(tokens, cache=cache), cache.count,
+                   lambda: model(tokens[:, :1], cache=cache), cache.reset, lambda: model(tokens[:, :1], cache=cache),
+                   lambda: cache.only([0, 2])):
+        change()
+        assert addresses() == before
+    assert cache.only([2]) is not cache and cache.only([2]).keys[0].shape[0] == 1
+
+
 def test_a_windowed_cache_stays_at_the_window():
     config = make(window=[4, None]).config
     cache = KVCache(config, 1, 32)
