@@ -1,8 +1,8 @@
 """The kernels compiled for devices that need not be here, and what the compiler made of it: `python -m kernels.ahead_of_time`.
 
-For each tile in the table of kernels/launch.py: registers a thread, bytes spilled to memory, shared memory, and on Hopper
-whether the matrix instructions run asynchronously (wgmma) or the compiler had to wait for each ("serialised"). The
-kernels are started just as on a GPU, up to the launch itself, so this is the code that would run.
+For each tile in the table of kernels/launch.py: registers a thread, bytes spilled to memory, shared memory, how many
+programs fit a multiprocessor, and on Hopper whether the matrix instructions run asynchronously (wgmma) or the compiler had
+to wait for each ("serialised"). The kernels are started just as on a GPU, up to the driver, so this is the code that would run.
 """
 
 import argparse
@@ -11,33 +11,45 @@ import os
 import re
 import subprocess
 import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
-from kernels import launch
+from kernels import attention, launch
 from kernels.launch import SMALLER, Tile
 
-# name → the rows of the table it reads, triton's target, shared memory of a program in bytes
+
+class Target(NamedTuple):
+    family: str             # the rows of the table that it reads
+    triton: GPUTarget
+    shared: int             # bytes of shared memory that a program may have
+    warps: int              # that a multiprocessor holds
+
+
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"
 TARGETS = {
-    "sm_80": ("ampere", GPUTarget("cuda", 80, 32), 166_912),
-    "sm_86": ("ampere", GPUTarget("cuda", 86, 32), 101_376),
-    "sm_90": ("hopper", GPUTarget("cuda", 90, 32), 232_448),
-    "sm_100": ("hopper", GPUTarget("cuda", 100, 32), 232_448),
-    "gfx942": ("cdna", GPUTarget("hip", "gfx942", 64), 65_536),
+    "sm_80": Target("ampere", GPUTarget("cuda", 80, 32), 166_912, 64),
+    "sm_86": Target("ampere", GPUTarget("cuda", 86, 32), 101_376, 48),
+    "sm_90": Target("hopper", GPUTarget("cuda", 90, 32), 232_448, 64),
+    "sm_100": Target("blackwell", GPUTarget("cuda", 100, 32), 232_448, 64),
+    "gfx942": Target("cdna", GPUTarget("hip", "gfx942", 64), 65_536, 32),
 }
-KERNELS = ("forward", "backward_q", "backward_kv", "decode_part", "statistics_rows")
+REGISTERS = 65_536          # of a multiprocessor, in all of NVIDIA's
+RESERVED = 1024             # bytes of shared memory that the system takes for each program
+KERNELS = ("forward", "forward_gluon", "backward_q", "backward_kv", "decode_part", "decode_whole", "statistics_rows", "statistics_places")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MASKS = {"causal": (True, None, False), "window": (True, 100, False), "segments": (True, None, True), "full": (False, None, False),
-         "positions": (True, 100, False)}          # decode_part alone: slots in any order
+         "positions": (True, 100, False), "lengths": (True, None, False)}      # of decode_part: slots in any order; rows of any length
 
 
 @dataclass
@@ -55,20 +67,36 @@ class Compiled:
     shared: int             # bytes a program
     wgmma: int              # asynchronous matrix instructions
     serialised: bool
+    overlapped: float       # share of the exponentials that run beside a product of the same warps, in the worst loop
 
     @property
     def fits(self) -> bool:
-        return self.shared <= TARGETS[self.target][2]
+        return self.shared <= TARGETS[self.target].shared
+
+    @property
+    def programs(self) -> int:
+        """How many run on a multiprocessor at a time; 0 where that is not known (AMD)."""
+        target = TARGETS[self.target]
+        if target.triton.backend != "cuda":
+            return 0
+        a_warp = -(-self.registers * 32 // 256) * 256               # registers are given out by 256 a warp
+        return min(REGISTERS // (a_warp * self.tile.warps), target.warps // self.tile.warps,
+                   (target.shared + RESERVED) // (self.shared + RESERVED))
 
 
 class NoDevice:
-    """What triton asks of a driver before it launches: which device it would be."""
+    """What triton asks of a driver: everything is compiled and launched as on that device, but nothing runs.
+
+    `launched` has the newest launches: the kernel's name and hash, the grid, and its arguments as triton's launcher gets them.
+    """
 
     def __init__(self, name: str):
         self.name = name
+        self.launched: deque[tuple] = deque(maxlen=8)
+        self.utils = self
 
     def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.name][1]
+        return TARGETS[self.name].triton
 
     def get_current_device(self) -> int:
         return list(TARGETS).index(self.name)           # triton keeps compiled kernels by it
@@ -76,41 +104,60 @@ class NoDevice:
     def get_current_stream(self, device: int) -> int:
         return 0
 
+    def launcher_cls(self, source, metadata) -> Callable[..., None]:
+        def launcher(x, y, z, stream, function, packed, about, enter, exit, *arguments) -> None:
+            self.launched.append((source.fn.__name__, metadata.hash, (x, y, z), *arguments))
+
+        return launcher
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 2 ** 30}              # what is too large is compiled too, and reported
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        return 1, 1, 0, 0, 1024                         # module, function, registers, spills, most threads
+
+
+@contextmanager
+def device(name: str) -> Iterator[NoDevice]:
+    """Within it the kernels' operators, and `attention` with backend="triton", launch for that target, with tensors on the CPU."""
+    kept, nobody = (launch.family, attention.INTERPRETED), NoDevice(name)
+    triton.runtime.driver.set_active(nobody)
+    launch.family, attention.INTERPRETED = (lambda device: TARGETS[name].family), True
+    launch._plans.clear()
+    try:
+        yield nobody
+    finally:
+        launch.family, attention.INTERPRETED = kept
+        launch._plans.clear()
+
 
 def compile_kernel(target: str, kernel: str, dtype: str, D: int, masks: str = "causal", tile: Tile | None = None) -> Compiled:
     """`kernel` as `target` would run it on such tensors, with the table's tile unless one is given."""
-    from kernels import decode, flash, head_statistics_triton
+    from kernels import decode, flash, flash_gluon, head_statistics_triton
+    from kernels.tiles import masks_of
     causal, window, segmented = MASKS[masks]
     q, k = torch.zeros(1, 128, 4, D, dtype=DTYPES[dtype]).transpose(1, 2), torch.zeros(1, 128, 2, D, dtype=DTYPES[dtype]).transpose(1, 2)
     lse, ids = torch.zeros(1, 4, 128), torch.zeros(1, 128, dtype=torch.long)
-    positions = (ids[:, :1], ids) if masks == "positions" else (None, None)
+    cache = torch.zeros(1, 2, 512, D, dtype=DTYPES[dtype])
+    positions = {"positions": (ids[:, :1], torch.zeros(1, 512, dtype=torch.long)), "lengths": (ids[:, :1], None)}.get(masks, (None, None))
     rest = (causal, window, ids.int() if segmented else None, D ** -0.5, "tf32x3")
     calls = {
         "forward": lambda: flash.flash_attention(q, k, k, *rest),
-        "backward_q": lambda: flash.flash_attention_backward(q, q, k, k, q, lse, *rest),
-        "backward_kv": lambda: flash.flash_attention_backward(q, q, k, k, q, lse, *rest),
-        "decode_part": lambda: decode.decode(q[:, :, :1], k, k, *positions, window, *rest[3:]),
-        "statistics_rows": lambda: head_statistics_triton.statistics(q, k, lse, ids, ids, ids, *rest[1:]),
+        "forward_gluon": lambda: flash_gluon.launch_gluon(q, k, k, torch.empty_like(q), lse, masks_of(q, k, *rest)),
+        "backward": lambda: flash.flash_attention_backward(q, q, k, k, q, lse, *rest),
+        "decode": lambda: decode.decode(q[:, :, :1], cache, cache, *positions, window, *rest[3:]),
+        "statistics": lambda: head_statistics_triton.statistics(q, k, lse, ids, ids, ids, *rest[1:]),
     }
-    family, _, _ = TARGETS[target]
-    found: list[tuple[Any, Tile]] = []
-
-    def compile_only(self, *arguments, grid, warmup, **named):
-        binary = launched(self, *arguments, grid=grid, warmup=True, **named)
-        if self.__name__ == kernel:
-            found.append((binary, Tile(named["ROWS"], named["COLUMNS"], named["num_warps"], named["num_stages"])))
-
-    kept, launched = (launch.family, launch.tiles), JITFunction.run
-    triton.runtime.driver.set_active(NoDevice(target))
-    launch.family, JITFunction.run = (lambda device: family), compile_only
-    if tile:
-        launch.tiles = lambda *_: [tile]
-    try:
-        calls[kernel]()
-    finally:
-        (launch.family, launch.tiles), JITFunction.run = kept, launched
-    (binary, used), = found
-    return Compiled(target, kernel, dtype, D, masks, used, **resources(binary))
+    table = launch.tiles
+    with device(target):
+        if tile:
+            launch.tiles = lambda name, *rest: [tile] if name == kernel else table(name, *rest)
+        try:
+            (calls.get(kernel) or calls[kernel.partition("_")[0]])()
+        finally:
+            launch.tiles = table
+        plan, = (plan for key, plan in launch._plans.items() if key[0] == kernel)
+    return Compiled(target, kernel, dtype, D, masks, plan.tile, **resources(plan.compiled))
 
 
 def resources(binary) -> dict:
@@ -118,7 +165,8 @@ def resources(binary) -> dict:
     if "amdgcn" in binary.asm:
         text = binary.asm["amdgcn"]
         registers, spilled = (int(re.findall(rf"\.{name}:\s+(\d+)", text)[0]) for name in ("vgpr_count", "private_segment_fixed_size"))
-        return {"registers": registers, "spilled": spilled, "shared": binary.metadata.shared, "wgmma": 0, "serialised": False}
+        return {"registers": registers, "spilled": spilled, "shared": binary.metadata.shared, "wgmma": 0, "serialised": False,
+                "overlapped": 0.0}
     from triton.backends.nvidia.compiler import get_ptxas
     ptx = binary.asm["ptx"]
     arch = re.findall(r"\.target (sm_\w+)", ptx)[0]
@@ -129,7 +177,25 @@ def resources(binary) -> dict:
         log = subprocess.run([assembler, "-v", f"--gpu-name={arch}", path, "-o", Path(folder, "kernel")],
                              capture_output=True, text=True, check=True).stderr
     return {"registers": int(re.findall(r"Used (\d+) registers", log)[0]), "spilled": sum(map(int, re.findall(r"(\d+) bytes spill", log))),
-            "shared": binary.metadata.shared, "wgmma": ptx.count("wgmma.mma_async"), "serialised": "serialized" in log}
+            "shared": binary.metadata.shared, "wgmma": ptx.count("wgmma.mma_async"), "serialised": "serialized" in log,
+            "overlapped": overlapped(binary.asm["cubin"])}
+
+
+def overlapped(cubin: bytes) -> float:
+    """The share of exponentials that run while a product of the same warps does, in the machine code of the worst loop.
+
+    A product and an exponential overlap if between them the program waits for all groups of wgmma but one, and then for
+    that one too only after the exponentials. ptxas may put waits in another order than the source has them.
+    """
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        code = subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+    marks = re.findall(r"HGMMA|MUFU\.EX2|WARPGROUP\.DEPBAR\.LE gsb0, 0x\d", code)
+    line = "".join({"HGMMA": "p", "MUFU.EX2": "e"}.get(mark, mark[-1]) for mark in marks)
+    loops = re.findall("1(e*)0(e*)", line)
+    return min((len(beside) / max(1, len(beside + after)) for beside, after in loops), default=0.0)
 
 
 def compile_all(cases: list[tuple]) -> list[Compiled]:
@@ -140,11 +206,15 @@ def compile_all(cases: list[tuple]) -> list[Compiled]:
 
 def cases(targets: list[str], dtypes: list[str], masks: list[str], sizes: list[int] | None = None, smaller: bool = False) -> list[tuple]:
     """Every row of the table, or those of some head sizes; with `smaller` also the tiles that take over where a row does not fit."""
-    unknown = {"decode_part": ("full", "segments"), "statistics_rows": ("full", "positions")}       # masks that a kernel does not have
+    # Masks that a kernel does not have.
+    decoding = ("positions", "lengths")
+    unknown = {"decode_part": ("full", "segments"), "decode_whole": ("window", "segments", "full", *decoding),
+               "statistics_rows": ("full", *decoding), "statistics_places": ("full", *decoding)}
     found = []
     for target, kernel, dtype, mask in product(targets, KERNELS, dtypes, masks):
-        if mask not in unknown.get(kernel, ("positions",)):
-            rows = [D for element, D in launch.TILES[TARGETS[target][0]][kernel] if element == DTYPES[dtype].itemsize]
+        if mask not in unknown.get(kernel, decoding):
+            table = launch.TILES[TARGETS[target].family].get(kernel, {})
+            rows = [D for element, D in table if element == DTYPES[dtype].itemsize]
             found += [(target, kernel, dtype, D, mask, tile) for D in rows if D in (sizes or rows)
                       for tile in (None, *(SMALLER if smaller else ()))]
     return found
@@ -153,12 +223,14 @@ def cases(targets: list[str], dtypes: list[str], masks: list[str], sizes: list[i
 def table(rows: list[Compiled]) -> str:
     """As Markdown."""
     columns = ("target", "kernel", "D up to", "dtype", "masks", "rows × columns", "warps", "stages", "registers", "spilled bytes",
-               "shared KB", "wgmma")
+               "shared KB", "programs", "wgmma", "softmax beside products")
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for r in rows:
         wgmma = "–" if not r.target.startswith("sm_90") else "serialised" if r.serialised else str(r.wgmma or "none")
-        cells = (r.target, r.kernel, r.D, r.dtype, r.masks, f"{r.tile.rows} × {r.tile.columns}", r.tile.warps, r.tile.stages, r.registers,
-                 r.spilled, f"{r.shared / 1024:.0f}{'' if r.fits else ' (too large)'}", wgmma)
+        registers = f"{r.registers} (at most {r.tile.maxnreg})" if r.tile.maxnreg else r.registers
+        overlapped = f"{r.overlapped:.0%}" if r.wgmma else "–"
+        cells = (r.target, r.kernel, r.D, r.dtype, r.masks, f"{r.tile.rows} × {r.tile.columns}", r.tile.warps, r.tile.stages, registers,
+                 r.spilled, f"{r.shared / 1024:.0f}{'' if r.fits else ' (too large)'}", r.programs or "–", wgmma, overlapped)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -178,7 +250,7 @@ def main() -> None:
     rows = compile_all(chosen)
     print(f"triton {triton.__version__}\n\n{table(rows)}")
     if args.json:
-        Path(args.json).write_text(json.dumps([asdict(r) | {"fits": r.fits} for r in rows], indent=1))
+        Path(args.json).write_text(json.dumps([asdict(r) | {"fits": r.fits, "programs": r.programs} for r in rows], indent=1))
 
 
 if __name__ == "__main__":

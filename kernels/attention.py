@@ -75,12 +75,12 @@ def decode(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor, key_positio
     if query_positions.shape != (B, T) or (key_positions is not None and key_positions.shape != (B, S)):
         raise ValueError(f"decode: query_positions must be {(B, T)} and key_positions {(B, S)}, got {tuple(query_positions.shape)} and "
                          f"{None if key_positions is None else tuple(key_positions.shape)}")
-    if key_positions is None:                       # not by flex_attention: PyTorch 2.13 writes C++ for such masks that may not compile
-        key_positions = torch.arange(S, device=q.device).expand(B, S)
     if use_triton("decode", backend, q, k, v, query_positions, key_positions):
         from kernels import decode as ours
         q, scale = positive_scale(q, scale)
         return ours.decode(q, k, v, query_positions, key_positions, window, scale, precision)[0]
+    if key_positions is None:                       # not by flex_attention: PyTorch 2.13 writes C++ for such masks that may not compile
+        key_positions = torch.arange(S, device=q.device).expand(B, S)
     query, key = query_positions[:, None, :, None], key_positions[:, None, None, :]     # → (B, 1, T, S)
     sees = (key >= 0) & (key <= query)
     if window is not None:

@@ -6,38 +6,39 @@ enough programs to keep every multiprocessor reading ("Flash-Decoding", Dao et a
 lse, from which a second kernel makes the whole: Σ_p exp(lse_p − lse) out_p, with lse = ln Σ_p exp(lse_p).
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.launch import VARYING, launch, start
+from kernels.launch import VARYING, about, cdiv, launch
 from kernels.tiles import FLOOR, UNSEEN, address, finish, fold, for_pointers, load_tile
 
-PARTS = tl.constexpr(16)            # that the second kernel adds up at a time
 CHUNK = 128                         # keys are split at multiples of it, whatever the tile
 
 
-@triton.jit(do_not_specialize=[*VARYING, "chunk"])
+@triton.jit(do_not_specialize=VARYING)
 def decode_part(q, q_strides, k, k_strides, v, v_strides, out, lse, query_positions, key_positions, H, K, T, S, window, chunk, scale,
                 D: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WINDOW: tl.constexpr,
                 ORDERED: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     """ROWS of the H/K · T queries of one key head against `chunk` keys → out (parts, B, H, T, D), lse (parts, B, H, T)."""
-    part, batch, key_head = tl.program_id(1), tl.program_id(0) // K, tl.program_id(0) % K
-    packed = tl.program_id(2) * ROWS + tl.arange(0, ROWS)           # the group's queries: head by head, T of each
+    tiles = tl.cdiv(H // K * T, ROWS)
+    part, place = tl.program_id(1), tl.program_id(0) // tiles
+    batch, key_head = place // K, place % K
+    packed = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)   # the group's queries: head by head, T of each
     inside = packed < H // K * T
     head, t = key_head * (H // K) + packed // T, packed % T
     start, stop = part * chunk, tl.minimum(S, part * chunk + chunk)
-    if ORDERED:                                                     # slot j holds position j, the queries are the last T
-        position = S - T + t
-        if WINDOW:
-            start = tl.maximum(start, S - T - window + 1)
-    else:
+    position = S - T + t                                            # the queries are the last T, unless
+    if query_positions is not None:
         position = tl.load(query_positions + batch * T + t).to(tl.int32)
-        first, last = tl.min(position), tl.max(position)
+    first, last = tl.min(position), tl.max(position)
+    if ORDERED:                                                     # slot j holds position j
+        stop = tl.minimum(stop, last + 1)
+        if WINDOW:
+            start = tl.maximum(start, first - window + 1)
+    else:
         key_positions += batch.to(tl.int64) * S
         begin, end = stop, start                                    # the span from the first to the last slot that a query sees
         for n in tl.range(start, stop, COLUMNS):
@@ -75,26 +76,26 @@ def decode_part(q, q_strides, k, k_strides, v, v_strides, out, lse, query_positi
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
 
     total, row_lse = finish(top, total)
-    row = (part * (tl.num_programs(0) // K) + batch).to(tl.int64) * H * T + head * T + t
+    row = (part * (tl.num_programs(0) // tiles // K) + batch).to(tl.int64) * H * T + head * T + t
     tl.store(lse + row, row_lse, mask=inside)
     tl.store(out + row[:, None] * D + column[None, :], (acc / total[:, None]).to(out.dtype.element_ty),
              mask=inside[:, None] & (column < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["parts", "rows"])
-def decode_whole(part_out, part_lse, out, lse, parts, rows, D: tl.constexpr, DIMS: tl.constexpr):
-    """part_out (parts, rows, D), part_lse (parts, rows) → out (rows, D), lse (rows)."""
+@triton.jit(do_not_specialize=VARYING)
+def decode_whole(part_out, part_lse, out, lse, parts, queries, D: tl.constexpr, DIMS: tl.constexpr, COLUMNS: tl.constexpr):
+    """part_out (parts, queries, D), part_lse (parts, queries) → out (queries, D), lse (queries); COLUMNS parts are added up at a time."""
     row = tl.program_id(0).to(tl.int64)
-    column, lane = tl.arange(0, DIMS), tl.arange(0, PARTS)
+    column, lane = tl.arange(0, DIMS), tl.arange(0, COLUMNS)
     top = tl.full([], FLOOR, tl.float32)
-    for p in tl.range(0, parts, PARTS):
-        top = tl.maximum(top, tl.max(tl.load(part_lse + (p + lane) * rows + row, mask=p + lane < parts, other=UNSEEN)))
+    for p in tl.range(0, parts, COLUMNS):
+        top = tl.maximum(top, tl.max(tl.load(part_lse + (p + lane) * queries + row, mask=p + lane < parts, other=UNSEEN)))
     total = tl.zeros([], tl.float32)
     acc = tl.zeros([DIMS], tl.float32)
-    for p in tl.range(0, parts, PARTS):
+    for p in tl.range(0, parts, COLUMNS):
         inside = p + lane < parts
-        weights = tl.exp(tl.load(part_lse + (p + lane) * rows + row, mask=inside, other=UNSEEN) - top)
-        values = tl.load(part_out + ((p + lane) * rows + row)[:, None] * D + column[None, :],
+        weights = tl.exp(tl.load(part_lse + (p + lane) * queries + row, mask=inside, other=UNSEEN) - top)
+        values = tl.load(part_out + ((p + lane) * queries + row)[:, None] * D + column[None, :],
                          mask=inside[:, None] & (column < D)[None, :], other=0.0)
         total += tl.sum(weights)
         acc += tl.sum(weights[:, None] * values, 0)
@@ -109,8 +110,9 @@ def decode(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, key_
            scale: float, precision: str) -> tuple[Tensor, Tensor]:
     """(out (B, H, T, D), lse (B, H, T)) of T queries against a cache of S slots: q (B, H, T, D), k and v (B, K, S, D); scale > 0.
 
-    query_positions (B, T), key_positions (B, S), negative where a slot is empty: any order, as a wrapped ring has it.
-    Without them slot j holds position j and the queries are at the last T. No gradients: for generation.
+    query_positions (B, T): the last T of the S positions, unless given. key_positions (B, S), negative where a slot is empty:
+    any order, as a wrapped ring has it; without them slot j holds position j, and no program reads more than its row's queries
+    see. No gradients: for generation.
     """
     (B, H, T, D), (_, K, S, _) = q.shape, k.shape
     k, v = for_pointers(k), for_pointers(v)
@@ -119,33 +121,27 @@ def decode(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, key_
         return out.zero_(), lse.fill_(float("-inf"))
     packed = H // K * T
     rows = 32 if packed > 16 and D * q.itemsize <= 512 else 16     # more, or 32 of float32 at D = 256, would spill
-    parts = max(1, 2 * multiprocessors(q.device) // (B * K * triton.cdiv(packed, rows)))
-    chunk = triton.cdiv(triton.cdiv(S, parts), CHUNK) * CHUNK
-    parts = triton.cdiv(S, chunk)
+    parts = max(1, 2 * about(q.device).multiprocessors // (B * K * cdiv(packed, rows)))
+    chunk = cdiv(cdiv(S, parts), CHUNK) * CHUNK
+    parts = cdiv(S, chunk)
     part_out, part_lse = out, lse
     if parts > 1:
         part_out, part_lse = q.new_empty(parts, *q.shape, dtype=torch.float32), lse.new_empty(parts, *lse.shape)
-    ordered = key_positions is None
     # By pointers: the rows of q belong to several heads, and a cache may lie anyhow.
-    launch(decode_part, lambda tile: (B * K, parts, triton.cdiv(packed, tile.rows)), q, columns={"k": k, "v": v}, copy_engine=False,
+    launch(decode_part, lambda tile: (B * K * cdiv(packed, tile.rows), parts, 1), q, columns={"k": k, "v": v}, copy_engine=False,
            n_rows=rows, q=q, q_strides=q.stride(), out=part_out, lse=part_lse,
            query_positions=None if query_positions is None else query_positions.contiguous(),
            key_positions=None if key_positions is None else key_positions.contiguous(), H=H, K=K, T=T, S=S, window=window or 0,
-           chunk=chunk, scale=scale, WINDOW=window is not None, ORDERED=ordered, PRECISION=precision)
+           chunk=chunk, scale=scale, WINDOW=window is not None, ORDERED=key_positions is None, PRECISION=precision)
     if parts > 1:
-        start(decode_whole, q, (B * H * T,), part_out=part_out, part_lse=part_lse, out=out, lse=lse, parts=parts, rows=B * H * T,
-              D=D, DIMS=triton.next_power_of_2(D), num_warps=4)
+        launch(decode_whole, lambda tile: (B * H * T, 1, 1), q, part_out=part_out, part_lse=part_lse, out=out, lse=lse, parts=parts,
+               queries=B * H * T)
     return out, lse
 
 
 @decode.register_fake
 def _(q, k, v, query_positions, key_positions, window, scale, precision):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @register_flop_formula(torch.ops.kernels.decode)

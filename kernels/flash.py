@@ -7,14 +7,15 @@ Each program owns a tile of queries (forward, backward_q) or of keys (backward_k
 side that it may see. No two programs write the same number, so there are no atomics and the same inputs give the same bits.
 """
 
+import os
+
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.launch import VARYING, launch, readable
+from kernels.launch import VARYING, cdiv, family, heads_together, launch, readable
 from kernels.tiles import (
     FLOOR,
     LOG2_E,
@@ -26,19 +27,24 @@ from kernels.tiles import (
     masks_of,
     narrow,
     part_of,
+    program_place,
     query_tile,
     sees,
     store_tile,
 )
 
+# A second forward kernel, for Hopper alone, off until a GPU has shown that it is right and faster.
+USE_GLUON = os.environ.get("KERNELS_GLUON") == "1"
+
 
 @triton.jit(do_not_specialize=VARYING)
-def forward(q, q_strides, k, k_strides, v, v_strides, out, out_strides, lse, segments, least, most, H, K, T, S, blocks, window, scale,
+def forward(q, q_strides, k, k_strides, v, v_strides, out, out_strides, lse, segments, least, most,
+            H, K, T, S, blocks, window, together, scale,
             D: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
             WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     """One tile of ROWS queries of one head against all keys they see → out (B, H, T, D) and lse (B, H, T)."""
-    batch, head, start_row, position, segment, start, whole_start, whole_stop, stop = query_tile(
-        H, T, S, blocks, window, segments, least, most, ROWS, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
+    place, batch, head, start_row, position, segment, start, whole_start, whole_stop, stop = query_tile(
+        H, T, S, blocks, window, segments, least, most, together, ROWS, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
     key_head = head // (H // K)                                     # a group of H/K query heads reads one key head
     row = start_row + tl.arange(0, ROWS)
 
@@ -59,30 +65,37 @@ def forward(q, q_strides, k, k_strides, v, v_strides, out, out_strides, lse, seg
 
     total, row_lse = finish(top, total)
     store_tile(out, out_strides, batch, head, start_row, T, acc / total[:, None], D, ROWS, DIMS)
-    tl.store(lse + tl.program_id(0).to(tl.int64) * T + row, row_lse, mask=row < T)
+    tl.store(lse + place.to(tl.int64) * T + row, row_lse, mask=row < T)
 
 
 @triton.jit(do_not_specialize=VARYING)
-def backward_q(q, q_strides, k, k_strides, v, v_strides, out, out_strides, grad, grad_strides, dq, dq_strides, lse, delta,
-               segments, least, most, H, K, T, S, padded, blocks, window, scale,
+def backward_q(q, q_strides, k, k_strides, v, v_strides, out, out_strides, grad, grad_strides, dq, dq_strides, lse, row_sums,
+               segments, least, most, H, K, T, S, padded, blocks, window, together, scale,
                D: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
                WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
-    """dq of one tile of queries, and their delta = Σ_d out · grad, which backward_kv needs too.
+    """dq of one tile of queries, and what backward_kv needs to know of each: row_sums (2, B, H, padded).
 
     With A the pattern: d_scores = A ∘ (grad vᵀ − delta), dq = scale · d_scores k (Dao et al. 2022, appendix B.2).
-    lse and delta are (B, H, padded), lse as a power of two and inf past T: rows that are not there have weight exp2(−inf) = 0.
+    row_sums[0] is lse as a power of two, row_sums[1] is delta = Σ_d out · grad. Past T the first is inf and the second
+    finite: rows that are not there have weight exp2(−inf) = 0, without a compare for each.
     """
-    batch, head, start_row, position, segment, start, whole_start, whole_stop, stop = query_tile(
-        H, T, S, blocks, window, segments, least, most, ROWS, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
+    place, batch, head, start_row, position, segment, start, whole_start, whole_stop, stop = query_tile(
+        H, T, S, blocks, window, segments, least, most, together, ROWS, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
     key_head = head // (H // K)
     row = start_row + tl.arange(0, ROWS)
 
-    at = tl.program_id(0).to(tl.int64) * padded + row
+    lse_at = row_sums + place.to(tl.int64) * padded + tl.arange(0, ROWS)
+    delta_at = lse_at + (tl.num_programs(0) // tl.cdiv(T, ROWS)).to(tl.int64) * padded
+    if start_row + ROWS >= T:                                       # the last tile fills up what is past it, too
+        for past in tl.range(start_row + ROWS, padded, ROWS):
+            tl.store(lse_at + past, tl.full([ROWS], float("inf"), tl.float32))
+            tl.store(delta_at + past, tl.zeros([ROWS], tl.float32))
+    row_lse = tl.load(lse + place.to(tl.int64) * T + row, mask=row < T, other=float("inf")) * LOG2_E
+    tl.store(lse_at + start_row, row_lse)
     grad_tile = load_tile(grad, grad_strides, batch, head, start_row, T, D, ROWS, DIMS, TMA)
     out_tile = load_tile(out, out_strides, batch, head, start_row, T, D, ROWS, DIMS, TMA)
     row_delta = tl.sum(out_tile.to(tl.float32) * grad_tile.to(tl.float32), 1)
-    tl.store(delta + at, row_delta, mask=row < T)
-    row_lse = tl.load(lse + at)
+    tl.store(delta_at + start_row, row_delta)
     q_tile = load_tile(q, q_strides, batch, head, start_row, T, D, ROWS, DIMS, TMA)
     acc = tl.zeros([ROWS, DIMS], tl.float32)
     for part in tl.static_range(2 if SEGMENTS else 0 if WINDOW else 1, 3):
@@ -101,8 +114,8 @@ def backward_q(q, q_strides, k, k_strides, v, v_strides, out, out_strides, grad,
 
 
 @triton.jit(do_not_specialize=VARYING)
-def backward_kv(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, dk, dk_strides, dv, dv_strides, lse, delta,
-                segments, least, most, H, K, T, S, padded, blocks, window, scale,
+def backward_kv(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, dk, dk_strides, dv, dv_strides, row_sums,
+                segments, least, most, H, K, T, S, padded, blocks, window, together, scale,
                 D: tl.constexpr, DIMS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
                 WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr):
     """dk and dv of one tile of COLUMNS keys of one key head, summed over the queries of all its heads: written once.
@@ -110,9 +123,11 @@ def backward_kv(q, q_strides, k, k_strides, v, v_strides, grad, grad_strides, dk
     dv = Aᵀ grad, dk = scale · (d scores)ᵀ q. Everything is held transposed, keys by queries. One flat loop over heads and
     query tiles, masked in every tile where there is a mask: two loops, or one inside the other, make the compiler serialise wgmma or spill.
     """
-    batch, key_head = tl.program_id(0) // K, tl.program_id(0) % K
-    n = tl.program_id(1) * COLUMNS                                  # the first keys are seen by most queries: longest first
+    place, tile = program_place(tl.cdiv(S, COLUMNS), together)
+    batch, key_head = place // K, place % K
+    n = tile * COLUMNS                                              # the first keys are seen by most queries: longest first
     key = n + tl.arange(0, COLUMNS)
+    lse, delta = row_sums, row_sums + (tl.num_programs(0) // tl.cdiv(S, COLUMNS) // K * H).to(tl.int64) * padded
     start, stop = S - T, S                                          # positions of the queries that see some of these keys
     if CAUSAL:
         start = tl.maximum(n, S - T)
@@ -156,11 +171,17 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int |
                     scale: float, precision: str) -> tuple[Tensor, Tensor]:
     """(out, lse) of `kernels.attention.attention`, which checks the arguments; scale > 0. lse has no gradient."""
     q, k, v = readable(q, k, v)
-    out, lse = _empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    if 0 in (*out.shape, k.shape[2]):
+    (B, H, T, _), (_, K, S, _) = q.shape, k.shape
+    out, lse = _empty_like(q), q.new_empty((B, H, T), dtype=torch.float32)
+    if 0 in (*out.shape, S):
         return out.zero_(), lse.fill_(float("-inf"))
-    launch(forward, lambda tile: (q.shape[0] * q.shape[1], triton.cdiv(q.shape[2], tile.rows)), q, rows={"q": q}, columns={"k": k, "v": v},
-           out=out, out_strides=out.stride(), lse=lse, **masks_of(q, k, causal, window, segments, scale, precision))
+    masks = masks_of(q, k, causal, window, segments, scale, precision)
+    if USE_GLUON and family(q.device) == "hopper" and q.itemsize == 2:
+        from kernels.flash_gluon import launch_gluon  # an experimental part of triton, which may change
+        launch_gluon(q, k, v, out, lse, masks)
+    else:
+        launch(forward, lambda tile: (B * H * cdiv(T, tile.rows), 1, 1), q, rows={"q": q}, columns={"k": k, "v": v},
+               out=out, out_strides=out.stride(), lse=lse, together=heads_together(k, S) * (H // K), **masks)
     return out, lse
 
 
@@ -169,22 +190,26 @@ def flash_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out:
                              segments: Tensor | None, scale: float, precision: str) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv) from the gradient of out. In fp16 a gradient past 65504 is inf, as in any fp16 backward: scale the loss."""
     grad, q, k, v, out = readable(grad, q, k, v, out)
-    lse = F.pad(lse * LOG2_E.value, (0, 128), value=float("inf"))   # a tile's length past the end, so that no read needs a check
-    dq, dk, dv, delta = _empty_like(q), _empty_like(k), _empty_like(v), torch.zeros_like(lse)
-    if 0 in (*q.shape, k.shape[2]):
+    dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
+    (B, H, T, _), (_, K, S, _) = q.shape, k.shape
+    if 0 in (*q.shape, S):
         return dq.zero_(), dk.zero_(), dv.zero_()
-    masks = masks_of(q, k, causal, window, segments, scale, precision) | {"padded": lse.shape[2]}
-    launch(backward_q, lambda tile: (q.shape[0] * q.shape[1], triton.cdiv(q.shape[2], tile.rows)), q,
-           rows={"q": q, "out": out, "grad": grad}, columns={"k": k, "v": v}, dq=dq, dq_strides=dq.stride(), lse=lse, delta=delta, **masks)
-    launch(backward_kv, lambda tile: (k.shape[0] * k.shape[1], triton.cdiv(k.shape[2], tile.columns)), q,
-           rows={"q": q, "grad": grad}, columns={"k": k, "v": v}, dk=dk, dk_strides=dk.stride(), dv=dv, dv_strides=dv.stride(),
-           lse=lse, delta=delta, **masks)
+    padded = cdiv(T + 128, 128) * 128                        # no tile of rows that begins before T ends after it
+    masks = masks_of(q, k, causal, window, segments, scale, precision) | {"padded": padded}
+    row_sums = q.new_empty((2, B, H, padded), dtype=torch.float32)
+    launch(backward_q, lambda tile: (B * H * cdiv(T, tile.rows), 1, 1), q, rows={"q": q, "out": out, "grad": grad},
+           columns={"k": k, "v": v}, dq=dq, dq_strides=dq.stride(), lse=lse.contiguous(), row_sums=row_sums,
+           together=heads_together(k, S) * (H // K), **masks)
+    launch(backward_kv, lambda tile: (B * K * cdiv(S, tile.columns), 1, 1), q, rows={"q": q, "grad": grad},
+           columns={"k": k, "v": v}, dk=dk, dk_strides=dk.stride(), dv=dv, dv_strides=dv.stride(), row_sums=row_sums,
+           together=heads_together(q, T * (H // K)), **masks)
     return dq, dk, dv
 
 
 def _empty_like(x: Tensor) -> Tensor:
     """(B, heads, T, D) over (B, T, heads, D) memory: as the projections around attention read and write it."""
-    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+    _, heads, T, D = x.shape
+    return x.new_empty_strided(x.shape, (heads * T * D, D, heads * D, 1))
 
 
 @flash_attention.register_fake

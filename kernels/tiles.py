@@ -80,15 +80,31 @@ def hide_unseen(scores, n, position, segment, segments, batch, S, window, hidden
 
 
 @triton.jit
-def query_tile(H, T, S, blocks, window, segments, least, most, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CAUSAL: tl.constexpr,
-               WINDOW: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Which queries a program of the grid (B · H, tiles) owns, and which keys they see.
+def program_place(tiles, together):
+    """(head of B · H, tile of `tiles`) that this program of a grid of B · H · tiles owns.
 
-    → batch, head, the first row, positions and segments of the ROWS rows, and start, whole_start, whole_stop, stop of
-    `keys_to_visit`. The last queries see most keys and come first.
+    `together` heads at a time, whose keys and values fit the L2 cache, so that memory is read once for all their tiles; of
+    these heads the first tiles, then the second ones, and so on.
     """
-    batch, head = tl.program_id(0) // H, tl.program_id(0) % H
-    start_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
+    heads = tl.num_programs(0) // tiles
+    first = tl.program_id(0) // (together * tiles) * together       # of the heads that this one is together with
+    within = tl.program_id(0) - first * tiles
+    size = tl.minimum(together, heads - first)
+    return first + within % size, within // size
+
+
+@triton.jit
+def query_tile(H, T, S, blocks, window, segments, least, most, together, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+               CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Which queries a program owns, and which keys they see.
+
+    → its place among the B · H heads, batch, head, the first row, positions and segments of the ROWS rows, and start,
+    whole_start, whole_stop, stop of `keys_to_visit`. The last queries see most keys and come first.
+    """
+    tiles = tl.cdiv(T, ROWS)
+    place, tile = program_place(tiles, together)
+    batch, head = place // H, place % H
+    start_row = (tiles - 1 - tile) * ROWS
     position = start_row + tl.arange(0, ROWS) + S - T
     segment = position
     if SEGMENTS:
@@ -97,7 +113,7 @@ def query_tile(H, T, S, blocks, window, segments, least, most, ROWS: tl.constexp
     last = tl.minimum(start_row + ROWS, T) - 1 + S - T
     start, whole_start, whole_stop, stop = keys_to_visit(start_row + S - T, last, S, window, segment, least, most,
                                                          COLUMNS, CAUSAL, WINDOW, SEGMENTS)
-    return batch, head, start_row, position, segment, start, whole_start, whole_stop, stop
+    return place, batch, head, start_row, position, segment, start, whole_start, whole_stop, stop
 
 
 @triton.jit
@@ -202,20 +218,28 @@ def for_copy_engine(tensor: Tensor) -> Tensor:
 
     So lies whatever a projection of D a multiple of 8 writes. Anything else is copied to where it can be read.
     """
-    apart = [stride * tensor.itemsize for stride, n in zip(tensor.stride()[:3], tensor.shape) if n > 1]
-    if tensor.stride(3) == 1 and tensor.data_ptr() % 16 == 0 and all(a > 0 and a % 16 == 0 for a in apart):
+    size, (batch, head, position, column) = tensor.itemsize, tensor.stride()
+    if column == 1 and min(batch, head, position) > 0 and (tensor.data_ptr() | (batch | head | position) * size) % 16 == 0:
         return tensor
-    D, per_16_bytes = tensor.shape[3], 16 // tensor.itemsize
+    apart = [stride * size for stride, n in zip((batch, head, position), tensor.shape) if n > 1]
+    if column == 1 and tensor.data_ptr() % 16 == 0 and all(a > 0 and a % 16 == 0 for a in apart):
+        return tensor
+    D, per_16_bytes = tensor.shape[3], 16 // size
     copy = tensor.new_empty(*tensor.shape[:3], -(-D // per_16_bytes) * per_16_bytes)[..., :D]
     return copy.copy_(tensor)
 
 
-def source(tensor: Tensor, rows: int, dims: int, tma: bool) -> Tensor | TensorDescriptor:
-    """A (B, heads, positions, D) tensor as `load_tile` reads it, `rows` positions at a time."""
-    if not tma:
-        return tensor
-    strides = [16 if n == 1 else stride for stride, n in zip(tensor.stride()[:3], tensor.shape)]     # one alone: any will do
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides, 1], [1, 1, rows, dims])
+def descriptor(tensor: Tensor, rows: int, dims: int) -> TensorDescriptor:
+    """A (B, heads, positions, D) tensor as the copy engine reads it, `rows` positions at a time.
+
+    Made without triton's checks, 3 µs for each of a call's up to nine: `for_copy_engine` has checked the same.
+    """
+    shape, strides = list(tensor.shape), list(tensor.stride())
+    if 1 in shape:                                                  # a stride of one alone may be anything: any will do
+        strides[:3] = [16 if n == 1 else stride for stride, n in zip(strides[:3], shape)]
+    made = object.__new__(TensorDescriptor)
+    made.__dict__ = {"base": tensor, "shape": shape, "strides": strides, "block_shape": [1, 1, rows, dims]}
+    return made
 
 
 def for_pointers(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from commands import command, started
 from hypothesis import settings
 
-TRITON_TESTS = ("ahead_of_time", "decode", "flash", "gpu_kernels", "head_statistics", "operators", "without_a_device")
+TRITON_TESTS = ("ahead_of_time", "decode", "flash", "gluon", "gpu_kernels", "head_statistics", "operators", "without_a_device")
 KERNEL_TESTS = ("attention", *TRITON_TESTS)     # they need torch, triton, numpy, pytest and hypothesis, and nothing else
 missing = [name for name in ("pydantic", "yaml", "wandb", "datasets", "tokenizers", "playwright") if not find_spec(name)]
 if not find_spec("triton"):                     # macOS, Windows: everything but the kernels
@@ -88,7 +88,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 
 def make_workplace(folder: Path) -> None:
-    import yaml                                 # here and below: the kernels' tests do without these packages
+    import yaml  # here and below: the kernels' tests do without these packages
     (folder / "texts").mkdir()
     for source in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-c]*.py"))[:24]:
         (folder / "texts" / f"{source.stem}.txt").write_bytes(source.read_bytes()[:6000])

@@ -9,8 +9,13 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
+
+if triton.__version__ < "3.7" and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+    raise ImportError(f"the interpreter of triton {triton.__version__} needs numpy < 2.4, and {np.__version__} is installed: "
+                      "pip install 'numpy<2.4', or triton 3.7")
 
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 dot, cast = Builder.create_dot, Builder.cast_impl

@@ -11,6 +11,9 @@ from kernels import launch
 from kernels.attention import FEW_QUERIES, attention, decode
 from kernels.reference import reference_attention
 
+CASES = [Case(1, 300, 16), Case(1, 17, 20, B=2, K=2, groups=3), Case(3, 500, 32, K=2, groups=2, window=40), Case(9, 400, 16, groups=8),
+         Case(1, 1, 64), Case(5, 700, 48, B=2, layout="sparse")]
+
 
 def exact(q, k, v, query_positions, key_positions, window):
     """The definition in float64: a query sees keys at positions up to its own, the last `window` of them."""
@@ -31,8 +34,7 @@ def tensors(case: Case):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("case", [Case(1, 300, 16), Case(1, 17, 20, B=2, K=2, groups=3), Case(3, 500, 32, K=2, groups=2, window=40),
-                                  Case(9, 400, 16, groups=8), Case(1, 1, 64), Case(5, 700, 48, B=2, layout="sparse")], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_decoding_is_the_end_of_prefill(case, dtype):
     case = Case(**{**case.__dict__, "dtype": dtype})
     q, k, v = tensors(case)
@@ -53,9 +55,15 @@ def check_slots(data) -> None:
     draw = torch.Generator().manual_seed(case.seed)
     key_positions = torch.stack([torch.randperm(S, generator=draw) for _ in range(case.B)]).to(DEVICE)
     key_positions[torch.rand(case.B, S, generator=draw).to(DEVICE) < data.draw(st.sampled_from((0, 0.3, 1)))] = -1
-    query_positions = torch.randint(0, S + 5, (case.B, 1), generator=draw).to(DEVICE) + torch.arange(T, device=DEVICE)
-    out, lse = decoding.decode(q, k, v, query_positions, key_positions, case.window, case.D ** -0.5, "tf32x3")
-    want, want_lse = exact(q, k, v, query_positions, key_positions, case.window)
+    ordered = data.draw(st.booleans())
+    if ordered:                                         # slot j holds position j; slots past a row's queries hold anything
+        key_positions = torch.arange(S, device=DEVICE).expand(case.B, S)
+    query_positions = torch.randint(-2, S + 5, (case.B, 1), generator=draw).to(DEVICE) + torch.arange(T, device=DEVICE)
+    if ordered:
+        for row, position in enumerate(query_positions[:, -1].tolist()):
+            k[row, :, max(0, position + 1):] = v[row, :, max(0, position + 1):] = torch.nan
+    out, lse = decoding.decode(q, k, v, query_positions, None if ordered else key_positions, case.window, case.D ** -0.5, "tf32x3")
+    want, want_lse = exact(q, k.nan_to_num(), v.nan_to_num(), query_positions, key_positions, case.window)
     assert_as_good(out, want, want.float(), str(case))
     assert_as_good(lse, want_lse, want_lse.float(), str(case))
 
@@ -77,7 +85,7 @@ def test_slots_in_any_order_at_length(data):
 def test_the_split_changes_only_rounding(monkeypatch, programs):
     case = Case(2, 600, 16, groups=2)
     q, k, v = tensors(case)
-    monkeypatch.setattr(decoding, "multiprocessors", lambda device: programs)
+    monkeypatch.setattr(decoding, "about", lambda device: launch.Device(programs, 0))
     out, lse = decoding.decode(q, k, v, None, None, None, 0.25, "tf32x3")
     want, want_lse = reference_attention(q.double(), k.double(), v.double())
     assert torch.allclose(out.double(), want, atol=1e-6) and torch.allclose(lse.double(), want_lse, atol=1e-6)

@@ -4,6 +4,8 @@ from itertools import cycle, product
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from attention_cases import DEVICE, LAYOUTS, Case, assert_as_good, exact_and_plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,8 +13,18 @@ from hypothesis import strategies as st
 from kernels import launch
 from kernels.attention import attention
 from kernels.flash import flash_attention, flash_attention_backward
+from kernels.tiles import program_place
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+CASES = [
+    Case(1, 1, 16), Case(65, 65, 32, groups=3), Case(77, 77, 48, B=2, K=2, groups=2), Case(33, 100, 16), Case(1, 40, 32, groups=2),
+    Case(40, 54, 16), Case(40, 55, 16),             # the first query sees one key less than a tile, and just a tile
+    Case(50, 50, 80, window=7), Case(50, 50, 16, window=1), Case(40, 90, 16, window=40), Case(30, 70, 16, causal=False),
+    Case(70, 30, 16, causal=False, window=9), Case(90, 90, 16, documents=5), Case(60, 130, 16, B=2, documents=3, window=20),
+    Case(70, 70, 16, documents=3, shuffled=True, causal=False), Case(40, 40, 20, layout="columns"), Case(40, 40, 24, layout="sparse"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -71,13 +83,7 @@ def test_grid(case):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize("case", [
-    Case(1, 1, 16), Case(65, 65, 32, groups=3), Case(77, 77, 48, B=2, K=2, groups=2), Case(33, 100, 16), Case(1, 40, 32, groups=2),
-    Case(40, 54, 16), Case(40, 55, 16),             # the first query sees one key less than a tile, and just a tile
-    Case(50, 50, 80, window=7), Case(50, 50, 16, window=1), Case(40, 90, 16, window=40), Case(30, 70, 16, causal=False),
-    Case(70, 30, 16, causal=False, window=9), Case(90, 90, 16, documents=5), Case(60, 130, 16, B=2, documents=3, window=20),
-    Case(70, 70, 16, documents=3, shuffled=True, causal=False), Case(40, 40, 20, layout="columns"), Case(40, 40, 24, layout="sparse"),
-], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_cases(case, dtype):
     check(Case(**{**case.__dict__, "dtype": dtype}))
 
@@ -189,10 +195,28 @@ def test_layouts_that_only_look_odd():
     assert launch.for_pointers(wide).is_contiguous() and launch.for_pointers(q) is q
 
 
-def test_more_tiles_than_a_grid_has():
-    long = torch.empty(1, 1, 1, 16, device=DEVICE).expand(1, 1, 2 ** 23, 16)
-    with pytest.raises(ValueError, match="65535"):
-        flash_attention(long, long, long, True, None, None, 0.25, "tf32x3")
+@triton.jit
+def places(out, tiles, together):
+    place, tile = program_place(tiles, together)
+    tl.store(out + tl.program_id(0), place * 10 + tile)
+
+
+@pytest.mark.gpu
+def test_programs_go_through_a_few_heads_at_a_time():
+    """First the first tiles of the heads that share the cache, then their second ones; the last group may be smaller."""
+    out = torch.zeros(15, dtype=torch.int32, device=DEVICE)
+    places[(15, 1, 1)](out, 3, 2)
+    assert out.tolist() == [0, 10, 1, 11, 2, 12, 20, 30, 21, 31, 22, 32, 40, 41, 42]
+    q = torch.empty(1, 8, 100, 64, dtype=torch.float16)
+    assert launch.heads_together(q, 100) == 2 ** 16 // 2 // (2 * 100 * 64 * 2) == 1 and launch.heads_together(q, 9) == 14
+
+
+def test_plans_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(launch, "MOST_PLANS", 2)
+    monkeypatch.setattr(launch, "_plans", {})
+    for T in (20, 21, 20, 22, 21):                      # of other strides each time
+        check(Case(T, T, 16, B=2, layout="heads"))
+        assert 0 < len(launch._plans) <= 2
 
 
 def test_gradients_by_finite_differences():
@@ -207,14 +231,15 @@ def test_a_tile_that_does_not_fit_gives_way_to_a_smaller_one(monkeypatch):
     from triton.runtime.errors import OutOfResources
     tried, start = [], launch.start
 
-    def small_device(kernel, like, grid, **arguments):
-        tried.append(arguments["ROWS"] * arguments["COLUMNS"])
+    def small_device(kernel, like, grid, arguments, compiled=None, **options):
+        tried.append(arguments[kernel.arg_names.index("ROWS")] * arguments[kernel.arg_names.index("COLUMNS")])
         if tried[-1] > 32 * 32:
             raise OutOfResources(tried[-1], 32 * 32, "shared memory")
-        start(kernel, like, grid, **arguments)
+        return start(kernel, like, grid, arguments, compiled, **options)
 
     monkeypatch.setattr(launch, "start", small_device)
     monkeypatch.setattr(launch, "_too_large", set())
+    monkeypatch.setattr(launch, "_plans", {})
     monkeypatch.setattr(launch, "family", lambda device: "ampere")
     case = Case(30, 30, 16, dtype="fp16")
     q, k, v, _ = case.tensors()
@@ -224,5 +249,6 @@ def test_a_tile_that_does_not_fit_gives_way_to_a_smaller_one(monkeypatch):
     assert tried[0] > tried[-1] and tried.count(max(tried)) == 1                    # a size that failed is not tried again
     monkeypatch.setattr(launch, "SMALLER", ())
     monkeypatch.setattr(launch, "_too_large", set())
+    monkeypatch.setattr(launch, "_plans", {})
     with pytest.raises(ValueError, match="backend='sdpa'"):
         flash_attention(q, k, v, True, None, None, 0.25, "tf32x3")

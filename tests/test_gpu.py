@@ -6,7 +6,6 @@ import pytest
 import torch
 from commands import command
 from conftest import metrics
-
 from test_model import make
 
 from model.compiled import GRAIN, CompiledStep

@@ -1,0 +1,75 @@
+"""Launches up to the driver, in a process without the interpreter: what a second call of the same kind passes on, and how fast."""
+
+from commands import command
+
+CALLS = '''
+import torch
+from kernels import launch
+from kernels.ahead_of_time import device
+from kernels.decode import decode
+from kernels.flash import flash_attention, flash_attention_backward
+from kernels.flash_gluon import launch_gluon
+from kernels.tiles import masks_of
+from kernels.head_statistics_triton import statistics
+
+def tensors(T, dtype, H=4, K=2, S=None, offset=0):
+    def one(heads, length):
+        memory = torch.zeros(2 * length * heads * 16 + 8, dtype=dtype)[offset:]
+        return memory.as_strided((2, heads, length, 16), (length * heads * 16, 16, heads * 16, 1))
+    return one(H, T), one(K, S or T), one(K, S or T)
+
+def flash(q, k, v, window=None):
+    return lambda: flash_attention(q, k, v, True, window, None, 0.25, "tf32x3")
+
+half, single = torch.bfloat16, torch.float32
+q, k, v = tensors(130, half)
+lse, ids = torch.zeros(2, 4, 130), torch.zeros(2, 130, dtype=torch.long)
+calls = {
+    "130": flash(q, k, v), "97, as many strides": flash(*tensors(97, half)), "the end of 130": flash(q[:, :, -40:], k, v),
+    "one row": flash(q[:1, :1], k[:1, :1], v[:1, :1]), "a window": flash(q, k, v, 20), "another window": flash(q, k, v, 50),
+    "float32": flash(*tensors(130, single)), "float32, off by 4 bytes": flash(*tensors(130, single, offset=1)),
+    "strides that 16 does not divide": flash(*(t[..., ::2] for t in tensors(130, single))),
+    "Gluon": lambda: launch_gluon(q, k, v, torch.empty_like(q), lse, masks_of(q, k, True, 20, None, 0.25, "tf32x3")),
+    "backward": lambda: flash_attention_backward(q, q, k, v, q, lse, True, None, None, 0.25, "tf32x3"),
+    "a cache": lambda: decode(q[:, :, :1], k, v, None, None, None, 0.25, "tf32x3"),
+    "a longer cache": lambda: decode(q[:, :, :1], *tensors(0, half, S=500)[1:], None, None, None, 0.25, "tf32x3"),
+    "positions": lambda: decode(q[:, :, :1], k, v, ids[:, :1], None, None, 0.25, "tf32x3"),
+    "statistics": lambda: statistics(q, k, lse, ids, ids, ids, None, None, 0.25, "tf32x3"),
+}
+
+def plain(value):
+    """What of an argument a kernel sees, but for where memory was taken this time."""
+    if hasattr(value, "block_shape"):           # a tensor descriptor, of Triton's or of Gluon's
+        lists = map(list, (value.shape, value.strides, value.block_shape))
+        return [plain(value.base), *lists, value.padding, getattr(value, "layout", None)]
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.stride(), value.dtype, value.data_ptr() % 16
+    return value
+
+def launches(call):
+    nobody.launched.clear()
+    call()
+    return [tuple(map(plain, launched)) for launched in nobody.launched]
+
+with device("sm_90") as nobody:
+    by_triton = {}
+    for name, call in calls.items():
+        launch._plans.clear()
+        by_triton[name] = launches(call)
+        assert by_triton[name] and launch._plans
+    launch._plans.clear()
+    for turn in range(3):                       # the first may find the plan of another call, the others find their own
+        for name, call in calls.items():
+            assert launches(call) == by_triton[name], (turn, name, launches(call), by_triton[name])
+    kernels = {launched[:2] for found in by_triton.values() for launched in found}
+    print(len(launch._plans), "plans", len(kernels), "kernels")
+    assert len({launched[1] for name in ("130", "97, as many strides", "the end of 130") for launched in by_triton[name]}) == 1
+    assert by_triton["float32"][0][1] != by_triton["float32, off by 4 bytes"][0][1]
+'''
+
+
+def test_a_planned_launch_is_the_one_that_triton_makes(tmp_path):
+    (tmp_path / "calls.py").write_text(CALLS)
+    done = command(str(tmp_path / "calls.py"), env={"TRITON_INTERPRET": "0"})
+    assert done.returncode == 0, done.stderr
+    assert "plans" in done.stdout
