@@ -1,9 +1,9 @@
 # make quickstart · make lint · make test · make test-kernels · make test-lens · make test-faults
-# make study-toy, -text, -positions, -gqa · make venv
+# make study-toy, -text, -positions, -gqa · make gpu · make venv
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart lint test test-kernels test-lens test-faults venv
+.PHONY: quickstart lint test test-kernels test-lens test-faults gpu venv
 
 quickstart: .venv/installed
 	$(BIN)/python train.py configs/quickstart.yaml
@@ -33,6 +33,10 @@ test-lens: .venv-lens/installed
 # The real trainer killed, starved, lied to: all of it, ten minutes on two idle cores. Writes docs/reliability.md.
 test-faults: .venv/installed
 	$(BIN)/python -m pytest -n 2 -m "faults or not faults" tests/faults tests/test_distributed.py --reliability docs/reliability.md
+
+# Everything there is to know of a GPU, in nine minutes, by the machine's own Python; without a GPU, what that would be.
+gpu:
+	$(PYTHON) -m bench.gpu
 
 # Train the runs of a study and renew docs/studies: 15 to 25 minutes each on two cores.
 study-%: .venv/installed

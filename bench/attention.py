@@ -1,9 +1,11 @@
 """Our attention kernels beside PyTorch's, in one process, taking turns: `python -m bench.attention`.
 
 bf16, causal, 16k tokens a batch, width 2048. Peers: SDPA's FlashAttention-2, SDPA's cuDNN, FlexAttention compiled. Every
-figure is the median of rounds in which all sides have their turn, caches flushed between calls; a ratio above 1 says that
-ours is faster. The ceilings beside them, a copy and a matrix product, are measured in the same run. Without a GPU it runs
-every line of itself on tiny shapes under triton's interpreter, times that mean nothing, and says so.
+figure is the median of rounds in which all sides have their turn; a ratio above 1 says that ours is faster. Three times are
+told apart: what the kernels take, from captured graphs (backward is forward and backward less forward); what a call takes
+that Python starts; and for how long a call keeps Python. The ceilings beside them, a copy and a matrix product, are measured
+in the same run. Without a GPU it runs every line of itself on tiny shapes under triton's interpreter, times that mean
+nothing, and says so.
 
 --tune times candidates for the table in kernels/launch.py instead; --check first holds results against the definition.
 """
@@ -11,7 +13,7 @@ every line of itself on tiny shapes under triton's interpreter, times that mean 
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from itertools import product
 
@@ -29,13 +31,27 @@ TOKENS, WIDTH = (16384, 2048) if GPU else (32, 32)
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384) if GPU else (16, 32)
 HEAD_SIZES = (64, 128) if GPU else (16,)
 GROUPS = (1, 4) if GPU else (1, 2)
+# kernel → D → tiles that neither spill nor serialise on Hopper (kernels/ahead_of_time.py), several programs to a multiprocessor or few
+# bytes a product: rows, columns, warps, stages, programs, maxnreg.
+CANDIDATES = {
+    "forward": {64: [(128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 128, 4, 2), (64, 64, 4, 3)],
+                128: [(128, 32, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3)]},
+    "backward_q": {64: [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)],
+                   128: [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2), (64, 32, 4, 2)]},
+    "backward_kv": {64: [(32, 128, 8, 2, 2, 128), (64, 64, 4, 2, 3, 168), (64, 128, 8, 2), (32, 64, 4, 2), (64, 64, 4, 2)],
+                    128: [(32, 64, 4, 2), (64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 3), (64, 64, 8, 2)]},
+    "statistics_rows": {64: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2)], 128: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2)]},
+    "forward_gluon": {64: [(128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2)],
+                      128: [(128, 128, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2)]},
+}
+TINY_CANDIDATES = {kernel: {16: [(32, 32, 4, 1), (16, 16, 4, 1)]} for kernel in ("forward", "backward_q", "backward_kv", "statistics_rows")}
 PASSES = {"forward": 1.0, "backward": 2.5, "both": 3.5}        # floating-point operations in units of the forward's
 GOALS = {("forward", "flash", 64): 1.2, ("forward", "flash", 128): 1.2, ("backward", "flash", 64): 1.1, ("backward", "flash", 128): 1.1,
          ("forward", "cudnn", 64): 1.0, ("forward", "cudnn", 128): 0.85}
 
 
-def milliseconds(call: Callable[[], object]) -> float:
-    """Median time of a call."""
+def call_milliseconds(call: Callable[[], object]) -> float:
+    """Median time of a call as Python makes it, caches flushed between calls."""
     if GPU:
         from triton.testing import do_bench
         return do_bench(call, warmup=10, rep=50, return_mode="median")
@@ -44,14 +60,23 @@ def milliseconds(call: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def in_turn(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def kernel_milliseconds(call: Callable[[], object]) -> float:
+    """Median time of what a call runs on the GPU, captured and replayed many times in a row."""
+    if GPU:
+        from triton.testing import do_bench_cudagraph
+        return do_bench_cudagraph(call, rep=20, return_mode="median")
+    return call_milliseconds(call)
+
+
+def in_turn(calls: dict[str, Callable[[], object]], rounds: int,
+            timed: Callable[[Callable], float] = kernel_milliseconds) -> dict[str, float]:
     """Milliseconds of each call, the median of `rounds` in which each has its turn."""
     times = {name: [] for name in calls}
     for call in calls.values():
         call()                                                  # compiles
     for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(milliseconds(call))
+            times[name].append(timed(call))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -88,36 +113,39 @@ def attentions(T: int, flex: bool) -> dict[str, Callable]:
     return sides
 
 
-def beside_peers(contexts, rounds: int, flex_contexts) -> list[dict]:
+def beside_peers(contexts, rounds: int, flex_contexts) -> Iterator[dict]:
     """Forward, backward and both, for every context, head size and group."""
-    rows = []
     for T, D, groups in product(contexts, HEAD_SIZES, GROUPS):
         for row in one_shape(T, D, groups, rounds, T in flex_contexts):
             print(line(row), flush=True)
-            rows.append(row)
-    return rows
+            yield row
 
 
 def one_shape(T: int, D: int, groups: int, rounds: int, flex: bool) -> list[dict]:
-    """A row for each pass: milliseconds and, over forward and backward together, megabytes of every side."""
+    """A row for each pass: milliseconds of kernels and of calls and, over forward and backward together, megabytes of every side."""
     q, k, v, grad = tensors(T, D, groups)
     passes: dict[str, dict] = {name: {} for name in PASSES}
     memory = {}
     for name, attend in attentions(T, flex).items():
+        both = lambda attend=attend: torch.autograd.grad(attend(q, k, v), (q, k, v), grad)                      # noqa: E731
         try:
             memory[name], out = megabytes(attend, q, k, v, grad)
+            kernel_milliseconds(both)
         except RuntimeError as error:
             print(f"{name} does not serve T={T} D={D} groups={groups}: {str(error).splitlines()[0][:90]}", flush=True)
+            memory.pop(name, None)
             continue
         passes["forward"][name] = lambda attend=attend: no_grad(attend, q, k, v)
         passes["backward"][name] = lambda out=out: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
-        passes["both"][name] = lambda attend=attend: torch.autograd.grad(attend(q, k, v), (q, k, v), grad)
+        passes["both"][name] = both
+    kernels = {name: in_turn(passes[name], rounds) for name in ("forward", "both")}
+    # A graph of the backward pass alone cannot be captured: it runs where its forward pass ran.
+    kernels["backward"] = {side: kernels["both"][side] - kernels["forward"][side] for side in kernels["both"]}
     rows = []
     for name, calls in passes.items():
-        times = in_turn(calls, rounds)
         flops = PASSES[name] * 2 * TOKENS * T * WIDTH                           # 4 B H T² D / 2
-        rows.append({"T": T, "D": D, "groups": groups, "pass": name, "tflops": flops / times["ours"] / 1e9, "ms": times,
-                     "memory_mb": memory})
+        rows.append({"T": T, "D": D, "groups": groups, "pass": name, "tflops": flops / kernels[name]["ours"] / 1e9, "ms": kernels[name],
+                     "call_ms": in_turn(calls, rounds, call_milliseconds), "memory_mb": memory})
     return rows
 
 
@@ -139,8 +167,8 @@ def no_grad(attend, q, k, v):
 def line(row: dict) -> str:
     ratios = "  ".join(f"{name} {row['ms'][name] / row['ms']['ours']:5.2f} ×" for name in row["ms"] if name != "ours")
     memory = "  ".join(f"{name} {mb:.0f}" for name, mb in row["memory_mb"].items())
-    return (f"T {row['T']:6}  D {row['D']:3}  groups {row['groups']}  {row['pass']:8}  ours {row['ms']['ours']:9.3f} ms "
-            f"{row['tflops']:6.1f} TFLOP/s  against {ratios}  MB: {memory}")
+    return (f"T {row['T']:6}  D {row['D']:3}  groups {row['groups']}  {row['pass']:8}  ours {row['ms']['ours']:9.3f} ms (a call "
+            f"{row['call_ms']['ours']:.3f}) {row['tflops']:6.1f} TFLOP/s  against {ratios}  MB: {memory}")
 
 
 def ceilings() -> dict[str, float]:
@@ -148,8 +176,8 @@ def ceilings() -> dict[str, float]:
     n, m = (2 ** 30, 8192) if GPU else (2 ** 20, 256)
     x, a = torch.randn(n // 2, device=DEVICE), torch.randn(m, m, device=DEVICE, dtype=DTYPE)
     y = torch.empty_like(x)
-    copied = milliseconds(lambda: y.copy_(x))
-    return {"copy_gb_s": 2 * x.nbytes / copied / 1e6, "matmul_tflops": 2 * m ** 3 / milliseconds(lambda: a @ a) / 1e9}
+    copied = kernel_milliseconds(lambda: y.copy_(x))
+    return {"copy_gb_s": 2 * x.nbytes / copied / 1e6, "matmul_tflops": 2 * m ** 3 / kernel_milliseconds(lambda: a @ a) / 1e9}
 
 
 def windows(rounds: int) -> dict:
@@ -164,13 +192,22 @@ def windows(rounds: int) -> dict:
 
 def decoding(rounds: int, copy_gb_s: float) -> list[dict]:
     """One new token a row against S keys, as a share of the copy bandwidth: each key and value is read once."""
-    from kernels.attention import attention
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from kernels.attention import attention, decode
+
+    def flash(q, k, v):
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
     rows = []
     for B, S, K, groups, D in (((64, 8192, 8, 4, 128), (64, 8192, 32, 1, 64), (1, 8192, 8, 4, 128)) if GPU else ((2, 64, 1, 2, 16),)):
         q = torch.randn(B, K * groups, 1, D, device=DEVICE, dtype=DTYPE)
         k, v = (torch.randn(B, K, S, D, device=DEVICE, dtype=DTYPE) for _ in range(2))
-        ms = in_turn({"ours": lambda q=q, k=k, v=v: attention(q, k, v, backend="triton"),
-                      "flash": lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True)}, rounds)
+        # Rows of every length, as a batch of prompts has them: half of the cache on average.
+        at = torch.linspace(0, S - 1, B, device=DEVICE).long()[:, None]
+        ms = in_turn({"ours": lambda q=q, k=k, v=v: attention(q, k, v, backend="triton"), "flash": lambda q=q, k=k, v=v: flash(q, k, v),
+                      "ours, ragged": lambda q=q, k=k, v=v, at=at: decode(q, k, v, at, backend="triton")}, rounds)
         rate = 2 * k.nbytes / ms["ours"] / 1e6
         rows.append({"B": B, "S": S, "K": K, "groups": groups, "D": D, "ms": ms, "gb_s": rate, "share_of_copy": rate / copy_gb_s})
     return rows
@@ -191,6 +228,20 @@ def head_statistics_cost(rounds: int) -> list[dict]:
     return rows
 
 
+def host_microseconds() -> dict[str, float]:
+    """For how long a call keeps Python, forward and backward, while the GPU has less to do than that (bench/host_time.py)."""
+    from bench.host_time import microseconds
+    q, k, v, grad = (t[:1, :4, :128] for t in tensors(CONTEXTS[0], HEAD_SIZES[0], 1))
+    calls, rounds = (100, 5) if GPU else (1, 1)
+    found = {}
+    for name, attend in attentions(q.shape[2], flex=False).items():
+        out = attend(q, k, v)
+        backward = lambda out=out: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)                  # noqa: E731
+        found[f"{name}, forward"] = microseconds(lambda attend=attend: attend(q, k, v), calls, rounds)
+        found[f"{name}, backward"] = microseconds(backward, calls, rounds)
+    return found
+
+
 def check() -> None:
     """Every kernel against the definition on this device, on fresh random numbers; SystemExit where one is off."""
     from kernels.attention import attention
@@ -209,39 +260,44 @@ def check() -> None:
     print("checked: out, dq, dk, dv agree with float64", flush=True)
 
 
-def tune(rounds: int) -> list[dict]:
+def tune() -> Iterator[dict]:
     """Milliseconds of forward and backward with each candidate tile in place of the table's."""
     from kernels import launch
     from kernels.launch import Tile
-    rows = []
     original = launch.tiles
-    candidates = [Tile(*shape, warps, stages) for shape, warps, stages in
-                  product(((128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (32, 128), (32, 64)), (4, 8), (2, 3, 4))]
-    candidates = candidates if GPU else [Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)]
-    for D, kernel in product(HEAD_SIZES, ("forward", "backward_q", "backward_kv", "statistics_rows")):
-        T = CONTEXTS[3 if GPU else 0]
-        q, k, v, grad = (t.detach() for t in tensors(T, D, 1))
-        ids = torch.randint(0, 500, (TOKENS // T, T), device=DEVICE)
-        for tile in candidates:
-            launch.tiles = lambda name, *rest, kernel=kernel, tile=tile: [tile] if name == kernel else original(name, *rest)
-            try:
-                rows.append({"kernel": kernel, "D": D, "T": T, "tile": tile, "ms": milliseconds(timed_call(kernel, q, k, v, grad, ids))})
-            except Exception as error:                                          # too large for the device, or for the compiler
-                print(f"{kernel} D {D} {tuple(tile)}: {type(error).__name__}", flush=True)
-        launch.tiles = original
-        ranked = sorted((r for r in rows if (r["kernel"], r["D"]) == (kernel, D)), key=lambda r: r["ms"])
-        for r in ranked[:5]:
-            print(f"{kernel:16} D {D:3}  {r['tile'].rows:3} × {r['tile'].columns:3}  warps {r['tile'].warps}  stages {r['tile'].stages}  "
-                  f"{r['ms']:.3f} ms", flush=True)
-    return rows
+    for kernel, by_size in (CANDIDATES if GPU else TINY_CANDIDATES).items():
+        if kernel not in launch.TILES[launch.family(torch.device(DEVICE, 0))]:
+            continue                                                            # Gluon's is for Hopper alone
+        for D, tiles in by_size.items():
+            T = CONTEXTS[3 if GPU else 0]
+            q, k, v, grad = (t.detach() for t in tensors(T, D, 1))
+            ids = torch.randint(0, 500, (TOKENS // T, T), device=DEVICE)
+            for tile in [Tile(*numbers) for numbers in tiles]:
+                launch.tiles = lambda name, *rest, kernel=kernel, tile=tile: [tile] if name == kernel else original(name, *rest)
+                launch._plans.clear()
+                name = f"{kernel:16} D {D:3}  {tile.rows:3} × {tile.columns:3}  warps {tile.warps}  stages {tile.stages}"
+                try:
+                    ms = kernel_milliseconds(timed_call(kernel, q, k, v, grad, ids))
+                except Exception as error:                                      # too large for the device, or for the compiler
+                    print(f"{name}  {type(error).__name__}", flush=True)
+                else:
+                    print(f"{name}  {ms:.3f} ms", flush=True)
+                    yield {"kernel": kernel, "D": D, "T": T, "tile": tile, "ms": ms}
+    launch.tiles = original
+    launch._plans.clear()
 
 
 def timed_call(kernel: str, q, k, v, grad, ids) -> Callable[[], object]:
     """A call whose time moves with one kernel's tile (the backward ones run together)."""
     from kernels.flash import flash_attention, flash_attention_backward
     from kernels.head_statistics import head_statistics
+    from kernels.tiles import masks_of
     rest = (True, None, None, q.shape[-1] ** -0.5, "tf32x3")
     out, lse = flash_attention(q, k, v, *rest)
+    if kernel == "forward_gluon":
+        from kernels.flash_gluon import launch_gluon
+        masks = masks_of(q, k, *rest)
+        return lambda: launch_gluon(q, k, v, out, lse, masks)
     return {"forward": lambda: flash_attention(q, k, v, *rest),
             "statistics_rows": lambda: head_statistics(q, k, lse, ids, backend="triton"),
             }.get(kernel, lambda: flash_attention_backward(grad, q, k, v, out, lse, *rest))
@@ -280,12 +336,18 @@ def main() -> None:
     figures: dict = {"gpu": device, "triton": version("triton"), "dry_run": not GPU}
     if args.check or not GPU:
         check()
+    # Written after every figure: the machine may be lent for minutes.
     if args.tune:
-        figures["tiles"] = tune(args.rounds)
-        results.write("attention_tiles", figures)
+        figures["tiles"] = []
+        for row in tune():
+            figures["tiles"].append(row)
+            results.write("attention_tiles", figures)
         return
-    figures["ceilings"] = ceilings()
-    figures["rows"] = beside_peers(args.contexts, args.rounds, args.flex)
+    figures["ceilings"], figures["host_us"], figures["rows"] = ceilings(), host_microseconds(), []
+    print("Python is kept for", ", ".join(f"{name} {us:.0f} µs" for name, us in figures["host_us"].items()), flush=True)
+    for row in beside_peers(args.contexts, args.rounds, args.flex):
+        figures["rows"].append(row)
+        results.write("attention", figures)
     figures["windows"], figures["decode"] = windows(args.rounds), decoding(args.rounds, figures["ceilings"]["copy_gb_s"])
     figures["statistics"] = head_statistics_cost(args.rounds)
     results.write("attention", figures)

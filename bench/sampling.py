@@ -16,7 +16,7 @@ import torch
 
 from bench import results
 from bench.results import DEVICE, DTYPE, GPU
-from bench.side import Side
+from bench.side import Side, at_once
 from data.tokenizer import bytes_tokenizer
 from errors import ArgumentParser, run_command
 from model.config import ModelConfig
@@ -112,7 +112,7 @@ def serve_transformers(pipe, path: Path, threads: int, cache: str) -> None:
 
 def measure(sides: dict[str, Side], batch: int, context: int, tokens: int, rounds: int) -> dict[str, dict[str, float]]:
     """Median milliseconds of each side's prefill and of each of its decoding steps."""
-    first = {name: side(batch, context, 8)[2] for name, side in sides.items()}              # warm, and the same text
+    first = {name: said for name, (_, _, said) in at_once(sides, batch, context, 8).items()}        # warm, and the same text
     assert GPU or len({tuple(said) for said in first.values()}) == 1, f"the sides must say the same: {first}"
     taken: dict[str, list] = {name: [] for name in sides}
     for _ in range(rounds):

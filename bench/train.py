@@ -16,7 +16,7 @@ import torch
 from bench import results
 from bench.baseline import PlainGPT, Recipe
 from bench.results import DEVICE, DTYPE, GPU
-from bench.side import Side
+from bench.side import Side, at_once
 from errors import ArgumentParser, run_command
 from kernels.attention import attention
 from model.budget import flops_per_token
@@ -160,13 +160,12 @@ def compare(shape: Shape, threads: int, rounds: int, compiled: bool) -> dict:
                  "ours, AdamW, compiled": Side(serve_ours, shape, threads, True, "adamw")}
     ceilings = Side(serve_ceilings, shape, threads)
     taken, limits = {name: [] for name in arms}, []
-    for n in range(-2, rounds):                             # two rounds to compile and to find memory
-        if n >= 0:
-            limits.append(ceilings("measure"))              # the best of several, so it needs no round to warm up
+    for _ in range(2):                                      # to compile and to find memory
+        at_once(arms, "step")
+    for n in range(rounds):
+        limits.append(ceilings("measure"))                  # the best of several, so it needs no round to warm up
         for name, arm in arms.items():
-            one = arm("step")
-            if n >= 0:
-                taken[name].append(one)
+            taken[name].append(arm("step"))
         results.meanwhile(f"{shape}: round {n + 1} of {rounds}")
     results.meanwhile("")
     for side in (*arms.values(), ceilings):

@@ -7,6 +7,8 @@ import pytest
 from commands import ROOT, command
 from PIL import Image
 
+from bench import gpu
+from bench.gpu_page import page
 from bench.study import spread
 
 
@@ -19,24 +21,61 @@ def test_time_to_loss(workplace):
     assert result["runs"][0]["plain"]["tokens"] == 3 * 768 and result["runs"][0]["ours"][0]["loss"] > 0
 
 
+@pytest.fixture(scope="session")
+def dry_run(made_once) -> Path:
+    """What `make gpu` leaves where there is no GPU: each of its measurements has run on tiny shapes."""
+    def run(folder: Path) -> None:
+        done = command("-m bench.gpu", "--dry-run", "--out", folder / "gpu", cwd=folder)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (folder / "said").write_text(done.stdout)
+
+    return made_once("gpu", run) / "gpu"
+
+
 @pytest.mark.long
-def test_train(workplace):
-    done = command("-m bench.train", "--eager", "--rounds", "1", "--shape", "0", cwd=workplace,
-                   env={"BENCH_RESULTS": str(workplace / "results")})
-    assert done.returncode == 0, done.stderr
-    row = json.loads((workplace / "results" / "train.json").read_text())["rows"][0]
+def test_the_gpu_command(dry_run):
+    """Every step has ended well, the page has its tables, and says that it is none."""
+    steps = {row["name"]: row["code"] for row in json.loads((dry_run / "steps.json").read_text())}
+    assert steps == {"attention_tiles": 0, "attention": 0, "train": 0, "sampling": 0}
+    page = (dry_run / "page.md").read_text()
+    for heading in ("Steps", "Attention", "Tiles", "A training step", "Sampling"):
+        table = page.partition(f"## {heading}\n")[2].partition("## ")[0]
+        assert table.count("|") > 20, heading
+    assert "no time here means anything" in page and "exit code 0" in (dry_run.parent / "said").read_text()
+
+
+def test_the_gpu_command_says_what_it_would_do(tmp_path):
+    """And a step whose packages are missing is left out, one that takes too long is stopped, and what they said is there."""
+    done = command("-m bench.gpu", cwd=tmp_path)
+    assert done.returncode == 0 and "bench.attention --tune" in done.stdout and "nothing has been run" in done.stdout
+    steps = sum(step.seconds for step in gpu.ALONE) + max(step.seconds for step in gpu.TOGETHER)
+    assert steps < gpu.SECONDS
+    (tmp_path / "logs").mkdir()
+    slow = gpu.Running(gpu.Step("slow", 1, ""), "-c \"print('so far', flush=True); import time; time.sleep(60)\"", tmp_path, 100)
+    row = slow.wait()
+    assert row["code"] == 124 and row["said"] == "so far" and row["seconds"] < 30
+    assert not gpu.importable("no_such_module", tmp_path) and gpu.importable("torch", tmp_path)
+
+
+def test_the_page_of_a_step_that_was_cut_short(dry_run, tmp_path):
+    figures = json.loads((dry_run / "attention.json").read_text())
+    cut = {name: figures[name] for name in figures if name not in ("windows", "decode", "statistics")}
+    (tmp_path / "attention.json").write_text(json.dumps(cut | {"rows": cut["rows"][:1]}))
+    assert "TFLOP/s" in page(tmp_path) and "Statistics" not in page(tmp_path)
+    assert "nothing has been measured" in page(tmp_path / "empty")
+
+
+@pytest.mark.long
+def test_train(dry_run):
+    row = json.loads((dry_run / "train.json").read_text())["rows"][0]
     ours, matrices = row["arms"]["ours, AdamW"], 4 * 12 * 128 ** 2 + 257 * 128
     assert row["flops"] == pytest.approx(6 * 768 * matrices, rel=0.05)      # attention besides
     assert row["products_ms"] > 0 and ours["passes_ms"] > 0 and ours["of_matrix_rate"] > 0      # how they compare, the machine decides
 
 
 @pytest.mark.long
-def test_sampling(workplace):
-    done = command("-m bench.sampling", "--eager", "--shape", "small", "--tokens", "2", "--rounds", "1", "--contexts", "16",
-                   "--batches", "1", "3", "--prompts", "5", cwd=workplace,
-                   env={"BENCH_RESULTS": str(workplace / "results")})
-    assert done.returncode == 0, done.stderr
-    result = json.loads((workplace / "results" / "sampling.json").read_text())
+def test_sampling(dry_run):
+    result = json.loads((dry_run / "sampling.json").read_text())
     assert [row["batch"] for row in result["rows"]] == [1, 3] and result["rows"][1]["sides"]["static"]["prefill_ms"] > 0
     assert result["many"][0]["tokens"] > 5 * 8
 
@@ -59,18 +98,13 @@ def test_prepare(workplace):
     assert row["ours"]["tokens"] == pytest.approx(row["datasets"]["tokens"], rel=0.02) and row["ours"]["mb"] > 1
 
 
-def test_attention(workplace):
-    done = command("-m bench.attention", "--rounds", "1", "--contexts", "16", cwd=workplace,
-                   env={"BENCH_RESULTS": str(workplace / "results")})
-    assert done.returncode == 0, done.stderr
-    result = json.loads((workplace / "results" / "attention.json").read_text())
-    assert {row["pass"] for row in result["rows"]} == {"forward", "backward", "both"} and result["dry_run"] and "dry run" in done.stdout
-
-
-def test_attention_tiles(workplace):
-    done = command("-m bench.attention", "--tune", cwd=workplace, env={"BENCH_RESULTS": str(workplace / "results")})
-    assert done.returncode == 0, done.stderr
-    assert len(json.loads((workplace / "results" / "attention_tiles.json").read_text())["tiles"]) == 8
+@pytest.mark.long
+def test_attention(dry_run):
+    result = json.loads((dry_run / "attention.json").read_text())
+    assert {row["pass"] for row in result["rows"]} == {"forward", "backward", "both"} and result["dry_run"]
+    assert all(row["call_ms"]["flash"] > 0 for row in result["rows"]) and result["host_us"]["ours, backward"] > 0
+    assert result["decode"][0]["ms"].keys() == {"ours", "flash", "ours, ragged"}
+    assert len(json.loads((dry_run / "attention_tiles.json").read_text())["tiles"]) == 8
 
 
 def test_probe_overhead(workplace):
@@ -79,6 +113,14 @@ def test_probe_overhead(workplace):
     assert done.returncode == 0, done.stderr
     result = json.loads((workplace / "results" / "probe_overhead.json").read_text())
     assert result["share"] > 0 and len(result["milliseconds"]["look"]) == 2
+
+
+def test_host_time(workplace):
+    done = command("-m bench.host_time", "--calls", "3", cwd=workplace,
+                   env={"BENCH_RESULTS": str(workplace / "results"), "TRITON_INTERPRET": "0"})
+    assert done.returncode == 0, done.stderr
+    found = json.loads((workplace / "results" / "host_time.json").read_text())["us"]
+    assert len(found) == 4 and all(0 < us < 1e5 for us in found.values())       # no compiling is among it
 
 
 def test_a_studys_cell_is_the_median_and_the_range():
@@ -101,3 +143,31 @@ study.main()
         done = command(str(workplace / "study.py"))
         assert done.returncode == 0, done.stderr
         assert done.stdout.count(" left") == trained and "| `toy_1l_smear` | 0 of 1 |" in done.stdout, done.stdout
+
+
+@pytest.mark.long
+def test_kernels_compiled_beforehand_are_found_elsewhere(tmp_path):
+    """The folder is filled, moved, and used: nothing is compiled again."""
+    script = tmp_path / "script.py"
+    script.write_text("""
+import os, sys
+from pathlib import Path
+folder = Path(sys.argv[1])
+os.environ |= {"TRITON_CACHE_DIR": str(folder / "triton"), "TRITON_STORE_BINARY_ONLY": "1"}
+from triton import knobs
+from bench import gpu
+gpu.unpack(folder)
+compiled = []
+knobs.compilation.listener = lambda cache_hit, **_: compiled.append(not cache_hit)
+calls = gpu.compile_share(3, 60, "sm_90")
+print(calls, len(compiled), sum(compiled))
+""")
+    told = []
+    for folder in (tmp_path / "here", tmp_path / "there"):
+        done = command(str(script), folder, env={"TRITON_INTERPRET": "0"})
+        assert done.returncode == 0, done.stderr
+        told.append([int(number) for number in done.stdout.split()])
+        if folder.name == "here":
+            folder.rename(tmp_path / "there")
+    (calls, kernels, compiled), (_, again, missing) = told
+    assert 0 < calls <= kernels and compiled > 3 and again == kernels and missing == 0
