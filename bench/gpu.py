@@ -3,7 +3,7 @@
 First what no clock is asked about, side by side: the kernels' tests under the real compiler, NVIDIA's memory checker, the
 quickstart. Then, alone on the GPU, what is timed: tiles, attention beside its peers, a training step, looking at heads,
 sampling. Everything is written to one folder: logs, JSON, and page.md, whose tables are for docs/benchmarks.md. The page is
-written anew after every step, so that it has what was measured however the command ends.
+written anew whenever a step ends.
 
 A machine that is lent by the minute should not spend them compiling, and often has no network. So `--prepare`, on a machine
 with the same Python and triton but no GPU, fills the folder with compiled kernels and with wheels of the packages that the
@@ -82,23 +82,36 @@ def measure(folder: Path, tiny: bool) -> int:
     """Run every step, write the page after each; 0 if all went well, else 1."""
     began, done = time.monotonic(), []
     (folder / "logs").mkdir(parents=True, exist_ok=True)
+    for old in (*folder.glob("*.json"), *folder.glob("page.md")):          # of an earlier run
+        old.unlink()
     unpack(folder)
-    for steps in (TOGETHER, *((step,) for step in ALONE)):
-        running: list[Running] = []
-        for step in steps:
-            words, missing = step.tiny if tiny else step.words, [name for name in step.needs if not importable(name, folder)]
-            if missing:
-                done.append({"name": step.name, "code": None, "seconds": 0, "said": f"{', '.join(missing)} not installed"})
-                print(f"{step.name} is left out: {done[-1]['said']}", flush=True)
-            elif words:
-                print(f"{step.name}: at most {step.seconds} s", flush=True)
-                running.append(Running(step, words, folder, SECONDS - (time.monotonic() - began)))
-        for process in running:
-            done.append(row := process.wait())
-            at = f"[{time.monotonic() - began:4.0f} s]"
-            print(f"{at} {row['name']}: exit code {row['code']}, {row['seconds']} s: {row['said']}", flush=True)
+    running: list[Running] = []
+
+    def note(row: dict) -> None:
+        done.append(row)
+        code = "left out" if row["code"] is None else f"exit code {row['code']}, {row['seconds']} s"
+        print(f"[{time.monotonic() - began:4.0f} s] {row['name']}: {code}: {row['said']}", flush=True)
         (folder / "steps.json").write_text(json.dumps(done, indent=1))
         (folder / "page.md").write_text(page(folder))
+
+    try:
+        for steps in (TOGETHER, *((step,) for step in ALONE)):
+            results = folder if steps is not TOGETHER else folder / "side by side"      # where no time means anything
+            for step in steps:
+                words, missing = step.tiny if tiny else step.words, [name for name in step.needs if not importable(name, folder)]
+                if missing:
+                    note({"name": step.name, "code": None, "seconds": 0, "said": f"{', '.join(missing)} not installed"})
+                elif words:
+                    print(f"{step.name}: at most {step.seconds} s", flush=True)
+                    running.append(Running(step, words, folder, results, SECONDS - (time.monotonic() - began)))
+            while running:
+                time.sleep(0.05)
+                for process in [process for process in running if process.has_ended()]:
+                    running.remove(process)
+                    note(process.row())
+    finally:
+        for process in running:                     # Ctrl-C, or a mistake of this file
+            process.stop()
     print(f"{folder / 'page.md'} has the tables")
     return int(any(row["code"] for row in done))
 
@@ -106,30 +119,37 @@ def measure(folder: Path, tiny: bool) -> int:
 class Running:
     """A step in a process of its own, with what it says in the folder's logs."""
 
-    def __init__(self, step: Step, words: str, folder: Path, left: float):
+    def __init__(self, step: Step, words: str, folder: Path, results: Path, left: float):
         self.name, self.began = step.name, time.monotonic()
-        self.until = self.began + max(1.0, min(step.seconds, left))
+        self.until, self.code = self.began + max(1.0, min(step.seconds, left)), None
         self.log = folder / "logs" / f"{step.name}.log"
         with self.log.open("wb") as log:            # a group of its own, so that all that it starts can be stopped
-            self.process = subprocess.Popen([sys.executable, *shlex.split(words)], cwd=ROOT, env=environment(folder), stdout=log,
+            self.process = subprocess.Popen([sys.executable, *shlex.split(words)], cwd=ROOT, env=environment(folder, results), stdout=log,
                                             stderr=subprocess.STDOUT, start_new_session=True)
 
-    def wait(self) -> dict:
+    def has_ended(self) -> bool:
+        """Whether it is over; it is stopped when its time is."""
+        self.code = self.process.poll()
+        if self.code is None and time.monotonic() > self.until:
+            self.stop()
+            self.code = 124
+        return self.code is not None
+
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def row(self) -> dict:
         """Its exit code (124: it ran out of time), its seconds, and the last line it said."""
-        try:
-            code = self.process.wait(max(0.1, self.until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            code = 124
         said = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return {"name": self.name, "code": code, "seconds": round(time.monotonic() - self.began, 1), "said": said[-1][:160] if said else ""}
+        return {"name": self.name, "code": self.code, "seconds": round(time.monotonic() - self.began, 1),
+                "said": said[-1][:160] if said else ""}
 
 
-def environment(folder: Path) -> dict[str, str]:
+def environment(folder: Path, results: Path) -> dict[str, str]:
     """What steps run in: the folder's packages and compiled kernels, and nothing that asks a network."""
     path = os.pathsep.join(filter(None, (str(ROOT), str(folder / "packages"), os.environ.get("PYTHONPATH"))))
-    return os.environ | {"PYTHONPATH": path, "BENCH_RESULTS": str(folder), "TRITON_CACHE_DIR": str(folder / "triton"),
+    return os.environ | {"PYTHONPATH": path, "BENCH_RESULTS": str(results), "TRITON_CACHE_DIR": str(folder / "triton"),
                          "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled",
                          "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 
@@ -182,9 +202,9 @@ def compile_share(share: int, shares: int, target: str) -> int:
     sys.path.append(str(ROOT / "tests"))
     sys.modules["interpreter"] = type(sys)("interpreter")           # the tests' cases are wanted here, not their interpreter
     from kernels import ahead_of_time, launch
-    calls = [*calls_of_tests(), *calls_of_benches()][share::shares]
     with ahead_of_time.device(target):
         launch.about = lambda device: launch.Device(132, 50 * 2 ** 20)
+        calls = [*calls_of_tests(), *calls_of_benches()][share::shares]
         for call in calls:
             call()
     return len(calls)
@@ -256,7 +276,8 @@ def calls_of_benches() -> Iterator[Callable[[], object]]:
         decode(q, k, k, at, None, None, D ** -0.5, "tf32x3")
 
     for kernel, sizes in CANDIDATES.items():
-        yield from (partial(candidate, kernel, D, tile) for D, tiles in sizes.items() for tile in tiles)
+        if launch.has_tiles(kernel, tensors(64)[0]):
+            yield from (partial(candidate, kernel, D, tile) for D, tiles in sizes.items() for tile in tiles)
     for D in (64, 128):
         yield lambda D=D: flash_attention(*tensors(D), True, 100, None, D ** -0.5, "tf32x3")
         yield from (partial(cache, D, groups, ragged) for groups, ragged in product((1, 4), (False, True)))

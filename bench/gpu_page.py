@@ -7,20 +7,30 @@ from pathlib import Path
 
 def page(folder: Path) -> str:
     """A table for each bench that has left its JSON there, after one of the steps."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    any_bench = next((found[name] for name in ("attention", "attention_tiles", "train", "sampling") if name in found), {})
-    about = [str(any_bench.get("gpu") or any_bench.get("device", "nothing has been measured")),
-             *(f"{name} {any_bench[name]}" for name in ("python", "torch", "triton") if name in any_bench)]
-    lines = ["# Measured on a GPU", "", ", ".join(about)]
-    if any_bench.get("dry_run"):
+    parts = {"attention": attention, "attention_tiles": tiles, "train": train, "probe_overhead": probe, "sampling": sampling}
+    found, failed = {}, []
+    for name in ("steps", *parts):
+        try:
+            found[name] = json.loads((folder / f"{name}.json").read_text())
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            failed.append(f"{name}.json could not be read: {error}")
+    about = next((found[name] for name in parts if name in found and name != "probe_overhead"), {})
+    names = [about.get("gpu") or about.get("device", "nothing has been measured"),
+             *(f"{name} {about[name]}" for name in ("python", "torch", "triton") if name in about)]
+    lines = ["# Measured on a GPU", "", ", ".join(names), *failed]
+    if about.get("dry_run"):
         lines += ["", "**A dry run on tiny shapes: no time here means anything.**"]
     lines += ["", "## Steps", "", *table(("step", "exit code", "seconds", "its last line"), (
         (row["name"], "left out" if row["code"] is None else row["code"], row["seconds"], row["said"].replace("|", "\\|"))
         for row in found.get("steps", [])))]
-    parts = {"attention": attention, "attention_tiles": tiles, "train": train, "probe_overhead": probe, "sampling": sampling}
     for name, part in parts.items():
         if name in found:
-            lines += ["", *part(found[name])]
+            try:
+                lines += ["", *part(found[name])]
+            except (KeyError, IndexError, TypeError) as error:      # of another version, or cut short
+                lines += [f"{name}.json has no {error}"]
     return "\n".join(lines) + "\n"
 
 

@@ -186,6 +186,7 @@ def main() -> None:
                 floor = bytes_read(config, batch, context) / bandwidth * 1e3
                 print(lines(batch, context, found, floor), flush=True)
                 rows.append({"model": name, "batch": batch, "context": context, "floor_ms": floor, "sides": found})
+                results.write("sampling", {"device": device, "rows": rows, "many": many})
             said = sum(many_prompts(args.prompts)[1])
             for arm in arms if max(args.batches) > 1 else []:
                 sizes = (1, 8, 32)

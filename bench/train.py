@@ -207,7 +207,7 @@ def main() -> None:
     for shape in [SHAPES[n] for n in args.shape or range(len(SHAPES))]:
         rows.append(compare(shape, args.threads, args.rounds, not args.eager))
         print(table(shape, rows[-1]), flush=True)
-    results.write("train", {"device": device, "threads": args.threads, "rounds": args.rounds, "rows": rows})
+        results.write("train", {"device": device, "threads": args.threads, "rounds": args.rounds, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def compile_kernel(target: str, kernel: str, dtype: str, D: int, masks: str = "c
     lse, ids = torch.zeros(1, 4, 128), torch.zeros(1, 128, dtype=torch.long)
     cache = torch.zeros(1, 2, 512, D, dtype=DTYPES[dtype])
     positions = {"positions": (ids[:, :1], torch.zeros(1, 512, dtype=torch.long)), "lengths": (ids[:, :1], None)}.get(masks, (None, None))
-    rest = (causal, window, ids.int() if segmented else None, D ** -0.5, "tf32x3")
+    rest = (causal, window, ids if segmented else None, D ** -0.5, "tf32x3")
     calls = {
         "forward": lambda: flash.flash_attention(q, k, k, *rest),
         "forward_gluon": lambda: flash_gluon.launch_gluon(q, k, k, torch.empty_like(q), lse, masks_of(q, k, *rest)),

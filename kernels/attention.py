@@ -40,7 +40,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: i
 
     causal     query i sees keys j ≤ i + S − T: the queries are the last T of the S positions
     window     query i sees only the last `window` keys up to its own, itself included (and all later ones unless causal)
-    segments   (B, S) integers: a query sees only keys of its own segment (packed documents)
+    segments   (B, S) integers of 32 bits: a query sees only keys of its own segment (packed documents)
     scale      what scores are multiplied by; 1/√D unless given
     backend    reference (the definition, holds T × S) · sdpa (PyTorch's fused kernels) · triton (ours: on a GPU, D ≤ 256,
                bf16, fp16 or fp32) · auto (triton where a GPU can run it, else sdpa)

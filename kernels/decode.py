@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.launch import VARYING, about, cdiv, launch
+from kernels.launch import VARYING, cdiv, launch, multiprocessors
 from kernels.tiles import FLOOR, UNSEEN, address, finish, fold, for_pointers, load_tile
 
 CHUNK = 128                         # keys are split at multiples of it, whatever the tile
@@ -121,7 +121,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None, key_
         return out.zero_(), lse.fill_(float("-inf"))
     packed = H // K * T
     rows = 32 if packed > 16 and D * q.itemsize <= 512 else 16     # more, or 32 of float32 at D = 256, would spill
-    parts = max(1, 2 * about(q.device).multiprocessors // (B * K * cdiv(packed, rows)))
+    parts = max(1, 2 * multiprocessors(q.device) // (B * K * cdiv(packed, rows)))
     chunk = cdiv(cdiv(S, parts), CHUNK) * CHUNK
     parts = cdiv(S, chunk)
     part_out, part_lse = out, lse

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.launch import VARYING, cdiv, family, heads_together, launch, readable
+from kernels.launch import VARYING, cdiv, has_tiles, heads_together, launch, readable
 from kernels.tiles import (
     FLOOR,
     LOG2_E,
@@ -176,12 +176,12 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int |
     if 0 in (*out.shape, S):
         return out.zero_(), lse.fill_(float("-inf"))
     masks = masks_of(q, k, causal, window, segments, scale, precision)
-    if USE_GLUON and family(q.device) == "hopper" and q.itemsize == 2:
+    if USE_GLUON and has_tiles("forward_gluon", q):
         from kernels.flash_gluon import launch_gluon  # an experimental part of triton, which may change
         launch_gluon(q, k, v, out, lse, masks)
     else:
         launch(forward, lambda tile: (B * H * cdiv(T, tile.rows), 1, 1), q, rows={"q": q}, columns={"k": k, "v": v},
-               out=out, out_strides=out.stride(), lse=lse, together=heads_together(k, S) * (H // K), **masks)
+               out=out, out_strides=out.stride(), lse=lse, together=heads_together(k, S, B * H, H // K), **masks)
     return out, lse
 
 
@@ -199,10 +199,10 @@ def flash_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out:
     row_sums = q.new_empty((2, B, H, padded), dtype=torch.float32)
     launch(backward_q, lambda tile: (B * H * cdiv(T, tile.rows), 1, 1), q, rows={"q": q, "out": out, "grad": grad},
            columns={"k": k, "v": v}, dq=dq, dq_strides=dq.stride(), lse=lse.contiguous(), row_sums=row_sums,
-           together=heads_together(k, S) * (H // K), **masks)
+           together=heads_together(k, S, B * H, H // K), **masks)
     launch(backward_kv, lambda tile: (B * K * cdiv(S, tile.columns), 1, 1), q, rows={"q": q, "grad": grad},
            columns={"k": k, "v": v}, dk=dk, dk_strides=dk.stride(), dv=dv, dv_strides=dv.stride(), row_sums=row_sums,
-           together=heads_together(q, T * (H // K)), **masks)
+           together=heads_together(q, T * (H // K), B * K), **masks)
     return dq, dk, dv
 
 

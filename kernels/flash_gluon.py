@@ -237,7 +237,7 @@ def launch_gluon(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask
     (B, H, T, _), (_, K, S, _) = q.shape, k.shape
     launch(forward_gluon, lambda tile: (B * H * cdiv(T, tile.rows), 1, 1), q, rows={"q": q},
            columns={"k": k, "v": v}, describe=described, out=out, out_strides=out.stride(), lse=lse,
-           together=heads_together(k, S) * (H // K), **masks)
+           together=heads_together(k, S, B * H, H // K), **masks)
 
 
 def described(tensor: Tensor, rows: int, dims: int) -> TensorDescriptor:

@@ -102,6 +102,7 @@ def statistics_places(q, q_strides, k, k_strides, lse, targets, out, segments, H
     at += PROFILE_START * plane
     first = tl.sum(tl.where(lane == 0, target, 0))
     if (first >= 0) & (tl.max(tl.where((target == first + lane) | (row >= T), 0, 1)) == 0):
+        tl.static_assert(COLUMNS >= ROWS + 2 * PROFILE_REACH)
         column = tl.arange(0, COLUMNS)
         band = first - PROFILE_REACH + column
         inside = (band >= 0) & (band < S)
@@ -153,7 +154,7 @@ def statistics(q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, before: Tensor
     padded_tokens, before = (F.pad(x.to(torch.int32), (0, padding), value=-1) for x in (tokens, before))
     launch(statistics_rows, lambda tile: (B * H * cdiv(T, tile.rows), 1, 1), q, rows={"q": q}, columns={"k": k}, lse=lse,
            tokens=padded_tokens, before=before, padded=padded_tokens.shape[1], out=out,
-           together=heads_together(k, masks["S"]) * (H // masks["K"]), **masks)
+           together=heads_together(k, masks["S"], B * H, H // masks["K"]), **masks)
     launch(statistics_places, lambda tile: (B * H * cdiv(T, tile.rows), 1, 1), q, q=q, q_strides=q.stride(), k=k,
            k_strides=k.stride(), lse=lse, targets=targets.to(torch.int32).contiguous(), out=out,
            **{name: masks[name] for name in ("segments", "H", "K", "T", "S", "window", "scale", "WINDOW", "SEGMENTS", "PRECISION")})

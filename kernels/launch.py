@@ -70,8 +70,7 @@ TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
         "statistics_rows": {(2, 64): Tile(64, 64, 4, 2, 3, 168), (2, 128): Tile(64, 64, 4, 2, 2), (2, 256): Tile(64, 64, 4, 2, 2)},
     },
     # Small and of unequal sides, so that tests of a hundred positions cross many borders.
-    "interpreter": {name: {(4, 256): Tile(32, 16, 4, 1)} for name in COMMON} | {
-        "statistics_places": COMMON["statistics_places"], "forward_gluon": {(2, 256): Tile(32, 16, 4, 2)}},
+    "interpreter": {name: {(4, 256): Tile(32, 16, 4, 1)} for name in COMMON} | {"statistics_places": COMMON["statistics_places"]},
 }
 for table in (TILES["hopper"], TILES["ampere"]):
     table |= {kernel: table.get(kernel, {}) | COMMON[kernel] for kernel in COMMON}
@@ -96,7 +95,14 @@ def tiles(kernel: str, device_family: str, element: int, dims: int) -> list[Tile
     """The table's tile for elements of so many bytes and heads of up to `dims`, then ever smaller ones."""
     table = TILES[device_family][kernel]
     best = table[min(key for key in table if key[0] >= element and key[1] >= dims)]
+    if kernel in ("decode_whole", "statistics_places"):             # small already, and of sides that belong together
+        return [best]
     return [best, *(t for t in SMALLER if t.rows * t.columns < best.rows * best.columns)]
+
+
+def has_tiles(kernel: str, like: Tensor) -> bool:
+    """Whether the table has tiles of a kernel for such tensors on their device."""
+    return any(element == like.itemsize for element, _ in TILES[family(like.device)].get(kernel, {}))
 
 
 def has_copy_engine(like: Tensor) -> bool:
@@ -143,6 +149,9 @@ def launch(kernel, grid: Callable[[Tile], tuple[int, int, int]], like: Tensor, /
            *[(t.dtype, t.data_ptr() % 16) for t in (*rows.values(), *columns.values())],
            *[(value.dtype, value.data_ptr() % 16) if isinstance(value, Tensor) else value
              for name, value in arguments.items() if name not in VARYING])
+    if key[1] == "cdna":                                            # and on AMD's, whether its storage has 2 GB
+        key += tuple(t.untyped_storage().nbytes() >= 2 ** 31 for t in (*rows.values(), *columns.values(), *arguments.values())
+                     if isinstance(t, Tensor))
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= MOST_PLANS:
@@ -211,7 +220,14 @@ def about(device: torch.device) -> Device:
     return Device(properties.multi_processor_count, properties.L2_cache_size)
 
 
-def heads_together(x: Tensor, other_positions: int) -> int:
-    """Heads whose two tensors of that many positions, of x's dtype and D, fill half of the L2 cache; at least one."""
-    one = 2 * other_positions * x.shape[-1] * x.itemsize
-    return max(1, about(x.device).l2_bytes // 2 // max(1, one))
+def multiprocessors(device: torch.device) -> int:
+    return about(device).multiprocessors
+
+
+def heads_together(x: Tensor, positions: int, heads: int, sharing: int = 1) -> int:
+    """How many of all `heads` to go through at a time: those whose reading fills half of the L2 cache, at least one's.
+
+    `sharing` heads read the same two tensors of so many positions, of x's dtype and D.
+    """
+    one = 2 * positions * x.shape[-1] * x.itemsize
+    return min(heads, sharing * max(1, about(x.device).l2_bytes // 2 // max(1, one)))

@@ -199,8 +199,11 @@ def masks_of(q: Tensor, k: Tensor, causal: bool, window: int | None, segments: T
     S = k.shape[2]
     if window is not None and window >= S:
         window = None                                               # every query sees as far back as there are keys
-    least, most = (None, None) if segments is None else segment_ends(segments)
-    return {"segments": None if segments is None else segments.contiguous(), "least": least, "most": most,
+    least = most = None
+    if segments is not None:
+        segments = segments.to(torch.int32).contiguous()            # of 64 bits they would take registers that wide tiles lack
+        least, most = segment_ends(segments)
+    return {"segments": segments, "least": least, "most": most,
             "blocks": 0 if least is None else least.shape[1], "H": q.shape[1], "K": k.shape[1], "T": q.shape[2], "S": S,
             "window": window or 0, "scale": scale, "CAUSAL": causal, "WINDOW": window is not None, "SEGMENTS": segments is not None,
             "PRECISION": precision}

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import ROOT, command
+from commands import ROOT, command, wait_until
 from PIL import Image
 
 from bench import gpu
 from bench.gpu_page import page
 from bench.study import spread
+
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_time_to_loss(workplace):
@@ -25,7 +27,9 @@ def test_time_to_loss(workplace):
 def dry_run(made_once) -> Path:
     """What `make gpu` leaves where there is no GPU: each of its measurements has run on tiny shapes."""
     def run(folder: Path) -> None:
-        done = command("-m bench.gpu", "--dry-run", "--out", folder / "gpu", cwd=folder)
+        (folder / "gpu").mkdir()
+        (folder / "gpu" / "probe_overhead.json").write_text("{}")           # of an earlier run
+        done = command("-m bench.gpu", "--dry-run", "--out", folder / "gpu", cwd=folder, env=NO_GPU)
         assert done.returncode == 0, done.stdout + done.stderr
         (folder / "said").write_text(done.stdout)
 
@@ -41,19 +45,21 @@ def test_the_gpu_command(dry_run):
     for heading in ("Steps", "Attention", "Tiles", "A training step", "Sampling"):
         table = page.partition(f"## {heading}\n")[2].partition("## ")[0]
         assert table.count("|") > 20, heading
+    assert "What watching heads costs" not in page
     assert "no time here means anything" in page and "exit code 0" in (dry_run.parent / "said").read_text()
 
 
 def test_the_gpu_command_says_what_it_would_do(tmp_path):
     """And a step whose packages are missing is left out, one that takes too long is stopped, and what they said is there."""
-    done = command("-m bench.gpu", cwd=tmp_path)
+    done = command("-m bench.gpu", cwd=tmp_path, env=NO_GPU)
     assert done.returncode == 0 and "bench.attention --tune" in done.stdout and "nothing has been run" in done.stdout
     steps = sum(step.seconds for step in gpu.ALONE) + max(step.seconds for step in gpu.TOGETHER)
     assert steps < gpu.SECONDS
     (tmp_path / "logs").mkdir()
-    slow = gpu.Running(gpu.Step("slow", 1, ""), "-c \"print('so far', flush=True); import time; time.sleep(60)\"", tmp_path, 100)
-    row = slow.wait()
-    assert row["code"] == 124 and row["said"] == "so far" and row["seconds"] < 30
+    words = "-c \"print('so far', flush=True); import time; time.sleep(600)\""
+    slow = gpu.Running(gpu.Step("slow", 10, ""), words, tmp_path, tmp_path, 100)
+    wait_until(slow.has_ended)
+    assert slow.row()["code"] == 124 and slow.row()["said"] == "so far" and slow.process.poll() is not None
     assert not gpu.importable("no_such_module", tmp_path) and gpu.importable("torch", tmp_path)
 
 
@@ -63,6 +69,9 @@ def test_the_page_of_a_step_that_was_cut_short(dry_run, tmp_path):
     (tmp_path / "attention.json").write_text(json.dumps(cut | {"rows": cut["rows"][:1]}))
     assert "TFLOP/s" in page(tmp_path) and "Statistics" not in page(tmp_path)
     assert "nothing has been measured" in page(tmp_path / "empty")
+    (tmp_path / "train.json").write_text("{")
+    (tmp_path / "sampling.json").write_text('{"rows": [{}]}')
+    assert "train.json could not be read" in page(tmp_path) and "sampling.json has no" in page(tmp_path) and "TFLOP/s" in page(tmp_path)
 
 
 @pytest.mark.long

@@ -85,7 +85,7 @@ def test_slots_in_any_order_at_length(data):
 def test_the_split_changes_only_rounding(monkeypatch, programs):
     case = Case(2, 600, 16, groups=2)
     q, k, v = tensors(case)
-    monkeypatch.setattr(decoding, "about", lambda device: launch.Device(programs, 0))
+    monkeypatch.setattr(launch, "about", lambda device: launch.Device(programs, 0))
     out, lse = decoding.decode(q, k, v, None, None, None, 0.25, "tf32x3")
     want, want_lse = reference_attention(q.double(), k.double(), v.double())
     assert torch.allclose(out.double(), want, atol=1e-6) and torch.allclose(lse.double(), want_lse, atol=1e-6)

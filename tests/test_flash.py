@@ -207,8 +207,9 @@ def test_programs_go_through_a_few_heads_at_a_time():
     out = torch.zeros(15, dtype=torch.int32, device=DEVICE)
     places[(15, 1, 1)](out, 3, 2)
     assert out.tolist() == [0, 10, 1, 11, 2, 12, 20, 30, 21, 31, 22, 32, 40, 41, 42]
-    q = torch.empty(1, 8, 100, 64, dtype=torch.float16)
-    assert launch.heads_together(q, 100) == 2 ** 16 // 2 // (2 * 100 * 64 * 2) == 1 and launch.heads_together(q, 9) == 14
+    q = torch.empty(1, 8, 100, 64, dtype=torch.float16)             # 64 KB of L2, without a device: 32 KB of keys and values
+    assert launch.heads_together(q, 100, 8) == 1 and launch.heads_together(q, 9, 99) == 14 and launch.heads_together(q, 9, 99, 4) == 56
+    assert launch.heads_together(q, 1, 8) == 8                      # no more than there are: places are counted in 32 bits
 
 
 def test_plans_do_not_pile_up(monkeypatch):

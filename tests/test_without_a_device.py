@@ -65,6 +65,19 @@ with device("sm_90") as nobody:
     print(len(launch._plans), "plans", len(kernels), "kernels")
     assert len({launched[1] for name in ("130", "97, as many strides", "the end of 130") for launched in by_triton[name]}) == 1
     assert by_triton["float32"][0][1] != by_triton["float32, off by 4 bytes"][0][1]
+
+with device("gfx942") as nobody:                # AMD's compiler reads storages of less than 2 GB by offsets of 32 bits
+    def whole_storage(size):
+        memory = torch.empty(size, dtype=half)  # never touched, so it is not there
+        return memory.as_strided((1, 1, 64, 16), (1024, 1024, 16, 1))
+    large, small = whole_storage(2 ** 30), whole_storage(2 ** 16)
+    by_triton = []
+    for k in (small, large):
+        launch._plans.clear()
+        by_triton += launches(flash(small, k, k))
+    launch._plans.clear()
+    assert [launches(flash(small, k, k))[0][1] for k in (small, large)] == [launched[1] for launched in by_triton]
+    assert by_triton[0][1] != by_triton[1][1]
 '''
 
 
