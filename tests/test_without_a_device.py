@@ -1,6 +1,12 @@
-"""Launches up to the driver, in a process without the interpreter: what a second call of the same kind passes on, and how fast."""
+"""Launches without a GPU, in a process without the interpreter: up to triton's launcher, and by it up to the driver."""
 
-from commands import command
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from commands import ROOT, command
+from triton.backends import nvidia
 
 CALLS = '''
 import torch
@@ -86,3 +92,70 @@ def test_a_planned_launch_is_the_one_that_triton_makes(tmp_path):
     done = command(str(tmp_path / "calls.py"), env={"TRITON_INTERPRET": "0"})
     assert done.returncode == 0, done.stderr
     assert "plans" in done.stdout
+
+
+DRIVEN = '''
+import ctypes
+import sys
+driver = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)          # before triton looks for NVIDIA's
+import torch
+import triton
+from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+from kernels.ahead_of_time import TARGETS, device
+from kernels.decode import decode
+from kernels.flash import flash_attention, flash_attention_backward, forward
+from kernels.flash_gluon import launch_gluon
+from kernels.head_statistics_triton import statistics
+from kernels.launch import launch
+from kernels.tiles import masks_of
+
+class Driver(CudaDriver):
+    """triton's, without PyTorch's CUDA."""
+    def __init__(self):
+        self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
+
+    def get_current_target(self): return TARGETS["sm_90"].triton
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+launches = ctypes.c_long(), ctypes.c_long()
+with device("sm_90"):
+    triton.runtime.driver.set_active(Driver())
+    for T in (130, 130):                        # the second time as planned at the first
+        q, k = (torch.zeros(2, T, heads, 128, dtype=torch.bfloat16).transpose(1, 2) for heads in (4, 2))
+        ids, rest = torch.zeros(2, T, dtype=torch.long), (True, 7, None, 0.25, "tf32x3")
+        out, lse = flash_attention(q, k, k, *rest)
+        flash_attention_backward(q, q, k, k, out, lse, *rest)
+        launch_gluon(q, k, k, out, lse, masks_of(q, k, *rest))
+        statistics(q, k, lse, ids, ids, ids, *rest[1:])
+        decode(q[:, :, :1], k, k, ids[:, :1], None, *rest[1:2], *rest[3:])
+    driver.counts(*map(ctypes.byref, launches))
+print(*(number.value for number in launches))
+wrong = torch.zeros(1, 1, 130, 66, dtype=torch.bfloat16)[..., :64]        # 132 bytes apart
+try:
+    with device("sm_90"):
+        triton.runtime.driver.set_active(Driver())
+        launch(forward, lambda tile: (2, 1, 1), wrong, rows={"q": wrong}, columns={"k": wrong, "v": wrong}, out=wrong,
+               out_strides=wrong.stride(), lse=lse, together=1, **masks_of(wrong, wrong, *rest))
+except RuntimeError as error:
+    assert "descriptor" in str(error), error
+else:
+    raise AssertionError("this driver refuses nothing")
+'''
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs a C compiler for the tests' driver")
+def test_tritons_own_launcher_takes_what_it_is_given(tmp_path):
+    """Every kernel, by triton's launcher, to a driver that does nothing but refuse what NVIDIA's would."""
+    headers = Path(nvidia.__file__).parent / "include"
+    subprocess.run(["gcc", "-shared", "-fPIC", f"-I{headers}", "-Wl,-soname,libcuda.so.1", "-o", tmp_path / "libcuda.so.1",
+                    ROOT / "tests" / "driver.c"], check=True)
+    (tmp_path / "libcuda.so").symlink_to("libcuda.so.1")
+    (tmp_path / "driven.py").write_text(DRIVEN)
+    done = command(str(tmp_path / "driven.py"), tmp_path / "libcuda.so.1",
+                   env={"TRITON_INTERPRET": "0", "TRITON_LIBCUDA_PATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    # Twice: forward 3 descriptors, backward 5 and 4, Gluon 3, statistics 2; and 7 kernels, or 8 if decoding is in parts.
+    descriptors, launches = map(int, done.stdout.split())
+    assert descriptors == 2 * 17 and 2 * 7 <= launches <= 2 * 8
