@@ -34,9 +34,9 @@ test-lens: .venv-lens/installed
 test-faults: .venv/installed
 	$(BIN)/python -m pytest -n 2 -m "faults or not faults" tests/faults tests/test_distributed.py --reliability docs/reliability.md
 
-# Everything there is to know of a GPU, in nine minutes, by the machine's own Python; without a GPU, what that would be.
+# Everything there is to know of a GPU, in nine minutes, by .venv or else the machine's own Python; without a GPU, what that would be.
 gpu:
-	$(PYTHON) -m bench.gpu
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu
 
 # Train the runs of a study and renew docs/studies: 15 to 25 minutes each on two cores.
 study-%: .venv/installed
