@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -29,12 +30,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from bench.gpu_page import page
 from errors import ArgumentParser, UserError, run_command
 
-GPU = torch.cuda.is_available()
 ROOT = Path(__file__).parent.parent
 SECONDS = 9 * 60
 # What the measurements import beside torch, triton and numpy, which a GPU machine has in builds of its own.
@@ -96,7 +94,7 @@ def measure(folder: Path, tiny: bool) -> int:
 
     try:
         for steps in (TOGETHER, *((step,) for step in ALONE)):
-            results = folder if steps is not TOGETHER else folder / "side by side"      # where no time means anything
+            results = folder if steps is not TOGETHER else folder / "side_by_side"      # where no time means anything
             for step in steps:
                 words, missing = step.tiny if tiny else step.words, [name for name in step.needs if not importable(name, folder)]
                 if missing:
@@ -136,7 +134,8 @@ class Running:
         return self.code is not None
 
     def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):          # it has just ended by itself
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def row(self) -> dict:
@@ -215,6 +214,7 @@ def calls_of_tests() -> Iterator[Callable[[], object]]:
     import test_decode
     import test_flash
     import test_gluon
+    import torch
     from attention_cases import DTYPES
 
     from kernels import flash
@@ -252,6 +252,8 @@ def calls_of_tests() -> Iterator[Callable[[], object]]:
 
 def calls_of_benches() -> Iterator[Callable[[], object]]:
     """The candidate tiles, and the shapes of the other benches: bf16, causal or with a window, heads of 64 and 128."""
+    import torch
+
     from bench.attention import CANDIDATES, timed_call
     from kernels import launch
     from kernels.decode import decode
@@ -267,7 +269,7 @@ def calls_of_benches() -> Iterator[Callable[[], object]]:
         launch.tiles = table
         launch._plans.clear()
 
-    def tensors(D: int, H: int = 4, T: int = 256) -> list[torch.Tensor]:
+    def tensors(D: int, H: int = 4, T: int = 256) -> list:
         return [torch.zeros(1, T, H, D, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]
 
     def cache(D: int, groups: int, ragged: bool) -> None:
@@ -308,8 +310,10 @@ def main() -> int:
     if args.prepare:
         prepare(folder, args.target)
         return 0
-    if args.dry_run or GPU:
-        if args.dry_run and GPU:
+    import torch  # here, so that `run_command` can say that it is missing
+    gpu = torch.cuda.is_available()
+    if args.dry_run or gpu:
+        if args.dry_run and gpu:
             raise UserError("--dry-run is for machines without a GPU; leave it out here")
         return measure(folder, tiny=args.dry_run)
     print(f"{plan()}\nNo GPU is here: nothing has been run. --dry-run runs the measurements on tiny shapes.")
