@@ -285,7 +285,7 @@ def tune() -> Iterator[dict]:
             ids = torch.randint(0, 500, (TOKENS // T, T), device=DEVICE)
             for tile in [Tile(*numbers) for numbers in tiles]:
                 launch.tiles = lambda name, *rest, kernel=kernel, tile=tile: [tile] if name == kernel else original(name, *rest)
-                launch._plans.clear()
+                launch.plans.clear()
                 name = f"{kernel:16} D {D:3}  {tile.rows:3} × {tile.columns:3}  warps {tile.warps}  stages {tile.stages}"
                 try:
                     ms = kernel_milliseconds(timed_call(kernel, q, k, v, grad, ids))
@@ -295,7 +295,7 @@ def tune() -> Iterator[dict]:
                     print(f"{name}  {ms:.3f} ms", flush=True)
                     yield {"kernel": kernel, "D": D, "T": T, "tile": tile, "ms": ms}
     launch.tiles = original
-    launch._plans.clear()
+    launch.plans.clear()
 
 
 def timed_call(kernel: str, q, k, v, grad, ids) -> Callable[[], object]:

@@ -263,11 +263,11 @@ def calls_of_benches() -> Iterator[Callable[[], object]]:
 
     def candidate(kernel: str, D: int, tile: tuple) -> None:
         launch.tiles = lambda name, *rest: [Tile(*tile)] if name == kernel else table(name, *rest)
-        launch._plans.clear()
+        launch.plans.clear()
         ids = torch.zeros(1, 256, dtype=torch.long)
         timed_call(kernel, *tensors(D), tensors(D)[0], ids)()
         launch.tiles = table
-        launch._plans.clear()
+        launch.plans.clear()
 
     def tensors(D: int, H: int = 4, T: int = 256) -> list:
         return [torch.zeros(1, T, H, D, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]

@@ -123,12 +123,12 @@ def device(name: str) -> Iterator[NoDevice]:
     kept, nobody = (launch.family, attention.INTERPRETED), NoDevice(name)
     triton.runtime.driver.set_active(nobody)
     launch.family, attention.INTERPRETED = (lambda device: TARGETS[name].family), True
-    launch._plans.clear()
+    launch.plans.clear()
     try:
         yield nobody
     finally:
         launch.family, attention.INTERPRETED = kept
-        launch._plans.clear()
+        launch.plans.clear()
 
 
 def compile_kernel(target: str, kernel: str, dtype: str, D: int, masks: str = "causal", tile: Tile | None = None) -> Compiled:
@@ -156,7 +156,7 @@ def compile_kernel(target: str, kernel: str, dtype: str, D: int, masks: str = "c
             (calls.get(kernel) or calls[kernel.partition("_")[0]])()
         finally:
             launch.tiles = table
-        plan, = (plan for key, plan in launch._plans.items() if key[0] == kernel)
+        plan, = (plan for key, plan in launch.plans.items() if key[0] == kernel)
     return Compiled(target, kernel, dtype, D, masks, plan.tile, **resources(plan.compiled))
 
 

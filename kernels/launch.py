@@ -129,7 +129,7 @@ class Plan(NamedTuple):
     compiled: Any                           # triton's compiled kernel; None under the interpreter
 
 
-_plans: dict[tuple, Plan] = {}
+plans: dict[tuple, Plan] = {}
 MOST_PLANS = 4096                           # prompts of ever new lengths have ever new strides
 
 
@@ -152,11 +152,11 @@ def launch(kernel, grid: Callable[[Tile], tuple[int, int, int]], like: Tensor, /
     if key[1] == "cdna":                                            # and on AMD's, whether its storage has 2 GB
         key += tuple(t.untyped_storage().nbytes() >= 2 ** 31 for t in (*rows.values(), *columns.values(), *arguments.values())
                      if isinstance(t, Tensor))
-    plan = _plans.get(key)
+    plan = plans.get(key)
     if plan is None:
-        if len(_plans) >= MOST_PLANS:
-            _plans.clear()
-        _plans[key] = first_launch(kernel, grid, like, rows, columns, copy_engine, n_rows, describe, arguments)
+        if len(plans) >= MOST_PLANS:
+            plans.clear()
+        plans[key] = first_launch(kernel, grid, like, rows, columns, copy_engine, n_rows, describe, arguments)
         return
     call = arguments | plan.constants | sources(rows, columns, plan, describe)
     start(kernel, like, grid(plan.tile), [call[name] for name in kernel.arg_names], plan.compiled)

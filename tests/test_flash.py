@@ -214,10 +214,10 @@ def test_programs_go_through_a_few_heads_at_a_time():
 
 def test_plans_do_not_pile_up(monkeypatch):
     monkeypatch.setattr(launch, "MOST_PLANS", 2)
-    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(launch, "plans", {})
     for T in (20, 21, 20, 22, 21):                      # of other strides each time
         check(Case(T, T, 16, B=2, layout="heads"))
-        assert 0 < len(launch._plans) <= 2
+        assert 0 < len(launch.plans) <= 2
 
 
 def test_gradients_by_finite_differences():
@@ -240,7 +240,7 @@ def test_a_tile_that_does_not_fit_gives_way_to_a_smaller_one(monkeypatch):
 
     monkeypatch.setattr(launch, "start", small_device)
     monkeypatch.setattr(launch, "_too_large", set())
-    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(launch, "plans", {})
     monkeypatch.setattr(launch, "family", lambda device: "ampere")
     case = Case(30, 30, 16, dtype="fp16")
     q, k, v, _ = case.tensors()
@@ -250,6 +250,6 @@ def test_a_tile_that_does_not_fit_gives_way_to_a_smaller_one(monkeypatch):
     assert tried[0] > tried[-1] and tried.count(max(tried)) == 1                    # a size that failed is not tried again
     monkeypatch.setattr(launch, "SMALLER", ())
     monkeypatch.setattr(launch, "_too_large", set())
-    monkeypatch.setattr(launch, "_plans", {})
+    monkeypatch.setattr(launch, "plans", {})
     with pytest.raises(ValueError, match="backend='sdpa'"):
         flash_attention(q, k, v, True, None, None, 0.25, "tf32x3")

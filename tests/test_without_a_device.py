@@ -60,15 +60,15 @@ def launches(call):
 with device("sm_90") as nobody:
     by_triton = {}
     for name, call in calls.items():
-        launch._plans.clear()
+        launch.plans.clear()
         by_triton[name] = launches(call)
-        assert by_triton[name] and launch._plans
-    launch._plans.clear()
+        assert by_triton[name] and launch.plans
+    launch.plans.clear()
     for turn in range(3):                       # the first may find the plan of another call, the others find their own
         for name, call in calls.items():
             assert launches(call) == by_triton[name], (turn, name, launches(call), by_triton[name])
     kernels = {launched[:2] for found in by_triton.values() for launched in found}
-    print(len(launch._plans), "plans", len(kernels), "kernels")
+    print(len(launch.plans), "plans", len(kernels), "kernels")
     assert len({launched[1] for name in ("130", "97, as many strides", "the end of 130") for launched in by_triton[name]}) == 1
     assert by_triton["float32"][0][1] != by_triton["float32, off by 4 bytes"][0][1]
 
@@ -79,9 +79,9 @@ with device("gfx942") as nobody:                # AMD's compiler reads storages 
     large, small = whole_storage(2 ** 30), whole_storage(2 ** 16)
     by_triton = []
     for k in (small, large):
-        launch._plans.clear()
+        launch.plans.clear()
         by_triton += launches(flash(small, k, k))
-    launch._plans.clear()
+    launch.plans.clear()
     assert [launches(flash(small, k, k))[0][1] for k in (small, large)] == [launched[1] for launched in by_triton]
     assert by_triton[0][1] != by_triton[1][1]
 '''
