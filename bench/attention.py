@@ -275,7 +275,6 @@ def tune() -> Iterator[dict]:
     """Milliseconds of forward and backward with each candidate tile in place of the table's."""
     from kernels import launch
     from kernels.launch import Tile
-    original = launch.tiles
     for kernel, by_size in (CANDIDATES if GPU else TINY_CANDIDATES).items():
         if kernel not in launch.TILES[launch.family(torch.device(DEVICE, 0))]:
             continue                                                            # Gluon's is for Hopper alone
@@ -284,18 +283,15 @@ def tune() -> Iterator[dict]:
             q, k, v, grad = (t.detach() for t in tensors(T, D, 1))
             ids = torch.randint(0, 500, (TOKENS // T, T), device=DEVICE)
             for tile in [Tile(*numbers) for numbers in tiles]:
-                launch.tiles = lambda name, *rest, kernel=kernel, tile=tile: [tile] if name == kernel else original(name, *rest)
-                launch.plans.clear()
                 name = f"{kernel:16} D {D:3}  {tile.rows:3} × {tile.columns:3}  warps {tile.warps}  stages {tile.stages}"
                 try:
-                    ms = kernel_milliseconds(timed_call(kernel, q, k, v, grad, ids))
+                    with launch.tile_for(kernel, tile):
+                        ms = kernel_milliseconds(timed_call(kernel, q, k, v, grad, ids))
                 except Exception as error:                                      # too large for the device, or for the compiler
                     print(f"{name}  {type(error).__name__}", flush=True)
                 else:
                     print(f"{name}  {ms:.3f} ms", flush=True)
                     yield {"kernel": kernel, "D": D, "T": T, "tile": tile, "ms": ms}
-    launch.tiles = original
-    launch.plans.clear()
 
 
 def timed_call(kernel: str, q, k, v, grad, ids) -> Callable[[], object]:

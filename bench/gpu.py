@@ -259,15 +259,10 @@ def calls_of_benches() -> Iterator[Callable[[], object]]:
     from kernels.decode import decode
     from kernels.flash import flash_attention
     from kernels.launch import Tile
-    table = launch.tiles
 
     def candidate(kernel: str, D: int, tile: tuple) -> None:
-        launch.tiles = lambda name, *rest: [Tile(*tile)] if name == kernel else table(name, *rest)
-        launch.plans.clear()
-        ids = torch.zeros(1, 256, dtype=torch.long)
-        timed_call(kernel, *tensors(D), tensors(D)[0], ids)()
-        launch.tiles = table
-        launch.plans.clear()
+        with launch.tile_for(kernel, Tile(*tile)):
+            timed_call(kernel, *tensors(D), tensors(D)[0], torch.zeros(1, 256, dtype=torch.long))()
 
     def tensors(D: int, H: int = 4, T: int = 256) -> list:
         return [torch.zeros(1, T, H, D, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]

@@ -14,7 +14,7 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
 from multiprocessing import get_context
@@ -148,14 +148,8 @@ def compile_kernel(target: str, kernel: str, dtype: str, D: int, masks: str = "c
         "decode": lambda: decode.decode(q[:, :, :1], cache, cache, *positions, window, *rest[3:]),
         "statistics": lambda: head_statistics_triton.statistics(q, k, lse, ids, ids, ids, *rest[1:]),
     }
-    table = launch.tiles
-    with device(target):
-        if tile:
-            launch.tiles = lambda name, *rest: [tile] if name == kernel else table(name, *rest)
-        try:
-            (calls.get(kernel) or calls[kernel.partition("_")[0]])()
-        finally:
-            launch.tiles = table
+    with device(target), launch.tile_for(kernel, tile) if tile else nullcontext():
+        (calls.get(kernel) or calls[kernel.partition("_")[0]])()
         plan, = (plan for key, plan in launch.plans.items() if key[0] == kernel)
     return Compiled(target, kernel, dtype, D, masks, plan.tile, **resources(plan.compiled))
 

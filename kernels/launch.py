@@ -4,7 +4,8 @@ A short call is over before Python has started the next one, so what depends on 
 out once and kept as a `Plan`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -98,6 +99,20 @@ def tiles(kernel: str, device_family: str, element: int, dims: int) -> list[Tile
     if kernel in ("decode_whole", "statistics_places"):             # small already, and of sides that belong together
         return [best]
     return [best, *(t for t in SMALLER if t.rows * t.columns < best.rows * best.columns)]
+
+
+@contextmanager
+def tile_for(kernel: str, tile: Tile) -> Iterator[None]:
+    """Within it `kernel` is launched with this tile and no other."""
+    global tiles
+    table = tiles
+    tiles = lambda name, *rest: [tile] if name == kernel else table(name, *rest)       # noqa: E731
+    plans.clear()
+    try:
+        yield
+    finally:
+        tiles = table
+        plans.clear()
 
 
 def has_tiles(kernel: str, like: Tensor) -> bool:

@@ -3,6 +3,7 @@
 What the compiler makes of it, for which no GPU is needed, tests/test_ahead_of_time.py checks.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import cycle
 
@@ -54,10 +55,7 @@ def run(case: Case, q, k, v, tile: Tile | None = None) -> tuple[torch.Tensor, to
     around_lse = torch.full((q.shape[0] * q.shape[1] * q.shape[2] + 256,), torch.nan, device=DEVICE)
     lse = around_lse[128:-128].view(q.shape[:3])
     masks, scale = case.masks(), case.scale or case.D ** -0.5
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "plans", {})
-        if tile:
-            patch.setattr(launch, "tiles", lambda *_: [tile])
+    with launch.tile_for("forward_gluon", tile) if tile else nullcontext():
         launch_gluon(q, k, v, out, lse, masks_of(q, k, masks["causal"], masks["window"],
                                                  masks["segments"], scale, "tf32x3"))
     size = out.untyped_storage().nbytes() // out.itemsize
