@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-LOCAL = {"model", "kernels", "data", "training", "induction", "settings", "files", "errors"}
+LOCAL = {"model", "kernels", "data", "training", "induction", "report", "settings", "files", "errors"}
 
 
 class UserError(Exception):
@@ -50,7 +50,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in ("out of memory", "t allocate memory")):
             raise
         print(f"error: out of memory ({first_line(error)})\n"
-              "  make train.micro_batch or the model smaller; python -m model.budget CONFIG says what it takes", file=sys.stderr)
+              "  make train.micro_batch or the model smaller; python -m training.plan CONFIG says what it takes", file=sys.stderr)
         code = 2
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in LOCAL:

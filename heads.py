@@ -14,7 +14,8 @@ def main() -> None:
     if sys.argv[1:2] == ["verdict"]:
         return verdict(sys.argv[2:])
     args = parse_arguments()
-    from induction.report import movie_of, plots, write_movie
+    from report.figures import plots
+    from report.movie import movie_of, write_movie
     from training.device import choose_device
     from training.loaded_run import load_run
     run = load_run(args.run, args.step, choose_device(args.device, "--device "))
@@ -48,11 +49,12 @@ def look_at_probe(args, run, records):
     """Scores on repeated random tokens, and what they are worth: printed, and in report.html. Returns its path, what was measured, and
     the records with what was looked back at."""
     from induction.ablation import alone
+    from induction.history import best_of_looks, head_transitions, icl_transition, model_transition
     from induction.phase import FORMED
-    from induction.report import best_of_looks, head_transitions, icl_transition, model_transition, write_report
     from induction.scores import copying_eigenvalues, measure
     from induction.verdict import aim, causal_set, induction_set
     from model.taps import heads_of
+    from report.page import write_report
     probes, model = probes_for(run), run.model
     if args.all_steps and not best_of_looks(records):               # it was not watched: look back at what it has kept
         records = sorted([*records, *looks_back(run, probes)], key=lambda record: record["tokens"])
@@ -89,8 +91,8 @@ def look_at_rows(args, run, records, tokens, queries):
     """Scores on given text or tokens: printed, and in report-text.html, whose path is returned."""
     from data.batches import Batch
     from induction.ablation import alone
-    from induction.report import write_report
     from model.taps import heads_of
+    from report.page import write_report
     some = slice(0, BATCH)                                      # enough for a cost; the scores are of all rows
     device = run.model.embed.weight.device
     batch, counted = Batch(tokens[some, :-1], tokens[some, 1:]).to(device), queries[some, 1:].to(device)
@@ -219,8 +221,8 @@ def write_json(path: str, scores: dict, cost: dict) -> None:
 
 def pictures(args, run, ids=None, what: str = "") -> dict:
     """What the page shows: the run's own snapshots; or given tokens, or the probe, at this checkpoint or at all that are kept."""
-    from induction.snapshots import Snapshots, patterns, shown, spelled
-    from induction.viewer import Passage, Snapshot
+    from report.snapshots import Snapshots, patterns, shown, spelled
+    from report.viewer import Passage, Snapshot
     from training.checkpoint import read_state
     from training.loaded_run import load_run
     if ids is None and not args.all_steps and args.step is None and len(Snapshots(run.folder / "heads")):
@@ -260,7 +262,7 @@ def verdict(arguments: list[str]) -> None:
 
 def examine_run(where: str, device: str = "auto"):
     """The verdict on the run at `where`."""
-    from induction.report import kind_of_run, model_transition
+    from induction.history import kind_of_run, model_transition
     from induction.verdict import examine
     from training.device import choose_device
     from training.loaded_run import load_run

@@ -18,7 +18,7 @@ def train(config, folder: Path, changed: list[str], world) -> None:
     import torch
 
     from data.dataset import Dataset
-    from induction.report import write_report
+    from report.page import write_report
     from training.device import choose_hardware, choose_micro_batch, training_loss
     from training.optimizer import Optimizer
     from training.profile import profiled
@@ -84,7 +84,7 @@ def train(config, folder: Path, changed: list[str], world) -> None:
 
 def finish(config, folder: Path, step: int, changed: list[str]) -> None:
     """Do what a kill after the last step left undone, and say that the run is finished."""
-    from induction.report import write_report
+    from report.page import write_report
     from training.checkpoint import verify, whole_checkpoints
     from training.logger import read_metrics
     from training.run import only_trainer, tidy
@@ -147,10 +147,10 @@ def build_model(config, tokenizer, hardware, world, new: bool):
 
 def origin_of(config, tokenizer) -> Path:
     """The checkpoint whose weights a new run starts from."""
-    from data.tokenizer import Tokenizer
+    from data.load_tokenizer import load_tokenizer
     from training.checkpoint import find_checkpoint
     checkpoint = find_checkpoint(config.init_from)
-    if Tokenizer.load(checkpoint / "tokenizer.json").hash != tokenizer.hash:
+    if load_tokenizer(checkpoint / "tokenizer.json").hash != tokenizer.hash:
         raise UserError(f"init_from={config.init_from} was trained with another tokenizer, its weights mean other tokens\n"
                         f"  use its own: data.tokenizer={checkpoint}")
     return checkpoint
@@ -158,8 +158,8 @@ def origin_of(config, tokenizer) -> Path:
 
 def watch_heads(run, validation):
     """What looks at the heads of `run` every `heads.every` steps, in the first process; else None."""
+    from induction.history import best_of_looks
     from induction.probes import probes_of
-    from induction.report import best_of_looks
     from induction.watch import HeadWatch
     config, data = run.config, run.data
     probes = run.world.first and config.heads.every and probes_of(config.data, config.model.n_ctx, data.tokenizer, config.seed)

@@ -90,7 +90,7 @@ def draw(points: dict[str, dict[int, dict]], path: Path) -> None:
     """Time above, memory below, a column a sweep."""
     from matplotlib.ticker import NullFormatter
 
-    from induction.report import BLUE, GREY, SECOND, figure, titled
+    from report.figures import BLUE, GREY, SECOND, figure, titled
     drawn, axes = figure(3.1 * len(points), 4.6, 2, len(points))
     for column, (sweep, found) in enumerate(points.items()):
         for row, (key, label) in enumerate((("ms", "ms a training step"), ("gb", "GB it takes"))):

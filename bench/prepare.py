@@ -20,9 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from bench import results
+from data.byte_bpe import train_bpe
 from data.corpus import stdlib_files
 from data.encode import usable_cores
-from data.tokenizer import train_bpe
 from errors import ArgumentParser, run_command
 
 ROOT = Path(__file__).parent.parent
@@ -30,10 +30,11 @@ PEER = """
 import os, sys
 from functools import cache
 import datasets, numpy as np
+from data.load_tokenizer import load_tokenizer
 from data.tokenizer import Tokenizer
 datasets.disable_progress_bars()
 text, tokenizer_file, out, cores = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-tokenizer = cache(lambda: Tokenizer.load(tokenizer_file))           # once a process
+tokenizer = cache(lambda: load_tokenizer(tokenizer_file))           # once a process
 
 def encode(batch):
     return {"ids": [tokenizer().encode(document).astype(np.uint16) for document in batch["text"]]}

@@ -17,7 +17,7 @@ import torch
 from bench import results
 from bench.results import DEVICE, DTYPE, GPU
 from bench.side import Side, at_once
-from data.tokenizer import bytes_tokenizer
+from data.byte_bpe import bytes_tokenizer
 from errors import ArgumentParser, run_command
 from model.config import ModelConfig
 from model.gpt import GPT

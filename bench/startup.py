@@ -19,7 +19,7 @@ from bench import results
 from errors import ArgumentParser, UserError, run_command
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["train.py", "sample.py", "heads.py", "-m data.prepare", "-m model.budget", "-m model.huggingface"]
+COMMANDS = ["train.py", "sample.py", "heads.py", "-m data.prepare", "-m training.plan", "-m training.import_model"]
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"} | {"PYTHONPATH": str(ROOT)}
 
 

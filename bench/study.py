@@ -18,9 +18,10 @@ from typing import NamedTuple
 from errors import ArgumentParser, UserError, run_command
 from files import whole_file
 from heads import examine_run
+from induction.history import best_of_looks, curve, icl_transition
 from induction.phase import FORMED, Transition, band
-from induction.report import GREY, best_of_looks, curve, figure, icl_transition
 from induction.verdict import Verdict
+from report.figures import GREY, figure
 from training.checkpoint import whole_checkpoints
 from training.config import differences, load_config
 from training.logger import read_metrics

@@ -1,11 +1,13 @@
 """What a model is trained on."""
 
+import difflib
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
+import tiktoken
 from pydantic import Field, PositiveInt, model_validator
 
-from settings import Settings, Size
+from settings.validate import Settings, Size
 
 Corpus = Literal["stdlib", "files", "hub", "repeats"]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -35,9 +37,6 @@ class TokenizerConfig(Settings):
             yield ("vocab_size", "kind"), (f"data.tokenizer.vocab_size={self.vocab_size} is for kind: bpe; "
                                            f"{self.kind} has its own size (leave it out)")
         if self.kind not in ("bpe", "bytes"):
-            import difflib
-
-            import tiktoken
             if "/" in self.kind:            # a path, looked for when the tokenizer is made: a run keeps its own
                 return
             known = ["bpe", "bytes", *tiktoken.list_encoding_names()]

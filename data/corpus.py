@@ -16,6 +16,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import NamedTuple
 
 from data.config import DataConfig, HubConfig
@@ -91,7 +92,6 @@ def stdlib_files() -> list[Path]:
 
 def pydoc_topics() -> Iterator[bytes]:
     """The language reference that `help()` prints: English prose about Python."""
-    from pydoc_data.topics import topics
     return (topics[name].encode() for name in sorted(topics))
 
 

@@ -6,9 +6,9 @@ import numpy as np
 
 from data.batches import Batch, Batches, RepeatRows, TextWindows, as_batch
 from data.config import DataConfig, MixtureEntry
+from data.load_tokenizer import make_tokenizer
 from data.prepare import prepare
 from data.shards import Shards
-from data.tokenizer import make_tokenizer
 from errors import UserError
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.corpus import Piece
+from data.load_tokenizer import load_tokenizer
 from data.tokenizer import Tokenizer
 from errors import UserError
 
@@ -136,7 +137,7 @@ class EncodingProcess:
 def _serve(pipe: Connection, path: Path, fraction: float) -> None:
     """In the process: answer until the one that asks has closed its end, or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)                # Ctrl-C is for the one that asks
-    encoder = Encoder(Tokenizer.load(path), fraction)
+    encoder = Encoder(load_tokenizer(path), fraction)
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             texts = pipe.recv()

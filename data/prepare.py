@@ -14,20 +14,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from data.config import DataConfig
 from data.corpus import TextCorpus
 from data.encode import Encoded, encode_in_order, is_validation, usable_cores
+from data.load_tokenizer import load_tokenizer, make_tokenizer
 from data.shards import FORMAT, Shards
-from data.tokenizer import Tokenizer, make_tokenizer
 from errors import ArgumentParser, UserError, run_command
 from files import explain_disk_errors, only_one, sha256, whole_file
+from settings.validate import Settings, validate
+from settings.yaml12 import override, read_file
 
 PART_BYTES = 64 * 2 ** 20
 SMALL_BYTES = 2 ** 24           # a corpus up to here is encoded by the time other processes have started
 BPE_BYTES = 32 * 2 ** 20        # text a tokenizer is trained on
 OWN_FILES = ("train-[0-9]*.npy", "val-[0-9]*.npy", "tokenizer.json", "tokenizer_config.json", "journal.json", "manifest.json", ".lock",
              ".*.partial")
+
+
+class DataPart(Settings):
+    """The part of a config file that says what to prepare; training checks the rest."""
+
+    model_config = Settings.model_config | {"extra": "ignore"}
+
+    data: DataConfig = DataConfig()
 
 
 def prepare(config: DataConfig, verify: bool = False) -> Path:
@@ -98,7 +109,7 @@ def _prepare(corpus: TextCorpus, config: DataConfig, folder: Path, key: str) -> 
         with whole_file(folder / "tokenizer.json", "w") as file:
             file.write(tokenizer.json)
     else:
-        tokenizer = Tokenizer.load(folder / "tokenizer.json")
+        tokenizer = load_tokenizer(folder / "tokenizer.json")
     limit = config.hub.max_tokens if corpus.name == "hub" and config.hub else None
 
     pieces = corpus.pieces()
@@ -202,8 +213,7 @@ def _write_json(path: Path, value: object) -> None:
         json.dump(value, file, indent=1)
 
 
-def _progress(corpus: TextCorpus, done: int):
-    from tqdm import tqdm
+def _progress(corpus: TextCorpus, done: int) -> tqdm:
     return tqdm(total=corpus.size(), initial=done, unit="B", unit_scale=True, desc="encoding",
                 mininterval=0.5 if sys.stderr.isatty() else 10)
 
@@ -220,12 +230,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="change a value of the config")
     parser.add_argument("--verify", action="store_true", help="read every byte of finished shards and check it against the manifest")
     args = parser.parse_args()
-    from training.config import load_config  # the command reads the whole file; this module needs its data part alone
-    config = load_config(args.config, args.overrides)
-    if config.data.text_corpus is None:
+    tree = read_file(args.config)
+    config = validate(DataPart, tree, args.config, override(tree, args.overrides)).data
+    if config.text_corpus is None:
         print("nothing to prepare: all rows of this config are synthetic")
     else:
-        print(prepare(config.data, args.verify))
+        print(prepare(config, args.verify))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.tokenizer import Tokenizer
+from data.load_tokenizer import load_tokenizer
 from errors import UserError
 from files import sha256
 
@@ -41,7 +41,7 @@ class Shards:
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"{self.folder}: no prepared corpus ({type(error).__name__}: {error})") from None
         self.verify = verify if verify is not None else total <= VERIFY_BYTES
-        self.tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
+        self.tokenizer = load_tokenizer(self.folder / "tokenizer.json")
         if self.tokenizer.hash != self.manifest["tokenizer"]:
             raise UserError(f"{self.folder}/tokenizer.json is not the tokenizer these shards were made with: prepare again")
         self._map = lru_cache(MAPPED)(partial(np.load, mmap_mode="r", allow_pickle=False))

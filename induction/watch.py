@@ -11,13 +11,13 @@ from torch import Tensor
 
 from data.tokenizer import Tokenizer
 from induction.phase import transition
-from induction.pictures import mosaic, portrait
 from induction.probes import Probes
 from induction.scores import Measured, measure
-from induction.snapshots import LONGEST, Snapshots, patterns, shown, snapshots_of, spelled
-from induction.viewer import Passage, Snapshot
 from model.gpt import GPT
 from model.taps import heads_of
+from report.pictures import mosaic, portrait
+from report.snapshots import LONGEST, Snapshots, patterns, shown, snapshots_of, spelled
+from report.viewer import Passage, Snapshot
 
 STRONGEST = 3           # heads whose patterns are shown as pictures of their own
 

@@ -1,27 +1,16 @@
-"""What a config costs before anything is allocated: `python -m model.budget CONFIG [key.path=value …]`.
+"""What a model costs before anything is allocated: parameters, FLOPs and bytes of a config. `python -m training.plan` prints them."""
 
-With `--world-size N` what fits on N devices comes after it: model/fit.py.
-"""
-
+import sys
 from collections import Counter
-from pathlib import Path
 
-from errors import ArgumentParser, UserError, run_command
+import torch
+
 from model.config import ModelConfig
-from settings import Settings, override, read_file, validate
-
-
-class ModelPart(Settings):
-    """The part of a config file that this command reads."""
-
-    model: ModelConfig = ModelConfig()
+from model.gpt import GPT
 
 
 def parameters(config: ModelConfig) -> Counter[str]:
     """Parameters by part, counted on the model itself, built without memory."""
-    import torch
-
-    from model.gpt import GPT
     with torch.device("meta"):
         model = GPT(config)
     kinds = {".bias": "biases", "embed_position": "positions", "embed": "embedding", "lm_head": "head", ".w_q": "attention",
@@ -68,7 +57,7 @@ def activation_bytes_per_token(config: ModelConfig, element: int, checkpointed: 
     """What training keeps per token for the backward pass, in `element`-byte activations, run eagerly: what autograd saves.
 
     `checkpointed`: each block keeps the residual stream it was given, and one block at a time is run again. Compiled code
-    keeps less. The copies of weights that are saved too do not grow with tokens: model/fit.py.
+    keeps less. The copies of weights that are saved too do not grow with tokens: training/plan.py.
     """
     E = config.d_model
     norm = (8 + element) * E + 4                # x and x / rms(x) in float32, what the next matrix reads, and the rms
@@ -129,51 +118,5 @@ def in_units(n: float) -> str:
     return f"{n / 1000:,.1f} TB"
 
 
-def with_vocabulary(config: ModelConfig, tokenizer: str | dict) -> ModelConfig:
-    """`config` with the vocabulary size that its tokenizer will have, where that is known without making it."""
-    if config.vocab_size is not None:
-        return config
-    known = {"bytes": 257, "gpt2": 50257, "r50k_base": 50257, "cl100k_base": 100277, "o200k_base": 200019}
-    kind = tokenizer if isinstance(tokenizer, str) else tokenizer.get("kind", "bytes")
-    size = known.get(kind) or (tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None) or 50257
-    return config.model_copy(update={"vocab_size": size})
-
-
-def positive(text: str) -> float:
-    """An argument above zero."""
-    if not (number := float(text)) > 0:
-        raise ValueError(text)
-    return number
-
-
-def main() -> None:
-    parser = ArgumentParser("python -m model.budget", description="Parameters, FLOPs and memory of a config, without allocating it; "
-                            "with --world-size, what fits on so many devices and how long a step takes.")
-    parser.add_argument("config", help="a YAML file of configs/, or runs/NAME")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="change a value, for example model.n_ctx=4096")
-    parser.add_argument("--world-size", type=int, metavar="N", help="devices to train on (1 where one is described below)")
-    parser.add_argument("--device-memory", type=positive, default=80, metavar="GB", help="of one device, in 10⁹ bytes (default 80)")
-    parser.add_argument("--bandwidth", type=positive, default=50, metavar="GB/s", help="that one device sends and receives (default 50)")
-    parser.add_argument("--tflops", type=positive, default=989, metavar="T", help="bf16 peak of one device (default 989, an H100's)")
-    parser.add_argument("--mfu", type=positive, default=0.4, help="the share of the peak that is reached (default 0.4, an assumption)")
-    args = parser.parse_intermixed_args()
-    described = any(getattr(args, name) != parser.get_default(name) for name in ("device_memory", "bandwidth", "tflops", "mfu"))
-    world_size = 1 if args.world_size is None and described else args.world_size
-    path = Path(args.config) / "config.yaml" if Path(args.config).is_dir() else Path(args.config)
-    tree = read_file(path)
-    overridden = override(tree, args.overrides)
-    tokenizer = (tree.get("data") or {}).get("tokenizer") or {}
-    config = with_vocabulary(validate(ModelPart, {"model": tree.get("model") or {}}, str(path), overridden).model, tokenizer)
-    print(report(config))
-    if world_size is not None:
-        if world_size < 1:
-            raise UserError(f"--world-size {world_size}: at least one device is needed")
-        from model import fit
-        from training.config import load_config  # the batch and the optimizer; the rest needs the model's part alone
-        whole = load_config(path, args.overrides)
-        cluster = fit.Cluster(world_size, args.device_memory * 1e9, args.bandwidth * 1e9, args.tflops * 1e12, args.mfu)
-        print("\n" + fit.report(config, whole.optimizer.kind, whole.train.batch_tokens, cluster))
-
-
-if __name__ == "__main__":
-    run_command(main)
+if __name__ == "__main__":                      # the command of earlier versions
+    sys.exit("error: this command is now: python -m training.plan CONFIG")

@@ -8,9 +8,9 @@ add the same whatever is read. LayerNorm's centring is linear and is folded in w
 
 from torch import Tensor
 
-from model.attention import LayerNorm, RMSNorm
 from model.config import ModelConfig
 from model.gpt import GPT
+from model.layers import LayerNorm, RMSNorm
 
 
 def readers(model: GPT, layer: int) -> tuple[Tensor, Tensor, Tensor]:

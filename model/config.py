@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from settings import Settings, Size
+from settings.validate import Settings, Size
 
 
 class RopeScaling(Settings):

@@ -4,18 +4,16 @@ A family's `choices` say which of our options it has and what each is called the
 the value of the first line, and so do we.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from errors import UserError
 from model.config import ModelConfig
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Choices = dict[str, list[tuple[Any, dict[str, Any]]]]      # our key → (our value, what config.json says then)
 
@@ -288,7 +286,6 @@ def by_their_name(names: Iterable[str], of: Family) -> dict[str, list[str]]:
 
 def to_theirs(parts: list[Tensor], name: str, of: Family, n_heads: int) -> Tensor:
     """The tensor that a family makes of our parameters, the first of which is called `name`."""
-    import torch
     if of.layout == "by head" and len(parts) > 1:               # (H D, …) each → (H · parts · D, …)
         return torch.stack([part.unflatten(0, (n_heads, -1)) for part in parts], dim=1).flatten(0, 2)
     whole = torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import NORMS, CausalSelfAttention, Context, Linear, for_decoding, joined, joined_for_decoding
+from model.attention import CausalSelfAttention, Context
 from model.config import ModelConfig
 from model.cross_entropy import cross_entropies, summed_cross_entropy
 from model.kv_cache import KVCache
+from model.layers import NORMS, Linear, embedding, for_decoding, joined, joined_for_decoding
 from model.position import rope_table, sinusoidal_table
 from model.taps import eagerly, refuse, taps_of
 
@@ -156,11 +157,6 @@ class GPT(nn.Module):
             return table[:, positions]
         rows = table[:, positions.clamp(max=self.config.n_ctx - 1)]                 # padding may point past the end
         return rows[:, :, None] if self.config.position == "rope" else rows
-
-
-def embedding(rows: int, size: int) -> nn.Embedding:
-    """One whose values are still to come: to draw them on the meta device would load PyTorch's compiler, a second at every start."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
 
 
 class Block(nn.Module):

@@ -16,10 +16,10 @@ from model.budget import (
     pattern_bytes,
 )
 from model.config import ModelConfig
-from model.fit import FREE, Cluster, Plan, devices_needed, plans, report
 from model.gpt import GPT
 from model.kv_cache import KVCache
 from training.config import load_config
+from training.plan import FREE, Cluster, Plan, devices_needed, fit_report, plans
 
 
 def test_gpt3_has_its_published_size():
@@ -68,9 +68,9 @@ def test_windows_bound_flops_and_cache():
 
 
 def test_the_command():
-    done = command("-m model.budget", "configs/gpt3_175b.yaml", "model.n_ctx=4096", cwd=ROOT)
+    done = command("-m training.plan", "configs/gpt3_175b.yaml", "model.n_ctx=4096", cwd=ROOT)
     assert done.returncode == 0 and "33,554,432 bytes" in done.stdout and "57,982,058,496" in done.stdout
-    fails(command("-m model.budget", "configs/gpt3_175b.yaml", "model.n_cxt=1", cwd=ROOT), "did you mean model.n_ctx")
+    fails(command("-m training.plan", "configs/gpt3_175b.yaml", "model.n_cxt=1", cwd=ROOT), "did you mean model.n_ctx")
 
 
 def saved_bytes(config: ModelConfig, windows: int, dtype: torch.dtype, checkpointed: bool) -> int:
@@ -144,7 +144,7 @@ def test_the_report_recommends_one_line_of_settings():
     config = load_config(ROOT / "configs/gpt2_small.yaml").model
 
     def says(devices: int, gigabytes: float) -> str:
-        return report(config, "muon", 512 * 1024, Cluster(devices, gigabytes * 1e9, 50e9, 989e12, 0.4))
+        return fit_report(config, "muon", 512 * 1024, Cluster(devices, gigabytes * 1e9, 50e9, 989e12, 0.4))
 
     assert "distributed=ddp train.checkpoint_activations=false train.micro_batch=32" in says(8, 24)
     assert "distributed=fsdp train.checkpoint_activations=true train.micro_batch=1" in says(8, 1.1)
@@ -153,8 +153,8 @@ def test_the_report_recommends_one_line_of_settings():
 
 
 def test_the_command_says_what_fits_when_it_is_asked():
-    done = command("-m model.budget", "configs/gpt2_small.yaml", "--world-size", "8", "train.batch_tokens=65536", cwd=ROOT)
+    done = command("-m training.plan", "configs/gpt2_small.yaml", "--world-size", "8", "train.batch_tokens=65536", cwd=ROOT)
     assert done.returncode == 0 and "distributed=ddp train.checkpoint_activations=false train.micro_batch=8" in done.stdout, done.stderr
-    one = command("-m model.budget", "configs/gpt2_small.yaml", "--device-memory", "24", cwd=ROOT)      # described, so asked about
+    one = command("-m training.plan", "configs/gpt2_small.yaml", "--device-memory", "24", cwd=ROOT)      # described, so asked about
     assert one.returncode == 0 and "train.micro_batch=32" in one.stdout, one.stderr
-    fails(command("-m model.budget", "configs/gpt2_small.yaml", "--world-size", "0", cwd=ROOT), "at least one")
+    fails(command("-m training.plan", "configs/gpt2_small.yaml", "--world-size", "0", cwd=ROOT), "at least one")

@@ -9,7 +9,7 @@ import pytest
 from commands import ROOT, command
 from conftest import metrics
 
-from settings import _paths
+from settings.validate import key_paths
 from training.config import Config, load_config
 
 TOO_LARGE = {"gpt3_175b"}           # to be weighed by model.budget, not trained
@@ -67,5 +67,5 @@ def test_every_key_of_a_config_is_read_somewhere():
     files = [path for folder in ("model", "kernels", "data", "training", "induction") for path in (ROOT / folder).glob("*.py")]
     read = {node.attr for path in [*files, ROOT / "train.py"] for node in ast.walk(ast.parse(path.read_text("utf-8")))
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
-    keys = list(_paths(Config))
+    keys = list(key_paths(Config))
     assert len(keys) > 70 and [key for key in keys if key.rsplit(".", 1)[-1] not in read] == []

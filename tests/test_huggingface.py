@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_model import make
 
-from data.tokenizer import bytes_tokenizer
+from data.byte_bpe import bytes_tokenizer
 from errors import UserError
 from model.families import OWN_TYPE, family, obstacles
 from model.generate import Sampling, generate

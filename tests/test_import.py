@@ -14,8 +14,8 @@ from theirs import LLAMA3, MODELS, YARN, make_theirs
 
 from errors import UserError
 from model.families import family
-from model.huggingface import import_model
 from training.checkpoint import find_checkpoint, load_model
+from training.import_model import import_model
 from training.run import config_of
 
 # --- the same model --------------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def test_what_was_imported_is_sampled_looked_at_and_judged(shared, tmp_path):
     kinds = ("gpt2", "llama", "qwen3", "mistral")
     for kind in kinds:
         run = f"runs/{kind}"
-        steps = [command("-m model.huggingface", "import", shared / kind, run, cwd=tmp_path),
+        steps = [command("-m training.import_model", shared / kind, run, cwd=tmp_path),
                  command("sample.py", run, "the quick", "--max-tokens", "8", "--json", cwd=tmp_path),
                  command("heads.py", run, "--json", f"{kind}.json", cwd=tmp_path)]
         for done, says in zip(steps, (f"theirs/{kind}: {kind}, ", '"prompt": "the quick", "text": "',
@@ -161,7 +161,7 @@ def test_what_was_imported_is_sampled_looked_at_and_judged(shared, tmp_path):
 
 
 def test_an_imported_run_is_trained_as_any_other(shared, workplace):
-    made = command("-m model.huggingface", "import", shared / "gpt_neox", "runs/theirs", "eval.tokens=256", "heads.every=2",
+    made = command("-m training.import_model", shared / "gpt_neox", "runs/theirs", "eval.tokens=256", "heads.every=2",
                    "train.batch_tokens=256")
     assert made.returncode == 0, made.stderr
     assert all(f"python {words} runs/theirs" in made.stdout for words in ("sample.py", "heads.py", "train.py"))
@@ -229,6 +229,6 @@ def no_room(_) -> None:
 
 
 def test_help_and_usage_errors(tmp_path):
-    done = command("-m model.huggingface", "--help")
+    done = command("-m training.import_model", "--help")
     assert done.returncode == 0 and "runs/NAME" in done.stdout and "gpt_neox" in done.stdout
-    fails(command("-m model.huggingface", "import", tmp_path, "runs/x"), f"{tmp_path}/config.json: no such file")
+    fails(command("-m training.import_model", tmp_path, "runs/x"), f"{tmp_path}/config.json: no such file")

@@ -18,11 +18,11 @@ from commands import command, fails, start
 import data.encode
 import data.prepare
 import data.shards
+from data.byte_bpe import bytes_tokenizer, train_bpe
 from data.config import DataConfig
 from data.corpus import PIECE_BYTES, TextCorpus
 from data.prepare import is_validation, prepare
 from data.shards import Shards, TokenStream
-from data.tokenizer import bytes_tokenizer, train_bpe
 from errors import UserError
 
 

@@ -94,7 +94,7 @@ def test_metrics_have_the_names_that_the_docs_give_them(trained):
     assert named - logged <= {"train/mfu", "phase/onset_tokens"}, "in a table and not measured"
 
 
-COMMANDS = ["train.py", "sample.py", "heads.py", "-m model.huggingface", "-m model.budget", "-m data.prepare"]
+COMMANDS = ["train.py", "sample.py", "heads.py", "-m training.import_model", "-m training.plan", "-m data.prepare"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

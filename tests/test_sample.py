@@ -10,7 +10,7 @@ import torch
 from commands import ROOT, command, fails
 from test_model import make
 
-from data.tokenizer import bytes_tokenizer
+from data.byte_bpe import bytes_tokenizer
 from model.generate import Sampling, choose, generate
 from sample import Continuation
 

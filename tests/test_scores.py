@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data.config import DataConfig
-from data.tokenizer import make_tokenizer
+from data.load_tokenizer import make_tokenizer
 from induction.probes import Probes, Repeats, probes_of, repeats, unrepeated
 from induction.scores import (
     SCORES,

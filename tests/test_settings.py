@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from errors import UserError
-from settings import json_schema, override, read_file, read_yaml, validate
+from settings.schema import json_schema
+from settings.validate import validate
+from settings.yaml12 import override, read_file, read_yaml
 from training.config import Config, differences, dump_config, load_config
 
 

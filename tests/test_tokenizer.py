@@ -10,8 +10,9 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.byte_bpe import END_OF_TEXT, bytes_tokenizer, named_encoding, train_bpe
 from data.config import TokenizerConfig
-from data.tokenizer import END_OF_TEXT, Tokenizer, bytes_tokenizer, make_tokenizer, named_encoding, train_bpe
+from data.load_tokenizer import load_tokenizer, make_tokenizer
 from errors import UserError
 
 TEXT = ["The cat sat on the mat.\n\n    def f(x):\n        return x + 1  # don't\n", "Ünïcödé 漢字 🙂\t\r\n 12345"] * 50
@@ -53,7 +54,7 @@ def test_hugging_face_gives_the_same_ids(tokenizer, tmp_path):
 
 def test_a_file_holds_it_whole(tokenizer, tmp_path):
     (tmp_path / "tokenizer.json").write_text(tokenizer.json)
-    read = Tokenizer.load(tmp_path / "tokenizer.json")
+    read = load_tokenizer(tmp_path / "tokenizer.json")
     assert (read.ranks, read.special, read.pattern, read.hash) == (tokenizer.ranks, tokenizer.special, tokenizer.pattern, tokenizer.hash)
     assert make_tokenizer(TokenizerConfig(kind=str(tmp_path)), iter(())).hash == tokenizer.hash
 
@@ -99,7 +100,7 @@ def test_encodings_are_found_by_name(monkeypatch, tmp_path):
         assert tokenizer.encode(text).tolist() == ids == theirs.encode(text, add_special_tokens=False).ids
     assert theirs.token_to_id("<|other|>") == 410
     (tmp_path / "tokenizer.json").write_text(tokenizer.json)
-    assert Tokenizer.load(tmp_path / "tokenizer.json").special == tokenizer.special
+    assert load_tokenizer(tmp_path / "tokenizer.json").special == tokenizer.special
     assert tokenizer.decode([400, 405]) == ""
     registry._available_plugin_modules.cache_clear()
 
@@ -128,7 +129,7 @@ def test_a_server_that_is_silent_is_not_waited_for(monkeypatch, tmp_path):
 def test_another_kind_of_file_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer\.json"):
-        Tokenizer.load(tmp_path / "tokenizer.json")
+        load_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_ids_are_small_arrays(tokenizer):

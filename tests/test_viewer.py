@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from induction.scores import SCORES
-from induction.viewer import Passage, Snapshot, View, write_viewer
+from report.viewer import Passage, Snapshot, View, write_viewer
 
 sync_playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").sync_playwright
 CHROMIUM = shutil.which("chromium")

@@ -11,13 +11,13 @@ from conftest import TINY, metrics, wandb_history
 from test_train import same_bits
 
 from data.config import DataConfig
-from data.tokenizer import make_tokenizer
+from data.load_tokenizer import make_tokenizer
 from induction.probes import probes_of
-from induction.report import grids
 from induction.scores import Measured, measure
-from induction.snapshots import Snapshots, spelled
 from model.config import ModelConfig
 from model.taps import heads_of, taps
+from report.figures import grids
+from report.snapshots import Snapshots, spelled
 from training.loaded_run import load_run
 
 SCORES = ("prefix_matching", "latest_match", "previous_token", "duplicate_token", "first_token", "entropy", "distance", "copying")

@@ -26,13 +26,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data.load_tokenizer import load_tokenizer
 from data.tokenizer import Tokenizer
 from errors import UserError
 from files import explain_disk_errors, sha256, sync_folder
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.huggingface import hf_config, hf_state, load_hf_state, one_or_all
-from settings import validate
+from settings.validate import validate
 from training.distributed import ALONE, World, whole_tensor
 
 
@@ -236,7 +237,7 @@ def load_model(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[GP
         if needed > there:                                  # asked before anything of that size is allocated
             raise ValueError(f"it describes {needed:,} bytes of parameters, model.safetensors has {there:,}")
     _fill(model.allocate("cpu"), checkpoint)
-    return model.to(device).eval(), Tokenizer.load(checkpoint / "tokenizer.json")
+    return model.to(device).eval(), load_tokenizer(checkpoint / "tokenizer.json")
 
 
 def load_weights(model: GPT, checkpoint: Path, world: World = ALONE) -> None:

@@ -11,7 +11,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from data.config import DataConfig
 from model.config import ModelConfig
-from settings import Settings, json_schema, override, read_file, validate
+from settings.schema import json_schema
+from settings.validate import Settings, validate
+from settings.yaml12 import override, read_file
 
 Every = Annotated[NonNegativeInt, Field(description="steps between two; 0: never")]
 NonNegative = Annotated[float, Field(ge=0)]

@@ -13,10 +13,10 @@ from errors import UserError
 from kernels.attention import use_triton
 from model.compiled import keep_apart_by_cpu
 from model.config import ModelConfig
-from model.fit import Cluster, Plan
 from model.gpt import GPT
 from training.config import Config, divisors
 from training.distributed import ALONE, World
+from training.plan import Cluster, Plan
 
 CPU_TOKENS = 16384          # a micro-batch on the CPU: larger ones leave its caches without saving overhead
 
@@ -129,7 +129,7 @@ def check_memory(model: GPT, device: torch.device, world: World = ALONE) -> None
         there = torch.cuda.mem_get_info(device)[1] * world.size
     if needed > there:
         raise UserError(f"{count:,} parameters take {needed / 1e9:,.0f} GB to train, {device} has {there / 1e9:,.0f} GB\n"
-                        "  make the model smaller; python -m model.budget CONFIG says what takes it")
+                        "  make the model smaller; python -m training.plan CONFIG says what takes it")
 
 
 def training_loss(model: GPT, compile: bool | str, world: World = ALONE) -> Callable[..., Tensor]:

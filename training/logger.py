@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+import numpy as np
+
 from errors import UserError
 from files import whole_file
 from training.config import LogConfig
@@ -177,7 +179,6 @@ def _as_wandb(value):
     import wandb
     match value:
         case list():
-            import numpy as np
             edges = np.arange(len(value) + 1) - len(value) / 2          # offsets around 0, a bin each
             return wandb.Histogram(np_histogram=(np.array(value), edges))
         case tuple():

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from torch.profiler import ProfilerActivity, profile, schedule
+
 from files import whole_file
 from training.run import Run
 
@@ -18,7 +20,6 @@ def profiled(run: Run) -> Iterator[Callable[[], None]]:
     if not run.config.train.profile or not run.world.first:
         yield lambda: None
         return
-    from torch.profiler import ProfilerActivity, profile, schedule
     left = run.config.train.steps - run.step
     traced = min(TRACED, left)
     settle = min(SETTLE, left - traced)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data.dataset import Dataset
-from data.tokenizer import Tokenizer
+from data.load_tokenizer import load_tokenizer
 from errors import UserError
 from files import explain_disk_errors, only_one, whole_file
 from model.budget import flops_per_token
@@ -128,7 +128,7 @@ class Run:
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         whole = whole_checkpoints(self.checkpoints)
         if whole and not self.step:                         # imported: nothing of ours but the weights, which are its tokenizer's
-            if Tokenizer.load(whole[-1] / "tokenizer.json").hash != self.data.tokenizer.hash:
+            if load_tokenizer(whole[-1] / "tokenizer.json").hash != self.data.tokenizer.hash:
                 raise self.world.error(f"{self.folder} was imported with another tokenizer, its weights mean other tokens\n"
                                        f"  use its own: data.tokenizer={self.folder}/checkpoints/latest")
             load_weights(self.model, whole[-1], self.world)

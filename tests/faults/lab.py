@@ -12,7 +12,7 @@ from conftest import metrics
 
 from data.shards import Shards
 from errors import UserError
-from settings import read_file
+from settings.yaml12 import read_file
 from training.checkpoint import load_model, load_optimizer, verify, whole_checkpoints
 
 BREAKER = Path(__file__).with_name("breaker.py")

@@ -1,4 +1,4 @@
-"""What fits on N devices, with which settings, and how long a step takes: `python -m model.budget CONFIG --world-size N`.
+"""What a config costs, and what fits on N devices: `python -m training.plan CONFIG [--world-size N] [key.path=value …]`.
 
 Weights, gradients and optimizer state are float32, activations bf16, attention is flash attention. Nothing is run: what is
 saved for the backward pass is held to measurement in tests/test_budget.py, the sharded part is arithmetic.
@@ -8,14 +8,26 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
+from pathlib import Path
 
+from errors import ArgumentParser, UserError, run_command
+from model import budget
 from model.budget import activation_bytes_per_token, flops_per_token, in_units, parameters
 from model.config import ModelConfig
 from model.cross_entropy import CHUNK_ELEMENTS
+from settings.validate import Settings, validate
+from settings.yaml12 import override, read_file
+from training.config import load_config
 
 BF16, FP32 = 2, 4
 FREE = 0.9                  # of a device's memory; the rest is left to the driver, NCCL's buffers and fragmentation
 MUON_BYTES = 16             # per element while equally shaped matrices are orthogonalised: Nesterov, their stack, x twice, the update
+
+
+class ModelPart(Settings):
+    """The part of a config file that the costs of a model need."""
+
+    model: ModelConfig = ModelConfig()
 
 
 @dataclass(frozen=True)
@@ -162,7 +174,7 @@ def devices_needed(model: ModelConfig, optimizer: str, batch_tokens: int, cluste
     return None
 
 
-def report(model: ModelConfig, optimizer: str, batch_tokens: int, cluster: Cluster) -> str:
+def fit_report(model: ModelConfig, optimizer: str, batch_tokens: int, cluster: Cluster) -> str:
     """All of it as text."""
     all_plans = plans(model, optimizer, batch_tokens, cluster)
     lines = [f"training on {cluster.devices:,} devices of {in_units(cluster.memory)} ({FREE:.0%} of it used), {optimizer}, "
@@ -212,3 +224,51 @@ def _advice(fit: list[Plan], model: ModelConfig, optimizer: str, batch_tokens: i
 
 def _row(name: str, cells: list[str]) -> str:
     return f"  {name:26}" + "".join(f"{cell:>18}" for cell in cells)
+
+
+def with_vocabulary(config: ModelConfig, tokenizer: str | dict) -> ModelConfig:
+    """`config` with the vocabulary size that its tokenizer will have, where that is known without making it."""
+    if config.vocab_size is not None:
+        return config
+    known = {"bytes": 257, "gpt2": 50257, "r50k_base": 50257, "cl100k_base": 100277, "o200k_base": 200019}
+    kind = tokenizer if isinstance(tokenizer, str) else tokenizer.get("kind", "bytes")
+    size = known.get(kind) or (tokenizer.get("vocab_size") if isinstance(tokenizer, dict) else None) or 50257
+    return config.model_copy(update={"vocab_size": size})
+
+
+def positive(text: str) -> float:
+    """An argument above zero."""
+    if not (number := float(text)) > 0:
+        raise ValueError(text)
+    return number
+
+
+def main() -> None:
+    parser = ArgumentParser("python -m training.plan", description="Parameters, FLOPs and memory of a config, without allocating it; "
+                            "with --world-size, what fits on so many devices and how long a step takes.")
+    parser.add_argument("config", help="a YAML file of configs/, or runs/NAME")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="change a value, for example model.n_ctx=4096")
+    parser.add_argument("--world-size", type=int, metavar="N", help="devices to train on (1 where one is described below)")
+    parser.add_argument("--device-memory", type=positive, default=80, metavar="GB", help="of one device, in 10⁹ bytes (default 80)")
+    parser.add_argument("--bandwidth", type=positive, default=50, metavar="GB/s", help="that one device sends and receives (default 50)")
+    parser.add_argument("--tflops", type=positive, default=989, metavar="T", help="bf16 peak of one device (default 989, an H100's)")
+    parser.add_argument("--mfu", type=positive, default=0.4, help="the share of the peak that is reached (default 0.4, an assumption)")
+    args = parser.parse_intermixed_args()
+    described = any(getattr(args, name) != parser.get_default(name) for name in ("device_memory", "bandwidth", "tflops", "mfu"))
+    world_size = 1 if args.world_size is None and described else args.world_size
+    path = Path(args.config) / "config.yaml" if Path(args.config).is_dir() else Path(args.config)
+    tree = read_file(path)
+    overridden = override(tree, args.overrides)
+    tokenizer = (tree.get("data") or {}).get("tokenizer") or {}
+    config = with_vocabulary(validate(ModelPart, {"model": tree.get("model") or {}}, str(path), overridden).model, tokenizer)
+    print(budget.report(config))
+    if world_size is not None:
+        if world_size < 1:
+            raise UserError(f"--world-size {world_size}: at least one device is needed")
+        whole = load_config(path, args.overrides)
+        cluster = Cluster(world_size, args.device_memory * 1e9, args.bandwidth * 1e9, args.tflops * 1e12, args.mfu)
+        print("\n" + fit_report(config, whole.optimizer.kind, whole.train.batch_tokens, cluster))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -7,8 +7,8 @@ import pytest
 from theirs import CORPUS, FORMS, make_tokenizer
 from tokenizers import Tokenizer, models
 
-from data.other_tokenizers import read_tokenizer
-from data.tokenizer import Tokenizer as OurTokenizer
+from data.hf_tokenizer import read_tokenizer
+from data.load_tokenizer import load_tokenizer
 from errors import UserError
 
 POOL = ["the", " quick", "  ", "    ", "\n", "\n\n", "\t", " \n ", "fox", "don't", "we'VE", "12345", "naïve", "é", "e\u0301", "ﬁ", "東京",
@@ -58,10 +58,10 @@ def test_a_tokenizer_is_the_same_wherever_it_lies(tmp_path):
     there.mkdir()
     (there / "tokenizer.json").write_text(ours.json)
     (there / "tokenizer_config.json").write_text(json.dumps(ours.config))
-    again = OurTokenizer.load(there / "tokenizer.json")
+    again = load_tokenizer(there / "tokenizer.json")
     assert (again.hash, again.begin, again.ends, again.prefixed) == (ours.hash, ours.begin, ours.ends, True)
     (there / "tokenizer_config.json").write_text(json.dumps(ours.config | {"gpt": ours.roles | {"begin": 2}}))
-    assert OurTokenizer.load(there / "tokenizer.json").hash != ours.hash          # the same pieces, another beginning: other data
+    assert load_tokenizer(there / "tokenizer.json").hash != ours.hash          # the same pieces, another beginning: other data
 
 
 def test_vocab_and_merges_alone_are_gpt2s(tmp_path):

@@ -21,10 +21,10 @@ from data.batches import documents
 from data.tokenizer import Tokenizer
 from errors import UserError, first_line
 from files import whole_file
-from induction.viewer import Passage, Snapshot
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.taps import taps
+from report.viewer import Passage, Snapshot
 
 LONGEST = 128           # tokens of a passage that are kept while training: patterns grow with its square
 MOST = 64               # snapshots a run

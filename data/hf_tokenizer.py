@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as HFTokenizer
 
 from data.tokenizer import Tokenizer, byte_letters, valid_stretches
 from errors import UserError, first_line
@@ -18,15 +20,14 @@ SPACE = "▁"                     # how a space is written in pieces over charac
 NEVER_TEXT = {0xC0, 0xC1, *range(0xF5, 0x100)}              # bytes that UTF-8 never has: Pythia has no token for them
 
 
-class OtherTokenizer(Tokenizer):
+class HuggingFaceTokenizer(Tokenizer):
     """A BPE from a tokenizer.json of any of those forms; `prefixed`, `begin` and `ends` as in Tokenizer.
 
     Raises ValueError where it is of another form: bytes without a token, spaces that appear and stay, another kind of model.
     """
 
     def __init__(self, text: str, begin: int, ends: list[int], prefixed: bool):
-        from tokenizers import Tokenizer as HFTokenizer
-        self.json, self.begin, self.ends, self.prefixed = text, begin, tuple(ends), prefixed
+        self.text, self.begin, self.ends, self.prefixed = text, begin, tuple(ends), prefixed
         try:
             self.library = HFTokenizer.from_str(text)
         except Exception as error:                              # the library raises Exception itself
@@ -98,6 +99,10 @@ class OtherTokenizer(Tokenizer):
         return np.array(sorted(set(self.vocabulary.values()) - left_out))
 
     @property
+    def json(self) -> str:
+        return self.text
+
+    @property
     def roles(self) -> dict:
         return {"begin": self.begin, "ends": list(self.ends), "prefixed": self.prefixed}
 
@@ -110,7 +115,7 @@ class OtherTokenizer(Tokenizer):
         return hashlib.sha256((self.json + json.dumps(self.roles)).encode()).hexdigest()
 
 
-def read_tokenizer(folder: Path, described: dict) -> OtherTokenizer:
+def read_tokenizer(folder: Path, described: dict) -> HuggingFaceTokenizer:
     """The tokenizer of a Hugging Face model directory whose config.json says `described`.
 
     A text begins with the family's BOS where it has one, else with its EOS; it ends with any EOS, or where the next would begin.
@@ -136,7 +141,7 @@ def read_tokenizer(folder: Path, described: dict) -> OtherTokenizer:
             raise UserError(f"{folder}: none of its files names the token that ends a text\n"
                             '  add it to tokenizer_config.json, for example "eos_token": "</s>"')
         begin, ends = begins[0], list(dict.fromkeys([*ends, begins[0]]))
-        tokenizer = OtherTokenizer(text, begin, ends, False)
+        tokenizer = HuggingFaceTokenizer(text, begin, ends, False)
         tokenizer.prefixed = bool(config.get("add_bos_token")) or tokenizer.library.encode("a").ids[:1] == [begin]
         return tokenizer
     except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
@@ -154,8 +159,6 @@ def _settings(path: Path) -> dict:
 
 def _from_merges(folder: Path, described: dict, config: dict) -> str:
     """GPT-2's older form, vocab.json and merges.txt, as a tokenizer.json."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as HFTokenizer
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     if described.get("model_type") != "gpt2" or not (vocabulary.exists() and merges.exists()):
         raise UserError(f"{folder}: holds no tokenizer.json\n  make one: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)")
