@@ -43,7 +43,7 @@ def train(config, folder: Path, changed: list[str], world) -> None:
     loss_of = training_loss(model, config.train.compile, world)
 
     with Run(config, folder, model, optimizer, data, world) as run, profiled(run) as step_done:
-        watch = watch_heads(run, validation)
+        watch, recorder = watch_heads(run, validation)
         announce(run, micro_batch, changed)
         mine = batches.ahead(run.step, config.train.steps, run.device, world.rank, world.size)      # this process's windows of each batch
         for step, batch in enumerate(mine, run.step + 1):
@@ -63,9 +63,11 @@ def train(config, folder: Path, changed: list[str], world) -> None:
                 if due(step, config.heads.every, last):
                     whole = world.whole(model)              # the same weights, uncompiled, tapped
                     if watch:
-                        run.log(watch(whole, step, run.tokens))
+                        run.log(watch(whole, run.tokens))
+                        if recorder.due(step):
+                            recorder.save(whole, step, run.tokens)
                         if due(step, config.heads.images_every, last):
-                            run.show(lambda: watch.pictures(whole))     # noqa: B023  shown at once
+                            run.show(lambda: recorder.pictures(whole, watch.measured))  # noqa: B023  shown at once
                 run.end_step()
                 if due(step, config.checkpoint.every, last) or step in config.checkpoint.steps or stopping:
                     run.save()
@@ -157,18 +159,21 @@ def origin_of(config, tokenizer) -> Path:
 
 
 def watch_heads(run, validation):
-    """What looks at the heads of `run` every `heads.every` steps, in the first process; else None."""
-    from induction.history import best_of_looks
+    """What measures the heads of `run` every `heads.every` steps and what keeps their patterns, in the first process; else None."""
+    from induction.history import best_head_history
     from induction.probes import probes_of
     from induction.watch import HeadWatch
+    from report.snapshots import PatternRecorder
     config, data = run.config, run.data
     probes = run.world.first and config.heads.every and probes_of(config.data, config.model.n_ctx, data.tokenizer, config.seed)
     if not probes:
-        return None
+        return None, None
+    probes = probes.to(run.device)
     text = validation[0].tokens[0].to(run.device) if data.shards else None
-    return HeadWatch(run.model, probes.to(run.device), text, data.tokenizer, run.folder, every=config.heads.every,
-                     steps=config.train.steps, step=run.step, history=best_of_looks(run.metrics.read()),
-                     separator=data.begin if config.data.mask_documents else None)
+    watch = HeadWatch(run.model.config, probes, best_head_history(run.metrics.read()))
+    return watch, PatternRecorder(run.model.config, probes, text, data.tokenizer, run.folder, every=config.heads.every,
+                                  steps=config.train.steps, step=run.step,
+                                  separator=data.begin if config.data.mask_documents else None)
 
 
 def evaluate(model, validation, data, world) -> dict[str, float]:
