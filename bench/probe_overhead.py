@@ -16,6 +16,7 @@ from data.dataset import Dataset
 from errors import ArgumentParser, run_command
 from induction.probes import probes_of
 from induction.watch import HeadWatch
+from report.snapshots import PatternRecorder
 from train import build_model
 from training.config import load_config
 from training.device import choose_hardware, choose_micro_batch, training_loss
@@ -42,7 +43,9 @@ def main() -> None:
 
     times: dict[str, list[float]] = {"steps": [], "look": [], "pictures": []}
     with tempfile.TemporaryDirectory() as folder:
-        watch = HeadWatch(model, probes, text, data.tokenizer, Path(folder), every=config.heads.every, steps=config.train.steps)
+        watch = HeadWatch(model.config, probes)
+        recorder = PatternRecorder(model.config, probes, text, data.tokenizer, Path(folder),
+                                   every=config.heads.every, steps=config.train.steps)
 
         def timed(what: str, function) -> None:
             started = time.perf_counter()
@@ -61,10 +64,15 @@ def main() -> None:
                 step += 1
                 float(optimizer.step(step, config.train.batch_tokens))
 
+        def look() -> None:
+            watch(model, step * config.train.batch_tokens)
+            if recorder.due(step):
+                recorder.save(model, step, step * config.train.batch_tokens)
+
         for _ in range(args.rounds + 1):
             timed("steps", train)
-            timed("look", lambda: watch(model, step, step * config.train.batch_tokens))
-            timed("pictures", lambda: watch.pictures(model))
+            timed("look", look)
+            timed("pictures", lambda: recorder.pictures(model, watch.measured))
     middle = {what: statistics.median(found[1:]) for what, found in times.items()}          # the first of each is a warm-up
     between = config.heads.every / config.heads.images_every if config.heads.images_every else 0
     share = (middle["look"] + between * middle["pictures"]) / middle["steps"]
