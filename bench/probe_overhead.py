@@ -55,7 +55,7 @@ def main() -> None:
 
         def train() -> None:
             nonlocal step
-            for batch in batches.ahead(step, step + config.heads.every, device):
+            for batch in batches.prefetch(step, step + config.heads.every, device):
                 for part in batch.split(micro_batch):
                     loss_of(*part).backward()
                 step += 1
