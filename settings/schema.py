@@ -51,20 +51,19 @@ def _settings_below(settings_class: type[Settings]) -> Iterator[type[Settings]]:
 
 
 def _comments(settings_class: type[Settings]) -> dict[str, str]:
-    """Key → the comment behind it, continued on lines below that hold only a comment."""
+    """Key → the comment behind it and on the lines below it that hold only a comment."""
     source = inspect.getsource(settings_class)
     key_at_line = {node.end_lineno: node.target.id for node in ast.walk(ast.parse(source))
                    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comment_at_line = {token.start[0]: token.string.removeprefix("#").strip()
+                       for token in tokens if token.type == tokenize.COMMENT}
     comments: dict[str, str] = {}
-    last_key, last_line = None, 0
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type != tokenize.COMMENT:
-            continue
-        line, text = token.start[0], token.string.removeprefix("#").strip()
-        key = key_at_line.get(line)
-        if key is None and line == last_line + 1:
-            key = last_key
-        if key is not None:
-            comments[key] = f"{comments.get(key, '')} {text}".strip()
-        last_key, last_line = key, line
+    key = None
+    for line in range(1, source.count("\n") + 1):
+        key = key_at_line.get(line, key)
+        if line in comment_at_line and key:
+            comments[key] = f"{comments.get(key, '')} {comment_at_line[line]}".strip()
+        elif line not in key_at_line:
+            key = None
     return comments
