@@ -15,7 +15,7 @@ from data.dataset import Dataset
 from data.load_tokenizer import load_tokenizer
 from data.tokenizer import Tokenizer
 from errors import ArgumentParser, UserError, run_command
-from induction.history import best_of_looks
+from induction.history import best_head_history
 from induction.probes import probes_of
 from induction.scores import icl_score
 from induction.watch import HeadWatch
@@ -79,7 +79,7 @@ def train(job: Job, world: World) -> None:
 
         # Loop. A step is a completed update.
         last = config.train.steps
-        mine = batches.ahead(run.step, last, hardware.device, world.rank, world.size)
+        mine = batches.prefetch(run.step, last, hardware.device, world.rank, world.size)
         for step, batch in enumerate(mine, run.step + 1):
             loss = torch.zeros((), device=hardware.device)
             micro_batches = list(batch.split(micro_batch))
@@ -194,7 +194,7 @@ def watch_heads(run: Run, model: GPT, data: Dataset,
         return None
     probes = probes.to(device)
     text = validation[0].tokens[0].to(device) if data.shards else None
-    watch = HeadWatch(model.config, probes, history=best_of_looks(run.metrics.read()))
+    watch = HeadWatch(model.config, probes, history=best_head_history(run.metrics.read()))
     recorder = PatternRecorder(
         model.config, probes, text, data.tokenizer, run.folder, every=config.heads.every,
         steps=config.train.steps, step=run.step,

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+from training.distributed import ALONE
 
 from bench import results
 from data.dataset import Dataset
@@ -20,7 +21,6 @@ from report.snapshots import PatternRecorder
 from train import build_model
 from training.config import load_config
 from training.device import choose_hardware, choose_micro_batch, training_loss
-from training.distributed import ALONE
 from training.optimizer import Optimizer
 
 
@@ -58,7 +58,7 @@ def main() -> None:
 
         def train() -> None:
             nonlocal step
-            for batch in batches.ahead(step, step + config.heads.every, device):
+            for batch in batches.prefetch(step, step + config.heads.every, device):
                 for part in batch.split(micro_batch):
                     loss_of(*part).backward()
                 step += 1

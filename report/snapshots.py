@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import documents
+from data.batches import document_ids
 from data.tokenizer import Tokenizer
 from errors import UserError, first_line
 from files import whole_file
@@ -115,7 +115,7 @@ def attention_patterns(model: GPT, passages: list[Tensor],
     patterns = []
     for passage in passages:
         with taps(model, "L*.pattern") as cache:
-            model.hidden(passage[None], segments=documents(passage[None], separator))
+            model.hidden(passage[None], segments=document_ids(passage[None], separator))
         stacked = torch.stack([cache[f"L{layer}.pattern"][0]
                                for layer in range(model.config.n_layers)])      # (L, H, T, T)
         patterns.append((stacked.float() * 255).round().byte().cpu().numpy())
