@@ -1,4 +1,4 @@
-"""Write docs/reliability.md from the tests: the faults, how often each was injected and survived."""
+"""Write docs/reliability.md: the faults, and how often each was injected and survived."""
 
 import os
 import platform
@@ -50,13 +50,13 @@ and what is guaranteed as a result.
 `{command}` wrote this page on {date} from the counts of the tests.
 {machine}
 
-**{injected:,} faults were injected, {configs:,} of them damaged configs. {survived:,} were survived
-as promised.**{failed}
+**{injected:,} faults were injected, {configs:,} of them damaged configs.
+{survived:,} were survived, with the guarantees below.**{failed}
 
 Each test starts the real `train.py` (or `sample.py`, `heads.py`, `data.prepare`) and breaks it. The
 moment of a fault is exact: a wrapper ends the process at the n-th call that marks a moment
-(`tests/faults/breaker.py`), without changing the tested code. A fixed seed chooses n; `FAULT_SEED=2
-make test-faults` chooses others. Hypothesis generates the damaged configs.
+(`tests/faults/breaker.py`), without changing the tested code. A fixed seed chooses n;
+`FAULT_SEED=2 make test-faults` chooses others. Hypothesis generates the damaged configs.
 
 | fault | at | injected | survived |
 |---|---|--:|--:|
