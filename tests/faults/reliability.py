@@ -1,70 +1,99 @@
-"""docs/reliability.md, written by the tests themselves: what was broken, how often, and what survived."""
+"""Write docs/reliability.md: the faults, and how often each was injected and survived."""
 
 import os
 import platform
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from pathlib import Path
 
-RESUMED = ("no checkpoint, shard, snapshot or line of metrics.jsonl on the disk says anything wrong; continued, the run ends with the "
-           "metrics, weights, optimizer state, snapshots and report of the run that nobody disturbed, bit for bit")
+RESUMED = ("no checkpoint, shard, snapshot or line of metrics.jsonl on the disk is wrong; when the "
+           "run is continued, it ends with the metrics, weights, optimizer state, snapshots and "
+           "report of an undisturbed run, bit for bit")
 CHECKED = {                                 # fault → what its test asserts
-    "kill -9": RESUMED, "SIGTERM": "it saves, says how to go on and exits with 0 (before training: ends at once); " + RESUMED,
-    "SIGINT": "as SIGTERM", "disk full": "two lines that say so, exit code 2, nothing half-written; with room again, as above",
-    "read-only folder": "two lines that say so, exit code 2, nothing left behind",
-    "folder deleted": "a deleted run ends with two lines and does not come back in part; deleted shards are read to the end",
+    "kill -9": RESUMED,
+    "SIGTERM": "training saves, prints how to resume and exits with status 0 (before training "
+               "starts, it ends at once); " + RESUMED,
+    "SIGINT": "as for SIGTERM",
+    "disk full": "an error of two lines, exit status 2, no half-written file; with free space "
+                 "again, the run continues as for kill -9",
+    "read-only folder": "an error of two lines, exit status 2, nothing left behind",
+    "folder deleted": "a deleted run ends with an error of two lines and is not partly created "
+                      "again; deleted shards that are open are read to the end",
     "clock and file times jump back": "the same run, bit for bit",
-    "two trainers on one run": "the second is refused, the first is not disturbed; a killed one's lock is free",
-    "wandb's process killed": "training goes on and ends as undisturbed, without a traceback",
-    "wandb's server unreachable": "training ends within seconds as undisturbed; all steps are in wandb's offline files",
-    "damaged checkpoint": "refused by name; the earlier checkpoint is named", "damaged shard": "refused by name",
-    "another run's files": "refused by name", "latest points nowhere": "the newest whole checkpoint is used, and a note says so",
-    "damaged config": "a run, or a clear error with exit code 2 that leaves no run behind",
-    "untrusted checkpoint": "refused in two lines, within 40 s and 1.2 GB, nothing executed", "untrusted config": "as before",
-    "untrusted corpus": "as before", "untrusted shards": "as before", "untrusted snapshot": "as before",
-    "long run": "resident memory at most 2% and open files no more than after warm-up; checkpoint.keep kept; no line missing",
+    "two trainers on one run": "the second is refused and does not disturb the first; the lock of "
+                               "a killed trainer is free",
+    "wandb's process killed": "training ends as if undisturbed, without a traceback",
+    "wandb's server unreachable": "training ends within seconds as if undisturbed; wandb's offline "
+                                  "files have all steps",
+    "damaged checkpoint": "an error that names the damaged file and the previous checkpoint",
+    "damaged shard": "an error that names the damaged file",
+    "another run's files": "an error that names the file or the run",
+    "latest points nowhere": "the newest complete checkpoint is used, and a note says so",
+    "damaged config": "a run, or a clear error with exit status 2 that leaves no run behind",
+    "untrusted checkpoint": "an error of two lines, within 20 s of processor time and 1.2 GB of "
+                            "memory; no code from the file is executed",
+    "untrusted config": "as for an untrusted checkpoint",
+    "untrusted corpus": "as for an untrusted checkpoint",
+    "untrusted shards": "as for an untrusted checkpoint",
+    "untrusted snapshot": "as for an untrusted checkpoint",
+    "long run": "after warm-up, resident memory grows by at most 2% and the number of open files "
+                "does not grow; checkpoint.keep is respected; metrics.jsonl has every line",
 }
 
 PAGE = """# Faults: what was broken, and what survived
 
-Written by `{command}` on {date}, whole, from what the tests counted. {machine}
+This page lists every fault that the tests inject into real commands, how often each was survived,
+and what is guaranteed as a result.
 
-**{injected:,} faults were injected, {configs:,} of them damaged configs; {survived:,} were survived as promised.**{failed}
+`{command}` wrote this page on {date} from the counts of the tests.
+{machine}
 
-Each test starts the real `train.py` (or `sample.py`, `heads.py`, `data.prepare`) and breaks it. Moments are hit for certain: a wrapper
-ends the process at the n-th call that marks a moment (`tests/faults/breaker.py`); the code that is tested is not changed. Which n, is
-drawn from a fixed seed; `FAULT_SEED=2 make test-faults` draws others. Damaged configs are drawn by hypothesis.
+**{injected:,} faults were injected, {configs:,} of them damaged configs.
+{survived:,} were survived, with the guarantees below.**{failed}
+
+Each test starts the real `train.py` (or `sample.py`, `heads.py`, `data.prepare`) and breaks it. The
+moment of a fault is exact: a wrapper ends the process at the n-th call that marks a moment
+(`tests/faults/breaker.py`), without changing the tested code. A fixed seed chooses n;
+`FAULT_SEED=2 make test-faults` chooses others. Hypothesis generates the damaged configs.
 
 | fault | at | injected | survived |
 |---|---|--:|--:|
 {rows}
 
-What survival means:
+What "survived" means:
 
 {meanings}
 
-## What is promised
+## What is guaranteed
 
-- On a CPU in float32, with the same number of threads, the same versions and the same data: a run that is stopped at any moment, by
-  any signal, and continued with `python train.py runs/NAME` is the run that was not stopped, bit for bit: every metric but those of the
-  clock and of memory, every weight, the optimizer's state, the snapshots of the heads and the report.
-- A checkpoint is there whole or not at all. What is damaged later is refused by its SHA-256, with the name of the file and of the
-  checkpoint before it. Nothing is deleted to get around it.
-- A full disk or one that cannot be written ends a run in two lines with exit code 2, and loses nothing that was saved.
-- wandb cannot stop a run, nor hold it up by more than half a minute. metrics.jsonl has everything.
-- No file that is read can run code, and none is unpickled.
+- A run that is stopped at any moment, by any signal, and continued with `python train.py runs/NAME`
+  equals the run that was not stopped, bit for bit: all metrics except those of time and memory, all
+  weights, the optimizer state, the head snapshots and the report. This holds on a CPU in float32
+  with the same number of threads, the same versions and the same data.
+- A checkpoint exists completely or not at all. If it is damaged later, it is refused because of its
+  SHA-256. The error names the file and the previous checkpoint. Nothing is deleted to work around
+  it.
+- A full or read-only disk ends a run with an error of two lines and exit status 2. Nothing that was
+  saved is lost.
+- wandb cannot stop a run, and cannot delay it by more than half a minute. metrics.jsonl is
+  complete.
+- No file that is read can run code. No file is unpickled.
 
-## What is not
+## What is not guaranteed
 
-- On a GPU, or with another number of threads, a continued run gives the same batches but not the same bits.
-- Files are flushed before they are renamed, but no power was cut and no disk lied about having flushed.
-- kill -9 of wandb's trainer may lose the last second of wandb's own offline file.
-- A wandb server that dies in the middle of an online run was not tried.
-- Not every file that is damaged by someone who also rewrites its manifest can be told from a true one: the manifest guards against
-  accidents. Bounds on sizes guard against the rest.
-- A run's config.yaml is a config: continuing a stranger's run reads the files, and writes the data folder, that it names.
-- Several machines, network file systems and Windows were not tried.
+- On a GPU, or with another number of threads, a continued run gets the same batches but not the
+  same bits.
+- Files are flushed before they are renamed, but these tests did not cut the power and did not use a
+  disk that reports a flush it has not done.
+- kill -9 of a trainer that logs to wandb may lose the last second of wandb's offline file.
+- A wandb server that fails in the middle of an online run was not tested.
+- Someone who damages a file and also rewrites its manifest may go unnoticed, because the manifest
+  protects against accidents. Limits on sizes protect against the rest.
+- A run's config.yaml is a config. If you continue a run that someone sent you, the files that it
+  names are read and the data folder that it names is written.
+- Several machines, network file systems and Windows were not tested.
 """
 
 
@@ -80,14 +109,17 @@ def write_page(path: Path, found: list[tuple[str, str, int, int]]) -> None:
     path.write_text(PAGE.format(
         command="make test-faults", date=time.strftime("%Y-%m-%d"), machine=machine(), injected=injected, survived=survived,
         configs=sum(count[0] for (fault, _), count in counts.items() if fault == "damaged config"),
-        failed="" if survived == injected else f" The table says which {injected - survived} were not.",
+        failed="" if survived == injected else f" The table shows which {injected - survived} were not.",
         rows="\n".join(f"| {fault} | {moment} | {count[0]} | {count[1]} |" for (fault, moment), count in table),
-        meanings="\n".join(f"- **{fault}**: {checked}." for fault, checked in CHECKED.items() if any(fault == key[0] for key in counts))))
+        meanings="\n".join(
+            textwrap.fill(f"- **{fault}**: {checked}.", 100, subsequent_indent="  ",
+                          break_on_hyphens=False)
+            for fault, checked in CHECKED.items() if any(fault == key[0] for key in counts))))
 
 
 def machine() -> str:
     from importlib.metadata import version
     names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "safetensors", "wandb"))
-    return (f"Machine: {platform.system()} {platform.machine()}, {os.cpu_count()} × {names[0] if names else 'CPU'}. "
+    return (f"Machine: {platform.system()} {platform.machine()}, {os.cpu_count()} × {names[0] if names else 'CPU'}.\n"
             f"Python {sys.version.split()[0]}, {packages}.")
