@@ -17,7 +17,7 @@ from bench.side import Side
 from errors import ArgumentParser, run_command
 from files import explain_disk_errors, must_be_writable, whole_file
 from kernels.attention import attention
-from kernels.head_statistics import head_statistics
+from kernels.statistics import head_statistics
 from model.config import ModelConfig
 from model.gpt import GPT
 from training.run import memory_gb

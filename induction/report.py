@@ -14,7 +14,7 @@ from induction.pictures import movie, shade
 from induction.scores import SCORES, Measured
 from induction.snapshots import Snapshots
 from induction.viewer import Passage, Snapshot, View, write_viewer
-from kernels.head_statistics import REACH
+from kernels.planes import REACH
 from model.config import ModelConfig
 from model.taps import Head, heads_of
 

@@ -1,7 +1,7 @@
 """What each head attends to, what it copies, and which heads it is built on.
 
 Attention weights show what was averaged, not what was used: induction/ablation.py asks that. The scores that look at the pattern come
-from q, k and lse in O(T) memory (kernels/head_statistics.py); those that look at weights never hold a V × V matrix.
+from q, k and lse in O(T) memory (kernels/statistics.py); those that look at weights never hold a V × V matrix.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from induction.probes import Repeats
-from kernels.head_statistics import REACH, head_statistics
+from kernels.planes import REACH
+from kernels.statistics import head_statistics
 from model.circuits import embedding, readers, unembedding, writers
 from model.cross_entropy import cross_entropies
 from model.gpt import GPT

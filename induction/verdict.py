@@ -14,7 +14,7 @@ from induction.ablation import Effect, effect, losses_without, matched_sets, pat
 from induction.phase import FORMED, Transition
 from induction.probes import Probes
 from induction.scores import Measured, copying_eigenvalues, mean_of, measure
-from kernels.head_statistics import REACH
+from kernels.planes import REACH
 from model.gpt import GPT
 from model.taps import Head, heads_of
 
