@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from errors import ArgumentParser, UserError, run_command
-from files import explain_disk_errors, must_be_writable, whole_file
+from files import atomic_write, explain_disk_errors, must_be_writable
 from induction.examine import (
     examine_on_probe,
     examine_on_rows,
@@ -122,7 +122,7 @@ def progress(ablated: Iterable) -> Iterable:
 
 def write_text(path: str, option: str, text: str) -> None:
     with (explain_disk_errors(f"{option} {path}", "name a file in an existing folder"),
-          whole_file(Path(path), "w") as file):
+          atomic_write(Path(path), "w") as file):
         file.write(text)
 
 

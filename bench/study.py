@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from errors import ArgumentParser, UserError, run_command
-from files import whole_file
+from files import atomic_write
 from induction.examine import judge_run
 from induction.history import Record, best_head_history, curve, icl_transition
 from induction.metrics import ICL_SCORE, LOSS_SECOND
@@ -280,14 +280,14 @@ def write_page(name: str, markdown: str, drawn: Figure) -> Path:
     """Renew the results in docs/studies/NAME.md; the text around them stays."""
     page = PAGES / f"{name}.md"
     PAGES.mkdir(parents=True, exist_ok=True)
-    with whole_file(PAGES / f"{name}.svg") as file:
+    with atomic_write(PAGES / f"{name}.svg") as file:
         drawn.savefig(file, format="svg", metadata={"Date": None})
     text = page.read_text("utf-8") if page.exists() else f"# {name}\n\n{BEGIN}\n{END}\n"
     if BEGIN not in text or END not in text:
         raise UserError(f"{page}: one of the marks {BEGIN} and {END} is missing; the results go "
                         "between them")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    with whole_file(page, "w") as file:
+    with atomic_write(page, "w") as file:
         file.write(f"{before}{BEGIN}\n{markdown}\n\n![curves]({name}.svg)\n{END}{after}")
     return page
 

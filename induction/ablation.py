@@ -17,7 +17,7 @@ from induction.probes import Repeats
 from induction.scores import icl_score, mean_of
 from model.config import ModelConfig
 from model.gpt import GPT
-from model.taps import Function, Head, heads_of, taps
+from model.taps import Head, TapFunction, heads_of, taps
 
 Method = Literal["zero", "mean", "resample"]
 Replacement = Callable[[Tensor], Tensor]        # a tap that replaces the activation
@@ -39,7 +39,7 @@ def losses_without(model: GPT, batch: Batch, heads: Collection[Head], method: Me
     fixed = ["L*.q", "L*.k"] if patterns_kept and layers else []
     replaced = [f"L{layer}.z" for layer in layers if method != "zero"]
     intact = activations(model, batch, fixed + replaced) if fixed or replaced else {}
-    replacements: dict[str, Function | None] = {}
+    replacements: dict[str, TapFunction | None] = {}
     for layer in layers:
         indices = [head.index for head in heads if head.layer == layer]
         name = f"L{layer}.z"
@@ -56,7 +56,7 @@ def ablate_each_head(model: GPT, batch: Batch, counted: Tensor,
     targets that `counted` (B, T) bool selects. One forward pass per head."""
     means: dict[int, Tensor] = {}                       # layer → (1, H, 1, D)
 
-    def note_mean(layer: int) -> Function:
+    def note_mean(layer: int) -> TapFunction:
         def on_z(z: Tensor) -> None:
             means[layer] = z.mean((0, 2), keepdim=True)
         return on_z
@@ -178,7 +178,7 @@ def path_patch(model: GPT, batch: Batch, senders: Collection[Head], receivers: C
     intact = activations(model, batch, [*between, name])
 
     # 1. Without the senders, everything between held: this is what the receivers' input becomes.
-    held: dict[str, Function | None] = {part: replace_by(intact[part]) for part in between}
+    held: dict[str, TapFunction | None] = {part: replace_by(intact[part]) for part in between}
     for n in {head.layer for head in senders}:
         z = intact[f"L{n}.z"]
         indices = [head.index for head in senders if head.layer == n]

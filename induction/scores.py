@@ -2,7 +2,7 @@
 
 Attention weights show what was averaged, not what was used; for that see induction/ablation.py.
 Scores of attention patterns are computed from q, k and lse in O(T) memory
-(kernels/head_statistics.py). Scores of weights never hold a V × V matrix.
+(kernels/statistics.py). Scores of weights never hold a V × V matrix.
 """
 
 from typing import NamedTuple
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from induction.probes import Repeats
-from kernels.head_statistics import REACH, head_statistics
+from kernels.planes import REACH
+from kernels.statistics import head_statistics
 from model.circuits import embedding, readers, unembedding, writers
 from model.cross_entropy import cross_entropies
 from model.gpt import GPT
-from model.taps import Function, taps
+from model.taps import TapFunction, taps
 
 SCORES = {                              # name → explanation, for readers of tables and pages
     "prefix_matching": "attention on tokens that follow an earlier copy of the current token "
@@ -56,7 +57,7 @@ def attention_scores(model: GPT, tokens: Tensor, queries: Tensor) -> PatternScor
     visible_keys = torch.arange(1, T + 1, device=tokens.device)                 # (T,)
     layers: list[dict[str, Tensor]] = []        # of each layer: score → (H,) or (H, 2 · REACH + 1)
 
-    def measure_layer(layer: int, window: int | None) -> Function:
+    def measure_layer(layer: int, window: int | None) -> TapFunction:
         def on_lse(lse: Tensor) -> None:
             # lse is tapped after q and k, so each layer is measured and dropped before the next.
             q, k = cache.pop(f"L{layer}.q"), cache.pop(f"L{layer}.k")

@@ -21,7 +21,7 @@ from induction.ablation import (
 from induction.phase import INDUCTION_HEAD, Transition
 from induction.probes import Probes
 from induction.scores import Measured, copying_eigenvalues, mean_of, measure
-from kernels.head_statistics import REACH
+from kernels.planes import REACH
 from model.gpt import GPT
 from model.taps import Head, heads_of
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from files import whole_file
+from files import atomic_write
 from induction.history import Curve, Record, curve, model_transition, score_curves
 from induction.metrics import LOSS_FIRST, LOSS_SECOND
 from induction.phase import INDUCTION_HEAD
 from induction.scores import SCORES, Measured
-from kernels.head_statistics import REACH
+from kernels.planes import REACH
 from model.config import ModelConfig
 from model.taps import Head, heads_of
 from training.config import Config
@@ -33,7 +33,7 @@ def write_figures(target: Path, config: Config, records: list[Record],
     target.mkdir(exist_ok=True)
     for name, drawn in figures.items():
         for suffix in ("png", "svg"):
-            with whole_file(target / f"{name}.{suffix}") as file:
+            with atomic_write(target / f"{name}.{suffix}") as file:
                 drawn.savefig(file, format=suffix, dpi=160)
     return [target / f"{name}.png" for name in figures]
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from errors import UserError
-from files import whole_file
+from files import atomic_write
 from induction.history import Curve, Record, curve, score_curves
 from induction.metrics import LOSS_FIRST, LOSS_SECOND
 from model.config import ModelConfig
@@ -47,7 +47,7 @@ def write_movie(movie: Movie) -> Path:
     """Write it: at every snapshot the pattern of the strongest head, beside the curves that belong
     to it. Returns its path."""
     frames = [frame(movie, movie.head, snapshot) for snapshot in movie.snapshots]
-    with whole_file(movie.path) as file:
+    with atomic_write(movie.path) as file:
         write_gif(file, frames)
     return movie.path
 

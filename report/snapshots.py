@@ -21,7 +21,7 @@ from torch import Tensor
 from data.batches import document_ids
 from data.tokenizer import Tokenizer
 from errors import UserError, first_line
-from files import whole_file
+from files import atomic_write
 from induction.probes import Probes
 from induction.scores import Measured
 from model.config import ModelConfig
@@ -143,13 +143,13 @@ class SnapshotFolder:
                 path.unlink()
         entries = [{"title": passage.title, "tokens": passage.tokens, "ids": row.tolist()}
                    for passage, row in zip(passages, ids)]
-        with whole_file(self.folder / "passages.json", "w") as file:
+        with atomic_write(self.folder / "passages.json", "w") as file:
             json.dump(entries, file)
 
     def save(self, snapshot: PatternSnapshot) -> None:
         arrays: dict[str, Any] = {f"pattern_{n}": lower_triangles(pattern)
                                   for n, pattern in enumerate(snapshot.patterns)}
-        with whole_file(self.folder / f"{snapshot.step:06d}.npz") as file:
+        with atomic_write(self.folder / f"{snapshot.step:06d}.npz") as file:
             np.savez_compressed(file, tokens=snapshot.tokens, **arrays)
 
     @property

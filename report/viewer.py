@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import whole_file
+from files import atomic_write
 from induction.history import Curve
 from induction.scores import SCORES
 
@@ -64,7 +64,7 @@ def write_viewer(path: Path, view: View) -> None:
     before, after = TEMPLATE.read_text(encoding="utf-8").split("VIEW_AS_JSON")
     moments, newest = [], b""
     # The newest snapshot comes first in the page, but is read last: the others wait in a file.
-    with whole_file(path) as page, tempfile.TemporaryFile(dir=path.parent) as earlier:
+    with atomic_write(path) as page, tempfile.TemporaryFile(dir=path.parent) as earlier:
         for index, snapshot in enumerate(view.snapshots):
             earlier.write(newest)
             newest = snapshot_chunks(index, snapshot, view)

@@ -20,7 +20,7 @@ from urllib.parse import urlparse
 import numpy as np
 
 from errors import UserError
-from files import whole_file
+from files import atomic_write
 from training.config import LogConfig
 
 WANDB_SECONDS = 15              # the longest that starting an online run may take
@@ -36,7 +36,7 @@ class Metrics:
         """Opens the file to go on from `step`: lines of later steps are dropped, since those
         updates will be made again."""
         self.path = path
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.writelines(line for line, record in _records(path) if record["step"] <= step)
         # One write per line, so that a kill cannot tear it.
         self.file = open(path, "ab", buffering=0)               # noqa: SIM115
@@ -223,7 +223,7 @@ def _wandb_id(folder: Path, name: str) -> str:
     id_file = folder / "wandb" / "id.json"
     id_file.parent.mkdir(exist_ok=True)
     if not id_file.exists():
-        with whole_file(id_file, "w") as file:
+        with atomic_write(id_file, "w") as file:
             json.dump({"id": f"{name}-{secrets.token_hex(4)}"}, file)
     return json.loads(id_file.read_text())["id"]
 

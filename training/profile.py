@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from files import whole_file
+from files import atomic_write
 from training.run import Run
 
 SETTLE = 10             # steps before the trace, in which kernels are compiled
@@ -31,7 +31,7 @@ def profiled(run: Run) -> Iterator[Callable[[], None]]:
     on_gpu = run.hardware.device.type == "cuda"
 
     def write(trace: profile) -> None:
-        with run.untimed(), run.explained("writing the trace of"), whole_file(path) as file:
+        with run.untimed(), run.explained("writing the trace of"), atomic_write(path) as file:
             trace.export_chrome_trace(str(file.name))       # it opens the file of that name itself
         times: dict[str, tuple[float, int]] = {}            # microseconds and calls by operation
         for event in trace.key_averages():

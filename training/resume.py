@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from data.dataset import Dataset
 from data.load_tokenizer import load_tokenizer
 from errors import UserError
-from files import only_one
+from files import exclusive_lock
 from model.gpt import GPT
 from training.checkpoint import (
     list_checkpoints,
@@ -91,7 +91,7 @@ def _progress(state: dict[str, Any]) -> Progress:
 
 def only_trainer(folder: Path) -> AbstractContextManager[None]:
     """Hold the lock of a run directory. Raises UserError if another process trains the run."""
-    return only_one(folder / ".lock",
+    return exclusive_lock(folder / ".lock",
                     f"{folder} is being trained by another process\n"
                     "  wait for it, stop it, or begin another run with: run=NEW")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.dataset import Dataset
 from errors import UserError
-from files import explain_disk_errors, whole_file
+from files import atomic_write, explain_disk_errors
 from model.budget import flops_per_token
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -119,7 +119,7 @@ class Run:
             self.stack.callback(signal.signal, number, previous)
 
     def _open_logs(self, device_name: str) -> None:
-        with whole_file(self.folder / "config.yaml", "w") as file:
+        with atomic_write(self.folder / "config.yaml", "w") as file:
             file.write(f"# git {self.git}, torch {torch.__version__}\n{dump_config(self.config)}")
         self.metrics = Metrics(self.folder / "metrics.jsonl", self.step)
         self.stack.callback(self.metrics.close)
