@@ -153,10 +153,10 @@ def test_impossible_taps_are_refused(model):
         taps(attention_only, "L0.mlp_out").__enter__()
     with pytest.raises(ValueError, match="none of the activations"):
         taps(model, lambda name: False).__enter__()
-    with taps(model, {"L0.lse": lambda lse: lse + 1}), pytest.raises(ValueError, match="only be read"):
-        model(TOKENS)
-    with taps(model, {"L0.q": lambda q: q[:, :2]}), pytest.raises(ValueError, match="its replacement"):
-        model(TOKENS)
+    for replacements, message in (({"L0.lse": lambda lse: lse + 1}, "only be read"),
+                                  ({"L0.q": lambda q: q[:, :2]}, "its replacement")):
+        with taps(model, replacements), pytest.raises(ValueError, match=message):
+            model(TOKENS)
     with taps(model, "logits"), pytest.raises(ValueError, match="logits"):
         model.loss(TOKENS, TOKENS)
     cache = KVCache(CONFIG, 2, 32, torch.float32, torch.device("cpu"))
