@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from small_models import cache_tensors, perturbed_model, saved_for_backward
 
 from model import cross_entropy
 from model.attention import Context
@@ -15,92 +16,106 @@ from model.kv_cache import KVCache
 from model.position import rope_table, rotate, sinusoidal_table
 from model.taps import NO_TAPS
 
-KINDS = {
-    "rope": {}, "learned": {"position": "learned"}, "sinusoidal": {"position": "sinusoidal"}, "none": {"position": "none"},
-    "window": {"window": 5}, "windows": {"window": [None, 3, 7]}, "mqa": {"n_kv_heads": 1}, "mha": {"n_kv_heads": 4},
-    "smear": {"smear": True}, "smear window qk": {"smear": True, "window": 4, "qk_norm": True}, "wide head": {"d_head": 24},
-    "attention only": {"mlp": "none", "tied_embeddings": True}, "gelu": {"mlp": "gelu"}, "relu2": {"mlp": "relu2", "n_layers": 1},
-    "layernorm": {"norm": "layernorm", "bias": "qkv"}, "biases": {"bias": "all"}, "gpt2": {
-        "norm": "layernorm", "bias": "all", "mlp": "gelu_tanh", "position": "learned", "n_kv_heads": 4},
-    "pythia": {"norm": "layernorm", "bias": "all", "mlp": "gelu", "parallel": True, "rope_dims": 4, "n_kv_heads": 4},
-    "scaled rope": {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original_n_ctx": 8}, "bias": "mlp", "window": 6},
+SHAPES = {
+    "rope": {}, "learned": {"position": "learned"}, "sinusoidal": {"position": "sinusoidal"},
+    "none": {"position": "none"}, "window": {"window": 5}, "windows": {"window": [None, 3, 7]},
+    "mqa": {"n_kv_heads": 1}, "mha": {"n_kv_heads": 4}, "smear": {"smear": True},
+    "smear window qk": {"smear": True, "window": 4, "qk_norm": True}, "wide head": {"d_head": 24},
+    "attention only": {"mlp": "none", "tied_embeddings": True}, "gelu": {"mlp": "gelu"},
+    "relu2": {"mlp": "relu2", "n_layers": 1}, "layernorm": {"norm": "layernorm", "bias": "qkv"},
+    "biases": {"bias": "all"},
+    "gpt2": {"norm": "layernorm", "bias": "all", "mlp": "gelu_tanh", "position": "learned",
+             "n_kv_heads": 4},
+    "pythia": {"norm": "layernorm", "bias": "all", "mlp": "gelu", "parallel": True, "rope_dims": 4,
+               "n_kv_heads": 4},
+    "scaled rope": {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original_n_ctx": 8},
+                    "bias": "mlp", "window": 6},
 }
 
 
-def make(**kind) -> GPT:
-    """A small model with no weight left at its first value, so that no path is silent."""
-    config = {"n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "d_model": 32, "n_ctx": 32, "vocab_size": 50} | kind
-    model = GPT(ModelConfig(**config)).eval()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.2)
-    return model
+def random_tokens(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(50, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @torch.no_grad()
-def test_cached_logits_are_the_full_pass(kind):
-    model, tokens = make(**kind), torch.randint(50, (3, 24), generator=torch.Generator().manual_seed(1))
+def test_cached_logits_are_the_full_pass(shape):
+    model, tokens = perturbed_model(**shape), random_tokens(3, 24)
     full = model(tokens)
-    for cuts in ([0, 24], [0, 7, 8, 9, 16, 17, 24], list(range(25))):               # one prefill, chunks, token by token
+    prefill, chunks, single_tokens = [0, 24], [0, 7, 8, 9, 16, 17, 24], list(range(25))
+    for cuts in (prefill, chunks, single_tokens):
         cache = KVCache(model.config, 3, 24)
-        chunks = [model(tokens[:, a:b], cache=cache) for a, b in pairwise(cuts)]
-        assert torch.allclose(torch.cat(chunks, 1), full, atol=1e-4)
+        parts = [model(tokens[:, a:b], cache=cache) for a, b in pairwise(cuts)]
+        assert torch.allclose(torch.cat(parts, 1), full, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @torch.no_grad()
-def test_ragged_rows_are_the_full_pass(kind):
-    model, tokens = make(**kind), torch.randint(50, (4, 24), generator=torch.Generator().manual_seed(1))
+def test_ragged_rows_are_the_full_pass(shape):
+    model, tokens = perturbed_model(**shape), random_tokens(4, 24)
     full = model(tokens)
-    cache, at = KVCache(model.config, 4, 24), torch.zeros(4, dtype=torch.long)
+    cache, start = KVCache(model.config, 4, 24), torch.zeros(4, dtype=torch.long)
     rows = torch.arange(4)
-    # prompts of different lengths, some tokens one by one, a ragged chunk on top, more tokens
+    # Prompts of different lengths, some single tokens, a ragged chunk on top, more tokens.
     for new in ([3, 9, 1, 6], 1, 1, 1, [2, 5, 1, 0], 1, 1, [4, 1, 3, 2], 1):
         if isinstance(new, int):
-            logits, count = model(tokens[rows, at][:, None], cache=cache), torch.full((4,), new)
+            count = torch.full((4,), new)
+            logits = model(tokens[rows, start][:, None], cache=cache)
         else:
             count = torch.tensor(new)
-            padded = torch.stack([F.pad(tokens[b, at[b]:at[b] + count[b]], (0, int(count.max() - count[b]))) for b in rows])
+            longest = int(count.max())
+            padded = torch.zeros(4, longest, dtype=torch.long)
+            for row in rows:
+                padded[row, :count[row]] = tokens[row, start[row]:start[row] + count[row]]
             logits = model(padded, cache=cache, lengths=count)
-        for b in rows:
-            assert torch.allclose(logits[b, :count[b]], full[b, at[b]:at[b] + count[b]], atol=1e-4)
-        at += count
+        for row in rows:
+            expected = full[row, start[row]:start[row] + count[row]]
+            assert torch.allclose(logits[row, :count[row]], expected, atol=1e-4)
+        start += count
 
 
-@pytest.mark.parametrize("kind", [{}, {"smear": True, "window": [4, None]}], ids=str)
+@pytest.mark.parametrize("shape", [{}, {"smear": True, "window": [4, None]}], ids=str)
 @torch.no_grad()
-def test_a_cache_stays_where_it_is_in_memory(kind):
-    """Whatever it is told: a captured step knows nothing of it but addresses."""
-    model, tokens = make(**kind), torch.randint(50, (3, 6))
+def test_a_cache_keeps_its_addresses(shape):
+    """Whatever is done to it: a captured decoding step knows only the addresses."""
+    model, tokens = perturbed_model(**shape), torch.randint(50, (3, 6))
     lengths = torch.tensor([6, 2, 4])
     cache, other = KVCache(model.config, 3, 24), KVCache(model.config, 1, 24)
     model(tokens[:1], cache=other)
 
     def addresses() -> list[int]:
-        return [part.data_ptr() for part in (*cache.keys, *cache.values, *cache.last_raw_key, cache._lengths)]
+        return [tensor.data_ptr() for tensor in cache_tensors(cache)]
 
     before = addresses()
-    for change in (lambda: model(tokens, cache=cache, lengths=lengths), lambda: model(tokens[:, :1], cache=cache),      # ragged rows
-                   lambda: model(tokens, cache=cache, lengths=lengths), lambda: cache.put([1], other), lambda: cache.clear([0]),
-                   lambda: model(tokens[:, :1], cache=cache), cache.reset, lambda: model(tokens, cache=cache), cache.count,
-                   lambda: model(tokens[:, :1], cache=cache), cache.reset, lambda: model(tokens[:, :1], cache=cache),
-                   lambda: cache.only([0, 2])):
+    for change in (
+            lambda: model(tokens, cache=cache, lengths=lengths),            # ragged rows
+            lambda: model(tokens[:, :1], cache=cache),
+            lambda: model(tokens, cache=cache, lengths=lengths),
+            lambda: cache.put([1], other),
+            lambda: cache.clear([0]),
+            lambda: model(tokens[:, :1], cache=cache),
+            cache.reset,
+            lambda: model(tokens, cache=cache),
+            cache.count,
+            lambda: model(tokens[:, :1], cache=cache),
+            cache.reset,
+            lambda: model(tokens[:, :1], cache=cache),
+            lambda: cache.only([0, 2])):
         change()
         assert addresses() == before
     assert cache.only([2]) is not cache and cache.only([2]).keys[0].shape[0] == 1
 
 
 def test_a_windowed_cache_stays_at_the_window():
-    config = make(window=[4, None]).config
+    config = perturbed_model(window=[4, None]).config
     cache = KVCache(config, 1, 32)
     assert [k.shape[2] for k in cache.keys] == [4, 32, 4]
 
 
 def test_documents_do_not_see_each_other():
-    for kind in ({"position": "none"}, {"position": "none", "smear": True}, {}):        # rope: shifting both changes nothing
-        model, tokens = make(**kind), torch.randint(50, (1, 20))
+    # With rope too: shifting queries and keys together changes nothing.
+    for shape in ({"position": "none"}, {"position": "none", "smear": True}, {}):
+        model, tokens = perturbed_model(**shape), torch.randint(50, (1, 20))
         segments = (torch.arange(20) >= 12).long()[None]
         together = model(tokens, segments=segments)
         assert torch.allclose(together[:, :12], model(tokens[:, :12]), atol=1e-5)
@@ -111,34 +126,36 @@ def test_rope_is_the_rotation_of_the_paper_and_sees_only_distance():
     D, base = 8, 100.0
     table = rope_table(40, D, base)
     q, k = torch.randn(D, dtype=torch.float64), torch.randn(D, dtype=torch.float64)
-    turned = rotate(q.expand(40, D), table)
+    rotated = rotate(q.expand(40, D), table)
     for m in (0, 1, 39):
         for i in range(D // 2):
             angle = m * base ** (-2 * i / D)
             expected = complex(q[i], q[i + D // 2]) * complex(math.cos(angle), math.sin(angle))
-            assert abs(complex(turned[m, i], turned[m, i + D // 2]) - expected) < 1e-6
+            assert abs(complex(rotated[m, i], rotated[m, i + D // 2]) - expected) < 1e-6
     scores = rotate(q.expand(40, D), table) @ rotate(k.expand(40, D), table).T
     assert torch.allclose(scores[5:, 5:], scores[:-5, :-5], atol=1e-5)
 
 
 def test_scaled_rope_keeps_the_fast_pairs_and_slows_the_slow_ones():
     plain = rope_table(100, 64, 10000.0)
-    angle = torch.atan2(plain[1, 1, 32:], plain[0, 1, 32:])                         # of each pair, from position 0 to 1
+    angle = torch.atan2(plain[1, 1, 32:], plain[0, 1, 32:])     # each pair's, from position 0 to 1
     for kind, size in (("linear", 1.0), ("llama3", 1.0), ("yarn", 0.1 * math.log(4) + 1)):
         scaling = RopeScaling(kind=kind, factor=4.0, original_n_ctx=64)
         table = rope_table(100, 64, 10000.0, scaling)
         length = table[:, 1, 32:].norm(dim=0)
         assert torch.allclose(length, torch.tensor(size), atol=1e-6)
-        turned = torch.atan2(table[1, 1, 32:], table[0, 1, 32:])
-        assert torch.allclose(turned[0], angle[0] / (4 if kind == "linear" else 1), atol=1e-6)
-        assert torch.allclose(turned[-1], angle[-1] / 4, atol=1e-9) and (turned[1:] < turned[:-1]).all()
+        scaled = torch.atan2(table[1, 1, 32:], table[0, 1, 32:])
+        assert torch.allclose(scaled[0], angle[0] / (4 if kind == "linear" else 1), atol=1e-6)
+        assert torch.allclose(scaled[-1], angle[-1] / 4, atol=1e-9)
+        assert (scaled[1:] < scaled[:-1]).all()
 
 
-def test_rope_turns_the_first_numbers_alone():
+def test_rope_rotates_only_the_first_rope_dims_numbers():
     x, table = torch.randn(2, 10, 16), rope_table(10, 6, 100.0)
-    turned = rotate(x, table)
-    assert torch.equal(turned[..., 6:], x[..., 6:]) and torch.equal(turned[..., :6], rotate(x[..., :6], table))
-    assert not torch.allclose(turned[:, 1:, :6], x[:, 1:, :6])
+    rotated = rotate(x, table)
+    assert torch.equal(rotated[..., 6:], x[..., 6:])
+    assert torch.equal(rotated[..., :6], rotate(x[..., :6], table))
+    assert not torch.allclose(rotated[:, 1:, :6], x[:, 1:, :6])
 
 
 def test_sinusoids_are_those_of_the_paper():
@@ -146,20 +163,23 @@ def test_sinusoids_are_those_of_the_paper():
     for position in range(10):
         for i in range(3):
             angle = position / 10000 ** (2 * i / 6)
-            assert abs(table[position, i] - math.sin(angle)) < 1e-6 and abs(table[position, 3 + i] - math.cos(angle)) < 1e-6
+            assert abs(table[position, i] - math.sin(angle)) < 1e-6
+            assert abs(table[position, 3 + i] - math.cos(angle)) < 1e-6
 
 
 def test_smeared_keys_are_those_of_the_paper():
-    model = make(smear=True, n_layers=1)
+    model = perturbed_model(smear=True, n_layers=1)
     attn, k = model.blocks[0].attn, torch.randn(1, 2, 5, 8)
     smeared = attn.smear(k, Context(NO_TAPS))
-    share = 1 / (1 + math.exp(-attn.smear_alpha[1].item()))
-    assert torch.allclose(smeared[0, 1, 3], share * k[0, 1, 3] + (1 - share) * k[0, 1, 2], atol=1e-6)
-    assert torch.allclose(smeared[0, 1, 0], share * k[0, 1, 0], atol=1e-6)
+    gate = 1 / (1 + math.exp(-attn.smear_alpha[1].item()))
+    expected = gate * k[0, 1, 3] + (1 - gate) * k[0, 1, 2]
+    assert torch.allclose(smeared[0, 1, 3], expected, atol=1e-6)
+    assert torch.allclose(smeared[0, 1, 0], gate * k[0, 1, 0], atol=1e-6)
 
 
 def test_chunked_cross_entropy_is_the_plain_one(monkeypatch):
-    x, w, targets = torch.randn(50, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True), torch.randint(30, (50,))
+    x, w = torch.randn(50, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    targets = torch.randint(30, (50,))
     plain = F.cross_entropy(x.double() @ w.double().T, targets, reduction="sum")
     expected = torch.autograd.grad(plain, (x, w))
     for limit in (1, 100, 2 ** 24):
@@ -176,8 +196,8 @@ def test_the_first_loss_of_a_new_model_is_that_of_guessing():
     assert model.loss(tokens, tokens).item() / 32 == pytest.approx(math.log(100), abs=0.2)
 
 
-def test_initial_weights_are_named_one_by_one():
-    model = make()
+def test_initial_weights_depend_on_seed_and_name_and_an_unknown_name_is_refused():
+    model = perturbed_model()
     first, again = GPT(model.config, seed=3), GPT(model.config, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
     assert not torch.equal(first.embed.weight, GPT(model.config, seed=4).embed.weight)
@@ -189,21 +209,25 @@ def test_initial_weights_are_named_one_by_one():
         model.init_weights(0)
 
 
-@pytest.mark.parametrize("wrong, words", [
-    ({"rope_dims": 3}, "rope_dims=3 must be even"), ({"rope_dims": 34}, "at most the 32"),
+@pytest.mark.parametrize(("options", "message"), [
+    ({"rope_dims": 3}, "rope_dims=3 must be even"),
+    ({"rope_dims": 34}, "at most the 32"),
     ({"rope_dims": 4, "position": "none"}, "leave it out"),
-    ({"rope_scaling": {"kind": "linear", "factor": 2.0}, "position": "learned"}, "rope_scaling is for position: rope"),
+    ({"rope_scaling": {"kind": "linear", "factor": 2.0}, "position": "learned"},
+     "rope_scaling is for position: rope"),
     ({"rope_scaling": {"kind": "yarn", "factor": 2.0}}, "original_n_ctx is missing"),
-    ({"rope_scaling": {"kind": "llama3", "factor": 2.0, "original_n_ctx": 64, "slow": 9.0}}, "fast=4.0 must be more than slow=9.0"),
-    ({"mlp": "none", "parallel": True}, "parallel=true needs an MLP"), ({"mlp": "none", "bias": "all"}, "try bias=attention"),
+    ({"rope_scaling": {"kind": "llama3", "factor": 2.0, "original_n_ctx": 64, "slow": 9.0}},
+     "fast=4.0 must be more than slow=9.0"),
+    ({"mlp": "none", "parallel": True}, "parallel=true needs an MLP"),
+    ({"mlp": "none", "bias": "all"}, "try bias=attention"),
 ])
-def test_options_that_exclude_each_other_are_named(wrong, words):
-    with pytest.raises(ValueError, match=words):
-        ModelConfig(**wrong)
+def test_options_that_exclude_each_other_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**options)
 
 
 def test_more_tokens_than_n_ctx_are_refused():
-    model = make(n_ctx=8)
+    model = perturbed_model(n_ctx=8)
     with pytest.raises(ValueError, match="n_ctx=8"):
         model(torch.zeros(1, 9, dtype=torch.long))
     cache = KVCache(model.config, 1, 8)
@@ -212,30 +236,37 @@ def test_more_tokens_than_n_ctx_are_refused():
         model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
 
 
-def test_activations_computed_again_give_the_same_gradients_from_fewer_numbers():
-    """train.checkpoint_activations: bit for bit, since it is the same arithmetic; what is kept for the backward pass is far less."""
-    kept, gradients = [], []
+def test_activations_computed_again_give_the_same_gradients_from_less_memory():
+    """train.checkpoint_activations: bit for bit, because it is the same arithmetic."""
+    saved_bytes, gradients = [], []
+    tokens = torch.arange(24).view(2, 12) % 50
     for recompute in (False, True):
-        model, total = make(n_layers=4), []
+        model = perturbed_model(n_layers=4)
         model.recompute = recompute
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: total.append(t.nbytes) or t, lambda t: t):      # noqa: B023  used at once
-            loss = model.loss(torch.arange(24).view(2, 12) % 50, torch.arange(24).view(2, 12) % 50)
-        kept.append(sum(total))
+        with saved_for_backward() as saved:
+            loss = model.loss(tokens, tokens)
+        saved_bytes.append(sum(tensor.nbytes for tensor in saved))
         loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
-    assert kept[1] < kept[0] / 3
+    assert saved_bytes[1] < saved_bytes[0] / 3
 
 
 def test_weights_that_arrive_in_16_bits_are_not_copied_for_the_backward_pass():
-    """As FSDP gathers them: multiplied one by one, to the same result, and autograd keeps none but those it was given."""
-    model = make(n_layers=1, mlp="swiglu").bfloat16()
+    """As FSDP gathers them: multiplied one by one, with the same result, and saved as they are."""
+    model = perturbed_model(n_layers=1, mlp="swiglu").bfloat16()
     model.compute_dtype = torch.bfloat16
-    tokens, kept = torch.arange(24).view(2, 12) % 50, []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.untyped_storage().data_ptr()) or t, lambda t: t):
+    tokens = torch.arange(24).view(2, 12) % 50
+    with saved_for_backward() as saved:
         logits = model(tokens)
     attn = model.blocks[0].attn
-    assert {matrix.weight.untyped_storage().data_ptr() for matrix in (attn.w_q, attn.w_k, attn.w_v)} <= set(kept)
+    weights = [matrix.weight for matrix in (attn.w_q, attn.w_k, attn.w_v)]
+    assert storages(weights) <= storages(saved)
     model.float()
     model.compute_dtype = torch.float32
     assert torch.allclose(logits.float(), model(tokens), atol=0.3, rtol=0.1)
+
+
+def storages(tensors: list[torch.Tensor]) -> set[int]:
+    """The addresses of the memory behind tensors, which views share."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_huggingface import checkpoint_of
-from test_model import make
+from small_models import checkpoint_of, perturbed_model
 
 from data.batches import Batch
 from induction.ablation import losses_without
@@ -27,7 +26,7 @@ def pair(request, tmp_path_factory):
     """A model with heads that differ, and its checkpoint as TransformerLens opens it."""
     # Imported here: at the top, every run that leaves these tests out would wait for it, or name them as skipped.
     bridge = pytest.importorskip("transformer_lens.model_bridge").TransformerBridge
-    model = make(vocab_size=257, n_ctx=48, **request.param)
+    model = perturbed_model(vocab_size=257, n_ctx=48, **request.param)
     with torch.no_grad():
         for block in model.blocks:
             if block.attn.norm_q is not None:
