@@ -25,7 +25,7 @@ from induction.metrics import ICL_SCORE, LOSS_SECOND
 from induction.phase import INDUCTION_HEAD, Transition, band
 from induction.verdict import Verdict
 from report.figures import GREY, Figure, figure
-from training.checkpoint import whole_checkpoints
+from training.checkpoint import list_checkpoints
 from training.config import differences, load_config
 from training.device import choose_device
 from training.loaded_run import load_run
@@ -114,7 +114,7 @@ def finished(condition: Condition, seed: int) -> bool:
     if changes := differences(load_config(run / "config.yaml"), wanted):
         raise UserError(f"{run} was trained with another config ({'; '.join(changes[:3])})\n"
                         "  move it away and run this again")
-    checkpoints = whole_checkpoints(run / "checkpoints")
+    checkpoints = list_checkpoints(run / "checkpoints")
     return bool(checkpoints) and int(checkpoints[-1].name) >= wanted.train.steps
 
 

@@ -13,7 +13,7 @@ from conftest import metrics
 from data.shards import Shards
 from errors import UserError
 from settings.yaml12 import read_file
-from training.checkpoint import load_model, load_optimizer, verify, whole_checkpoints
+from training.checkpoint import list_checkpoints, load_model, load_optimizer, verify
 
 BREAKER = Path(__file__).with_name("breaker.py")
 
@@ -67,7 +67,7 @@ class Lab:
 
 def check_what_is_left(run: Path, shards: Path | None = None) -> None:
     """No file of a broken run says anything wrong: each is whole, or is not taken for one."""
-    for checkpoint in whole_checkpoints(run / "checkpoints"):
+    for checkpoint in list_checkpoints(run / "checkpoints"):
         verify(checkpoint)
         assert json.loads((checkpoint / "training_state/state.json").read_text())["step"] == int(checkpoint.name)
     if (run / "config.yaml").exists():
@@ -108,7 +108,7 @@ def same_bits(a: Path, b: Path) -> bool:
 
 def check_same_run(run: Path, whole: Path) -> None:
     """A run that was broken and continued is the run that was not: metrics, weights, optimizer and snapshots, bit for bit."""
-    last = whole_checkpoints(whole / "checkpoints")[-1].name
+    last = list_checkpoints(whole / "checkpoints")[-1].name
     assert metrics(run) == metrics(whole)
     assert same_bits(run / "checkpoints" / last, whole / "checkpoints" / last)
     assert (run / "checkpoints/latest").resolve().name == last

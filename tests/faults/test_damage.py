@@ -9,7 +9,7 @@ from commands import command, fails
 from conftest import metrics
 
 from faults.lab import Lab, same_bits
-from training.checkpoint import find_checkpoint, verify, whole_checkpoints
+from training.checkpoint import find_checkpoint, list_checkpoints, verify
 
 full = pytest.mark.faults
 FILES = ["model.safetensors", "training_state/optimizer.safetensors", "training_state/state.json", "training_state/config.yaml",
@@ -105,7 +105,7 @@ def test_what_a_kill_left_is_put_right(lab: Lab, fault):
         (folder / "000012/manifest.json").unlink()          # never finished
         (run / "report.html").unlink()
         lab.train("runs/left")
-        assert [p.name for p in whole_checkpoints(folder)] == ["000008", "000012"] and not list(folder.glob(".partial*"))
+        assert [p.name for p in list_checkpoints(folder)] == ["000008", "000012"] and not list(folder.glob(".partial*"))
         assert find_checkpoint(run).name == "000012" and same_bits(folder / "000012", lab / "runs/whole/checkpoints/000012")
         (run / "report.html").unlink()
         assert "finished" in lab.train("runs/left").stdout and (run / "report.html").exists()

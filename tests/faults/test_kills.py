@@ -10,7 +10,7 @@ from commands import wait_until
 from conftest import wandb_history
 
 from faults.lab import OFFLINE, SIGNALS, Lab, check_same_run, check_what_is_left, is_left
-from training.checkpoint import whole_checkpoints
+from training.checkpoint import list_checkpoints
 
 TIMES = {                   # how often each moment comes in a run of 12 steps with 3 checkpoints
     "a step": 24, "preparing the data": 40, "writing a checkpoint": 27, "renaming a checkpoint": 6, "pointing latest at it": 6,
@@ -77,7 +77,7 @@ def test_a_signal_saves_and_says_how_to_go_on(lab: Lab, fault, number):
         output, _ = process.communicate()
         assert process.returncode == 0 and "finishing this step" in output and f"python train.py runs/{run.name}" in output
         check_what_is_left(run)
-        saved = int(whole_checkpoints(run / "checkpoints")[-1].name)           # even where it would save nothing else
+        saved = int(list_checkpoints(run / "checkpoints")[-1].name)           # even where it would save nothing else
         assert saved == lab.lines(run) > 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from faults.lab import Lab, check_what_is_left
-from training.checkpoint import whole_checkpoints
+from training.checkpoint import list_checkpoints
 
 SMALL = ["model={n_layers: 2, n_heads: 2, d_model: 16, n_ctx: 32}", "data.tokenizer=bytes", "train.batch_tokens=128",
          "optimizer.kind=adamw", "optimizer.lr=0.001", "eval={every: 200, tokens: 256}"]
@@ -30,7 +30,7 @@ def test_a_long_run_stays_as_small_as_it_began(lab: Lab, fault, steps, every):
         samples: list[tuple[int, int, int]] = []            # step, kB, files
         while process.poll() is None:
             time.sleep(0.05 if steps < 1000 else 0.5)
-            checkpoints = whole_checkpoints(run / "checkpoints")
+            checkpoints = list_checkpoints(run / "checkpoints")
             try:
                 samples.append((int(checkpoints[-1].name) if checkpoints else 0, *measured(process.pid)))
             except (OSError, IndexError):                   # it has just ended
@@ -42,7 +42,7 @@ def test_a_long_run_stays_as_small_as_it_began(lab: Lab, fault, steps, every):
         for what in (1, 2):
             before, after = (statistics.median(sample[what] for sample in part) for part in (warm[:quarter], warm[-quarter:]))
             assert after <= before * (GROWTH if what == 1 else 1.0), (what, before, after, samples)
-        kept = [int(path.name) for path in whole_checkpoints(run / "checkpoints")]
+        kept = [int(path.name) for path in list_checkpoints(run / "checkpoints")]
         assert kept[-3:] == [steps - 2 * every, steps - every, steps] and len(kept) <= 4      # besides, the best
         records = lab.records(run)
         assert [record["step"] for record in records] == list(range(1, steps + 1))

@@ -13,7 +13,7 @@ from conftest import metrics, wandb_history
 
 from data.shards import Shards
 from faults.lab import OFFLINE, Lab, check_same_run, check_what_is_left
-from training.checkpoint import load_model, read_state, whole_checkpoints
+from training.checkpoint import list_checkpoints, load_model, read_state
 
 full = pytest.mark.faults
 
@@ -51,7 +51,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(lab: Lab, fault, hit, moment
         fails(done, "No space left", says, "make room", f"python train.py runs/{run.name}")
         assert not list(run.rglob("*partial*"))
         check_what_is_left(run)
-        for checkpoint in whole_checkpoints(run / "checkpoints"):
+        for checkpoint in list_checkpoints(run / "checkpoints"):
             load_model(checkpoint)
         room(run)
         lab.go_on(run.name)
