@@ -131,10 +131,13 @@ class FullySharded(Parallel):
 
     def fill(self, p: Tensor, full: Tensor) -> None:
         mine = local(p)
+        if mine is p:                           # not sharded: an optimizer's step counter
+            p.copy_(full)
+            return
         # fully_shard gives every process as many rows, the last ones fewer.
         rows = -(-p.shape[0] // self.world.size)
         start = rows * self.world.rank
-        mine.copy_(full[start:start + len(mine)] if mine is not p else full)
+        mine.copy_(full[start:start + len(mine)])
 
     def accumulate(self, parts: Sequence[T], model: GPT, loss: Loss) -> Iterator[T]:
         for number, part in enumerate(parts, 1):
