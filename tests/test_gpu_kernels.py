@@ -29,7 +29,8 @@ OTHER_PACKAGES = ("pydantic", "yaml", "_yaml", "pyyaml", "wandb", "datasets", "t
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="needs NVIDIA's compute-sanitizer")
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"),
+                    reason="needs NVIDIA's compute-sanitizer")
 def test_no_kernel_reaches_outside_its_tensors():
     """memcheck, with an allocation of its own for every tensor."""
     # API errors are not reported: PyTorch asks the driver for features it may lack, and goes on.
