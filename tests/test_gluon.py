@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from kernels import flash, flash_gluon, launch
 from kernels.flash import flash_attention
 from kernels.flash_gluon import forward_gluon, launch_gluon
-from kernels.launch import TILES, Tile, family, readable, tiles
+from kernels.launch import TILES, Tile, family, readable
 from kernels.problem import Problem
 
 # Small and with unequal sides, so that tests of a hundred positions cross many borders. Only the
@@ -43,7 +43,7 @@ SIMULATED = pytest.mark.skipif(DEVICE != "cpu", reason="about the simulator")
 def device(monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(launch, "start", gluon_machine.start)
-        monkeypatch.setattr(launch, "tiles", lambda *_: [SMALL])
+        monkeypatch.setitem(launch.forced, "forward_gluon", SMALL)
     elif family(torch.device(DEVICE, 0)) != "hopper":
         pytest.skip("needs a Hopper GPU")
 
@@ -88,7 +88,8 @@ def test_cases(case, dtype):
 @pytest.mark.parametrize("dims", [16, 32, 64, 128, 256])
 def test_every_row_of_the_table(dims):
     """Lengths around one tile, more tiles than buffers, every mask, and columns past D."""
-    tile = tiles("forward_gluon", "hopper", 2, dims)[0]
+    table = TILES["hopper"]["forward_gluon"]
+    tile = table[min((element, D) for element, D in table if D >= dims)]
     rows, columns, stages = tile.rows, tile.columns, tile.stages
     long = columns * (stages + 2)
     dtypes, layouts = cycle(("bf16", "fp16")), cycle(LAYOUTS)
