@@ -107,6 +107,7 @@ TILES["blackwell"] = {name: rows for name, rows in TILES["hopper"].items()
                       if name != "forward_gluon"}                       # it has no wgmma
 # For devices with little shared memory, tried in this order if the table's tile is too large.
 SMALLER = (Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
+forced: dict[str, Tile] = {}        # kernel → its only tile, within `tile_for`
 _too_large: set[tuple] = set()
 
 
@@ -123,6 +124,8 @@ def family(device: torch.device) -> str:
 
 def tiles(kernel: str, device_family: str, element: int, dims: int) -> list[Tile]:
     """The table's tile for elements of `element` bytes and D ≤ `dims`, then smaller ones."""
+    if kernel in forced:
+        return [forced[kernel]]
     table = TILES[device_family][kernel]
     best = table[min(key for key in table if key[0] >= element and key[1] >= dims)]
     if kernel in ("decode_whole", "statistics_places"):     # small, and no other sides would do
@@ -133,18 +136,14 @@ def tiles(kernel: str, device_family: str, element: int, dims: int) -> list[Tile
 @contextmanager
 def tile_for(kernel: str, tile: Tile) -> Iterator[None]:
     """Within it `kernel` is launched with this tile and no other."""
-    global tiles
-    table = tiles
-
-    def with_this_tile(name: str, device_family: str, element: int, dims: int) -> list[Tile]:
-        return [tile] if name == kernel else table(name, device_family, element, dims)
-
-    tiles = with_this_tile
+    kept = dict(forced)
+    forced[kernel] = tile
     plans.clear()
     try:
         yield
     finally:
-        tiles = table
+        forced.clear()
+        forced.update(kept)
         plans.clear()
 
 
