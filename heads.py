@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from errors import ArgumentParser, UserError, run_command
-from files import explain_disk_errors, must_be_writable, whole_file
+from files import atomic_write, explain_disk_errors, must_be_writable
 
 BATCH = 16              # rows in one pass
 
@@ -215,7 +215,7 @@ def print_composition(model, head) -> None:
 
 def write_json(path: str, scores: dict, cost: dict) -> None:
     found = {str(head): {name: values[head].item() for name, values in scores.items()} | {"alone": nats} for head, nats in cost.items()}
-    with explain_disk_errors(f"--json {path}", "name a file in a folder that is there"), whole_file(Path(path), "w") as file:
+    with explain_disk_errors(f"--json {path}", "name a file in a folder that is there"), atomic_write(Path(path), "w") as file:
         json.dump(found, file, indent=1)
 
 
@@ -256,7 +256,7 @@ def verdict(arguments: list[str]) -> None:
     found = page([examine_run(where, args.device) for where in tqdm(args.runs, "examining", unit=" runs", delay=2, leave=False)])
     print(found)
     if args.out:
-        with explain_disk_errors(f"--out {args.out}", "name a file in a folder that is there"), whole_file(Path(args.out), "w") as file:
+        with explain_disk_errors(f"--out {args.out}", "name a file in a folder that is there"), atomic_write(Path(args.out), "w") as file:
             file.write(found)
 
 

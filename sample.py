@@ -31,7 +31,7 @@ def main() -> None:
     sampling = Sampling(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
 
     def encoded(prompts: list[str]) -> list[list[int]]:
-        ids = [tokenizer.prompt(prompt.encode("utf-8", "surrogateescape")) for prompt in prompts]
+        ids = [tokenizer.encode_prompt(prompt.encode("utf-8", "surrogateescape")) for prompt in prompts]
         longest = max(map(len, ids))
         if longest > model.config.n_ctx and not args.slide:
             raise UserError(f"a prompt of {longest} tokens is longer than the model's context of {model.config.n_ctx}\n"

@@ -45,7 +45,7 @@ def train(config, folder: Path, changed: list[str], world) -> None:
     with Run(config, folder, model, optimizer, data, world) as run, profiled(run) as step_done:
         watch = watch_heads(run, validation)
         announce(run, micro_batch, changed)
-        mine = batches.prefetch(run.step, config.train.steps, run.device, world.rank, world.size)      # this process's windows of each batch
+        mine = batches.prefetch(run.step, config.train.steps, run.device, world.rank, world.size)  # this process's windows of each batch
         for step, batch in enumerate(mine, run.step + 1):
             loss = torch.zeros((), device=run.device)
             for part in world.accumulate(list(batch.split(micro_batch)), model, loss_of):

@@ -15,7 +15,7 @@ from bench import results
 from bench.results import DEVICE, DTYPE, GPU
 from bench.side import Side
 from errors import ArgumentParser, run_command
-from files import explain_disk_errors, must_be_writable, whole_file
+from files import atomic_write, explain_disk_errors, must_be_writable
 from kernels.attention import attention
 from kernels.head_statistics import head_statistics
 from model.config import ModelConfig
@@ -115,7 +115,7 @@ def draw(points: dict[str, dict[int, dict]], path: Path) -> None:
             else:
                 place.set_xlabel(sweep)
     axes[0, 0].legend(frameon=False, fontsize=7)
-    with explain_disk_errors(f"--figure {path}", "name a file in a folder that is there"), whole_file(path) as file:
+    with explain_disk_errors(f"--figure {path}", "name a file in a folder that is there"), atomic_write(path) as file:
         drawn.savefig(file, format=path.suffix[1:] or "svg", metadata={"Date": None} if path.suffix == ".svg" else None)
 
 

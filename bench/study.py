@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from errors import ArgumentParser, UserError, run_command
-from files import whole_file
+from files import atomic_write
 from heads import examine_run
 from induction.history import best_of_looks, curve, icl_transition
 from induction.phase import FORMED, Transition, band
@@ -186,13 +186,13 @@ def write_page(name: str, found: str, picture) -> Path:
     """Renew the results of docs/studies/NAME.md; its words stay."""
     page = PAGES / f"{name}.md"
     PAGES.mkdir(parents=True, exist_ok=True)
-    with whole_file(PAGES / f"{name}.svg") as file:
+    with atomic_write(PAGES / f"{name}.svg") as file:
         picture.savefig(file, format="svg", metadata={"Date": None})
     words = page.read_text("utf-8") if page.exists() else f"# {name}\n\n{BEGIN}\n{END}\n"
     if BEGIN not in words or END not in words:
         raise UserError(f"{page}: {BEGIN} and {END} mark where its results go; one is missing")
     before, after = words.split(BEGIN)[0], words.split(END)[1]
-    with whole_file(page, "w") as file:
+    with atomic_write(page, "w") as file:
         file.write(f"{before}{BEGIN}\n{found}\n\n![curves]({name}.svg)\n{END}{after}")
     return page
 

@@ -94,7 +94,7 @@ def probes_of(data: DataConfig, n_ctx: int, tokenizer: Tokenizer, seed: int, mos
     to repeat anything (fewer than 7 tokens)."""
     rows = min(most, max(4, 256 * most // n_ctx))               # of a long context few say as much, and each costs more
     fits = list(range(3, (n_ctx - 1) // 2 + 1))                 # the periods that fit twice behind the first token
-    known, unseen = repeat_vocabulary(data.repeats, tokenizer.ordinary, seed)
+    known, unseen = repeat_vocabulary(data.repeats, tokenizer.ordinary_ids, seed)
     fits = [period for period in fits if period <= len(known)]
     if not fits:
         return None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files import whole_file
+from files import atomic_write
 from induction.history import curve, model_transition, score_curves
 from induction.phase import FORMED
 from induction.scores import SCORES, Measured
@@ -25,7 +25,7 @@ def plots(target: Path, config, records: list[dict], measured: Measured) -> list
     target.mkdir(exist_ok=True)
     for name, figure in made.items():
         for kind in ("png", "svg"):
-            with whole_file(target / f"{name}.{kind}") as file:
+            with atomic_write(target / f"{name}.{kind}") as file:
                 figure.savefig(file, format=kind, dpi=160)
     return [target / f"{name}.png" for name in made]
 

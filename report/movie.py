@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
-from files import whole_file
+from files import atomic_write
 from induction.history import curve, score_curves
 from model.config import ModelConfig
 from model.taps import Head, heads_of
@@ -32,7 +32,7 @@ def write_movie(folder: Path, config, records: list[dict]) -> Path:
     head = max(heads_of(config.model), key=lambda head: scores[-1][head])
     frames = [_frame(snapshot, head, tokens, scores, records, config.model) for snapshot in saved]
     path = folder / "heads.gif"
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         movie(file, frames)
     return path
 

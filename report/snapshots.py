@@ -20,7 +20,7 @@ from torch import Tensor
 from data.batches import document_ids
 from data.tokenizer import Tokenizer
 from errors import UserError, first_line
-from files import whole_file
+from files import atomic_write
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.taps import taps
@@ -57,7 +57,7 @@ def patterns(model: GPT, passages: list[Tensor], separator: int | None = None) -
 
 def spelled(ids: Tensor, tokenizer: Tokenizer) -> list[str]:
     """Tokens as text, one by one; control characters and bytes that are no whole character as \\xNN."""
-    return [tokenizer.spelled(token) for token in ids.tolist()]
+    return [tokenizer.token_text(token) for token in ids.tolist()]
 
 
 class Snapshots:
@@ -72,13 +72,13 @@ class Snapshots:
         for path in self._files():
             if int(path.stem) > step:
                 path.unlink()
-        with whole_file(self.folder / "passages.json", "w") as file:
+        with atomic_write(self.folder / "passages.json", "w") as file:
             json.dump([{"title": p.title, "tokens": p.tokens, "ids": i.tolist()} for p, i in zip(passages, ids)], file)
 
     def save(self, snapshot: Snapshot) -> None:
         rows: dict[str, Any] = {f"pattern_{n}": pattern[..., *np.tril_indices(pattern.shape[-1])]
                                 for n, pattern in enumerate(snapshot.patterns)}
-        with whole_file(self.folder / f"{snapshot.step:06d}.npz") as file:
+        with atomic_write(self.folder / f"{snapshot.step:06d}.npz") as file:
             np.savez_compressed(file, tokens=snapshot.tokens, **rows)
 
     @property

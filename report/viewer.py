@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import whole_file
+from files import atomic_write
 from induction.scores import SCORES
 
 TEMPLATE = Path(__file__).with_name("viewer.html")
@@ -55,7 +55,7 @@ def write_viewer(path: Path, view: View) -> None:
     """Write the page; one snapshot is in memory at a time, and the file appears whole or not at all."""
     before, after = TEMPLATE.read_text(encoding="utf-8").split("VIEW_AS_JSON")
     moments, latest = [], b""
-    with whole_file(path) as page, tempfile.TemporaryFile(dir=path.parent) as earlier:
+    with atomic_write(path) as page, tempfile.TemporaryFile(dir=path.parent) as earlier:
         for index, snapshot in enumerate(view.snapshots):
             earlier.write(latest)
             latest = b"".join(chunk(f"p{p}s{index}", triangles(patterns, view, passage))

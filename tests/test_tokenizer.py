@@ -77,7 +77,7 @@ def test_encodings_are_found_by_name(monkeypatch, tmp_path):
     package = tmp_path / "tiktoken_ext"
     package.mkdir()
     (package / "testing.py").write_text(
-        "from data.tokenizer import train_bpe\n"
+        "from data.byte_bpe import train_bpe\n"
         "def tiny():\n"
         f"    ranks = train_bpe(iter({TEXT!r}), 400).ranks\n"
         "    return dict(name='tiny', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 401, '<|other|>': 410},\n"
@@ -119,7 +119,7 @@ def test_a_server_that_is_silent_is_not_waited_for(monkeypatch, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-        monkeypatch.setattr("data.tokenizer.DOWNLOAD_SECONDS", 2)
+        monkeypatch.setattr("data.byte_bpe.DOWNLOAD_SECONDS", 2)
         with pytest.raises(UserError, match="no answer within 2 s"):
             named_encoding("gpt2")
 

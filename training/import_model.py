@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.hf_tokenizer import read_tokenizer
+from data.hf_tokenizer import read_hf_tokenizer
 from errors import ArgumentParser, UserError, first_line, run_command
 from files import explain_disk_errors
 from model.config import ModelConfig
@@ -136,7 +136,7 @@ def import_model(source: Path, target: Path, overrides: Sequence[str] = ()):
                         f"  use it as it is: python sample.py {source}   or: init_from={source}")
     given, weights = _read_json(source / "config.json"), Weights(source)
     config = _config_of(source, given, weights, target, overrides)
-    tokenizer = read_tokenizer(source, given)
+    tokenizer = read_hf_tokenizer(source, given)
     if tokenizer.n_vocab > config.model.vocab_size:
         raise UserError(f"{source}: its tokenizer has {tokenizer.n_vocab} tokens, its model {config.model.vocab_size}: "
                         "they do not belong together")
@@ -196,8 +196,8 @@ def main() -> None:
     shape, kind = config.model, family(config.model)
     print(f"imported   {args.source}: {kind}, {sum(p.numel() for p in model.parameters()):,} parameters, {shape.n_layers} layers × "
           f"{shape.n_heads} heads, context {shape.n_ctx}\n"
-          f"tokens     {tokenizer.n_vocab:,}; a text begins with {tokenizer.spelled(tokenizer.begin)}, ends with "
-          f"{' or '.join(map(tokenizer.spelled, tokenizer.ends))}\n"
+          f"tokens     {tokenizer.n_vocab:,}; a text begins with {tokenizer.token_text(tokenizer.begin)}, ends with "
+          f"{' or '.join(map(tokenizer.token_text, tokenizer.ends))}\n"
           f"saved      {target}\n"
           f"sample     python sample.py {target} \"Once upon a time\"\n"
           f"look       python heads.py {target}\n"

@@ -20,7 +20,7 @@ from urllib.parse import urlparse
 import numpy as np
 
 from errors import UserError
-from files import whole_file
+from files import atomic_write
 from training.config import LogConfig
 
 WANDB_SECONDS = 15              # the longest that starting an online run may take
@@ -33,7 +33,7 @@ class Metrics:
     def __init__(self, path: Path, step: int):
         """`step`: the one the run continues from; later lines belong to updates that will be made again."""
         self.path = path
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.writelines(line for line, record in _records(path) if record["step"] <= step)
         self.file = open(path, "ab", buffering=0)   # noqa: SIM115  one write a line, so that a kill cannot tear it
 
@@ -128,7 +128,7 @@ class Wandb:
         id_file = folder / "wandb" / "id.json"
         id_file.parent.mkdir(exist_ok=True)
         if not id_file.exists():
-            with whole_file(id_file, "w") as file:
+            with atomic_write(id_file, "w") as file:
                 json.dump({"id": f"{name}-{secrets.token_hex(4)}"}, file)
         options: dict[str, Any] = {"dir": str(folder), "project": log.project, "name": name, "config": config,
                    "id": json.loads(id_file.read_text())["id"], "resume": "allow"}

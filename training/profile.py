@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from files import whole_file
+from files import atomic_write
 from training.run import Run
 
 SETTLE, TRACED, LISTED = 10, 3, 8       # steps before it, in which kernels are compiled; steps in the trace; operations named
@@ -26,7 +26,7 @@ def profiled(run: Run) -> Iterator[Callable[[], None]]:
     first, path, on_gpu = run.step + settle + 1, run.folder / "trace.json", run.device.type == "cuda"
 
     def write(trace) -> None:
-        with run.untimed(), run.explained("writing the trace of"), whole_file(path) as file:
+        with run.untimed(), run.explained("writing the trace of"), atomic_write(path) as file:
             trace.export_chrome_trace(str(file.name))           # it opens what has that name itself
         operations = {event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count)
                       for event in trace.key_averages() if not event.key.startswith("ProfilerStep")}

@@ -19,7 +19,7 @@ from torch import Tensor
 from data.dataset import Dataset
 from data.load_tokenizer import load_tokenizer
 from errors import UserError
-from files import explain_disk_errors, only_one, whole_file
+from files import atomic_write, exclusive_lock, explain_disk_errors
 from model.budget import flops_per_token
 from model.gpt import GPT
 from training.checkpoint import (
@@ -75,7 +75,7 @@ def newest_state(folder: Path) -> dict:
 
 def only_trainer(folder: Path):
     """Hold the lock of a run."""
-    return only_one(folder / ".lock", f"{folder} is being trained by another process\n"
+    return exclusive_lock(folder / ".lock", f"{folder} is being trained by another process\n"
                                       "  wait for it, stop it, or begin another run with: run=NEW")
 
 
@@ -153,7 +153,7 @@ class Run:
         self.console = Console(self.step, self.config.train.steps, silent=not self.world.first)
         self.say = self.console.say
         if self.world.first:
-            with whole_file(self.folder / "config.yaml", "w") as file:
+            with atomic_write(self.folder / "config.yaml", "w") as file:
                 file.write(f"# git {self.git}, torch {torch.__version__}\n{dump_config(self.config)}")
             self.metrics = Metrics(self.folder / "metrics.jsonl", self.step)
             self.wandb = Wandb(self.config.log, self.folder, self.config.run, self.config.model_dump() | {

@@ -136,9 +136,9 @@ def test_one_trainer_at_a_time(lab: Lab, fault):
 
 
 def test_one_preparation_at_a_time(lab: Lab, fault):
-    from files import only_one
+    from files import exclusive_lock
     (lab / "out").mkdir()
-    with fault("two trainers on one run", "two that prepare the same data"), only_one(lab / "out/.lock", "mine"):
+    with fault("two trainers on one run", "two that prepare the same data"), exclusive_lock(lab / "out/.lock", "mine"):
         fails(command("-m data.prepare", "tiny.yaml", "data.folder=out", cwd=lab.folder), "being prepared by another process")
     assert command("-m data.prepare", "tiny.yaml", "data.folder=out", cwd=lab.folder).returncode == 0
 
