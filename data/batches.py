@@ -175,7 +175,7 @@ def weights_until(end: int | None, entries: list[MixtureEntry]) -> dict[str, int
 def divide(n: int, weights: dict[str, int]) -> dict[str, int]:
     """How many of a phase's first n windows each source gets.
 
-    A source with a fraction w of the total weight gets ⌊n w⌋. The windows that it leaves are divided
+    A source with a fraction w of the total weight gets ⌊n w⌋. The windows left are divided
     among the remaining sources in the same way, so the counts add up to n.
     """
     counts, total = {}, sum(weights.values())
