@@ -111,7 +111,7 @@ class Sampler:
 
     def encode(self, prompt: str) -> list[int]:
         """The ids of a prompt. Raises UserError if they do not fit the context."""
-        ids = self.tokenizer.prompt(prompt.encode("utf-8", "surrogateescape"))
+        ids = self.tokenizer.encode_prompt(prompt.encode("utf-8", "surrogateescape"))
         n_ctx = self.model.config.n_ctx
         if len(ids) > n_ctx and not self.args.slide:
             raise UserError(f"a prompt of {len(ids)} tokens is longer than the model's context of "

@@ -125,7 +125,7 @@ def attention_patterns(model: GPT, passages: list[Tensor],
 
 def spell(ids: Tensor, tokenizer: Tokenizer) -> list[str]:
     """Each token as text; control characters and bytes that are no whole character as \\xNN."""
-    return [tokenizer.spelled(token) for token in ids.tolist()]
+    return [tokenizer.token_text(token) for token in ids.tolist()]
 
 
 # --- on disk --------------------------------------------------------------------------------------
