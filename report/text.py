@@ -66,8 +66,8 @@ def scores_as_json(table: HeadScores) -> str:
 def findings(examination: ProbeExamination) -> str:
     """What repeating is worth to the model, and which heads that gain depends on."""
     measured = examination.measured
-    lines = [f"Loss on random tokens: {measured.loss_first:.2f} nats in the first copy, "
-             f"{measured.loss_second:.2f} in the second."]
+    lines = [f"First-copy loss on random tokens: {measured.loss_first:.2f} nats per token, "
+             f"second-copy loss: {measured.loss_second:.2f}."]
     if examination.ablation:
         lines.append(describe_ablation(examination.ablation))
     if examination.previous_token:

@@ -8,7 +8,13 @@ import torch
 from test_scores import make_model
 
 from data.batches import Batch
-from induction.ablation import alone, effect, losses_without, matched_sets, path_patch
+from induction.ablation import (
+    ablate_each_head,
+    ablation_effect,
+    losses_without,
+    matched_sets,
+    path_patch,
+)
 from induction.phase import band, transition
 from induction.probes import repeats
 from model.config import ModelConfig
@@ -23,7 +29,7 @@ def test_no_heads_no_change():
     model = make_model()
     intact = model.losses(*BATCH)
     assert torch.equal(losses_without(model, BATCH, []), intact)
-    assert effect(model, [], PROBE).second_copy == 0
+    assert ablation_effect(model, [], PROBE).second_copy == 0
 
 
 @torch.no_grad()
@@ -77,7 +83,7 @@ def test_patterns_kept_are_the_intact_models():
 
 def test_an_effect_is_the_change_in_the_second_copy():
     model = make_model()
-    lost = effect(model, TWO, PROBE, text=BATCH)
+    lost = ablation_effect(model, TWO, PROBE, text=BATCH)
     before, after = losses_without(model, BATCH, []), losses_without(model, BATCH, TWO)
     change = (after - before)[PROBE.second_copy].mean().item()
     gain = (before[PROBE.first_copy].mean() - before[PROBE.second_copy].mean()).item()
@@ -88,7 +94,7 @@ def test_an_effect_is_the_change_in_the_second_copy():
 def test_alone_is_each_heads_mean_in_its_place():
     model = make_model(mlp="swiglu")
     counted = PROBE.second_copy
-    found, intact = alone(model, BATCH, counted), model.losses(*BATCH)[counted].mean()
+    found, intact = ablate_each_head(model, BATCH, counted), model.losses(*BATCH)[counted].mean()
     assert list(found) == heads_of(model.config)
     for head, cost in found.items():
         without = losses_without(model, BATCH, [head], "mean")[counted].mean()

@@ -12,6 +12,7 @@ from PIL import Image
 from test_scores import dense_scores
 
 from induction.ablation import losses_without
+from induction.examine import probes_for
 from model.taps import heads_of, taps
 from training.loaded_run import load_run
 
@@ -33,7 +34,7 @@ def test_the_readme_command(run):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines if line[:1] == "L"] == [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
-    for word in ("prefix", "alone", "random tokens cost", "report.html", "figures/formation.png", "heads.gif"):
+    for word in ("prefix", "alone", "loss on random tokens: ", "report.html", "figures/formation.png", "heads.gif"):
         assert word in done.stdout, word
     for name in ("formation", "scores", "offsets"):
         picture = np.asarray(Image.open(run / "figures" / f"{name}.png").convert("L"))
@@ -53,7 +54,6 @@ def test_alone_is_the_loss_without_that_head(run):
     assert heads("runs/tiny", "--json", "s.json", cwd=run.parent.parent).returncode == 0
     found = json.loads((run.parent.parent / "s.json").read_text())
     opened = load_run(run)
-    from heads import probes_for
     probe = probes_for(opened).held_out
     intact = losses_without(opened.model, probe.batch, [])[probe.second_copy].mean().item()
     for head in heads_of(opened.model.config):
@@ -132,9 +132,9 @@ def test_mistakes_are_two_lines(run):
     fails(heads(run, "--tokens", run / "ids.txt"), "33 tokens", "context of 32")
     fails(heads(run, "--step", "7"), "no checkpoint of step 7", "8, 12")
     fails(heads(run, "--text", "a", "--file", "b"), "exclude each other")
-    fails(heads(run, "--text", "x"), "--text x: one token", "needs two")
+    fails(heads(run, "--text", "x"), "--text x: at most one token", "needs two")
     (run / "odd.bin").write_bytes(bytes(100))
-    fails(heads(run, "--file", run / "odd.bin"), "odd.bin: is no text")
+    fails(heads(run, "--file", run / "odd.bin"), "odd.bin: is not a text file")
     late = heads(run, "--json", run / "no" / "such" / "folder.json")
     fails(late, "--json")
     assert not late.stdout                                       # said before the work
@@ -172,8 +172,8 @@ def test_the_verdict(studied):
     trained = float(trap.split("trained periods ")[1].split(" ")[0])
     assert trained > 0.8 and "**against**" in trap                     # it looks like induction, on the period it knows
     assert "One-layer control: prefix matching at most 0.0" in page and "what was averaged, not what was used" in page
-    assert "No controls, though of one layer" in page and "probe too): toy_1l_smear, toy_fixed_period." in page
+    assert "One-layer runs that are no controls" in page and "meet the probe): toy_1l_smear, toy_fixed_period." in page
     early = heads("verdict", sorted((studied / "runs/toy_1l/checkpoints").glob("0*"))[0], cwd=studied).stdout
-    assert "of 800): no" in early and "No one-layer control" in early and "(unfinished; or" in early
+    assert "of 800): no" in early and "No one-layer control" in early and "(unfinished, or" in early
     smear = page[page.index("## toy_1l_smear"):page.index("## toy_fixed_period")]
     assert "**against**" not in smear and "Prefix matching rose between" in smear

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from induction.scores import SCORES
-from report.viewer import Passage, Snapshot, View, write_viewer
+from report.viewer import Passage, PatternSnapshot, View, write_viewer
 
 sync_playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed").sync_playwright
 CHROMIUM = shutil.which("chromium")
@@ -33,7 +33,7 @@ PREFIX[-1, 1, 2] = 1                                    # so L1H2 is the head th
 
 
 def example(**changes) -> View:
-    snapshots = [Snapshot(int(t / 1000), int(t), patterns) for t, patterns in zip(TOKENS_SEEN, PATTERNS)]
+    snapshots = [PatternSnapshot(int(t / 1000), int(t), patterns) for t, patterns in zip(TOKENS_SEEN, PATTERNS)]
     scores = {"prefix_matching": (TOKENS_SEEN, PREFIX), "copying": (TOKENS_SEEN, 1 - 2 * PREFIX), "of_our_own": (TOKENS_SEEN, 9 * PREFIX)}
     curves = {"train/loss": (np.arange(1001) * 1e3, np.linspace(6, 2, 1001)), "icl/score": (TOKENS_SEEN, np.array([0, 0, np.nan, -1, -2]))}
     return View(title="a run", subtitle="2 layers × 4 heads", n_layers=L, n_heads=H, n_kv_heads=2, passages=PASSAGES, snapshots=snapshots,
@@ -103,7 +103,7 @@ def test_it_opens_with_the_last_snapshot_and_the_head_that_matches_prefixes_best
     page = show(example())
     assert page.title() == "a run" and page.inner_text("h1") == "a run"
     assert page.inner_text("#now") == "step 1,000\n1M tokens"
-    assert page.inner_text("#head") == "L1H2 · prefix matching 1.00 · alone worth +2.10 nats on the second copy"
+    assert page.inner_text("#head") == "L1H2 · prefix matching 1.00 · ablated: second-copy loss +2.10 nats"
     assert page.get_by_role("gridcell", selected=True).inner_text() == "1.00"
     assert "Attention weights show what was averaged, not what was used." in page.inner_text("#notes")
     assert "Synthetic rows cause the formation." in page.inner_text("#notes")
@@ -141,7 +141,7 @@ def test_hover_and_selection_read_the_array(show):
 def test_time_moves_by_slider_plot_and_play(show):
     page = show(example())
     page.get_by_role("slider").press("Home")
-    assert "alone worth" not in page.inner_text("#head")                            # which was measured at the end
+    assert "ablated" not in page.inner_text("#head")                # which was measured at the end
     for snapshot in range(3):
         assert page.get_by_role("slider").get_attribute("aria-valuenow") == str(snapshot)
         settled(page)
@@ -276,7 +276,7 @@ def test_the_file_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_viewer(path, example(snapshots=torn()))
     with pytest.raises(ValueError, match=re.escape("patterns of 'random tokens' are float64 (2, 4, 24, 24), not uint8 (2, 4, 24, 24)")):
-        write_viewer(path, example(snapshots=[Snapshot(0, 0, [p / 255 for p in PATTERNS[0]])]))
+        write_viewer(path, example(snapshots=[PatternSnapshot(0, 0, [p / 255 for p in PATTERNS[0]])]))
     with pytest.raises(ValueError, match="at least one snapshot"):
         write_viewer(path, example(snapshots=[]))
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
@@ -294,7 +294,7 @@ def test_fifty_snapshots_of_512_tokens_are_seen_at_once(show, tmp_path):
     def snapshots():
         for step in range(n):                           # no two alike, for the price of one softmax
             heads = np.concatenate([np.roll(weights, step, axis=0)] * 4)
-            yield Snapshot(step, step * 1000, [(heads * np.tri(T, dtype=np.uint8)).reshape(2, 12, T, T)])
+            yield PatternSnapshot(step, step * 1000, [(heads * np.tri(T, dtype=np.uint8)).reshape(2, 12, T, T)])
 
     page = show(example(n_heads=12, n_kv_heads=12, snapshots=snapshots(), scores={}, causal={},
                         passages=[Passage("long", [f"w{i}" for i in range(T)])]))

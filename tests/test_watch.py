@@ -16,8 +16,8 @@ from induction.probes import probes_of
 from induction.scores import Measured, measure
 from model.config import ModelConfig
 from model.taps import heads_of, taps
-from report.figures import grids
-from report.snapshots import Snapshots, spelled
+from report.figures import score_grids
+from report.snapshots import SnapshotFolder, spell
 from training.loaded_run import load_run
 
 SCORES = ("prefix_matching", "latest_match", "previous_token", "duplicate_token", "first_token", "entropy", "distance", "copying")
@@ -59,7 +59,7 @@ def test_what_is_logged_is_what_the_checkpoint_measures(workplace):
 
 def test_snapshots_are_the_patterns_and_go_on_where_the_run_does(workplace):
     train("heads.every=2", "train.steps=8")
-    saved = Snapshots(Path("runs/tiny/heads"))
+    saved = SnapshotFolder(Path("runs/tiny/heads"))
     assert [(s.step, s.tokens) for s in saved] == [(2, 512), (4, 1024), (6, 1536), (8, 2048)]
     run = load_run("runs/tiny")
     last = list(saved)[-1]
@@ -77,7 +77,7 @@ def test_snapshots_are_the_patterns_and_go_on_where_the_run_does(workplace):
 
 def test_a_long_run_keeps_few_snapshots(workplace):
     train("heads.every=1", "train.steps=100", "checkpoint.every=0", "eval.every=0", "train.batch_tokens=32")
-    assert [s.step for s in Snapshots(Path("runs/tiny/heads"))] == list(range(2, 101, 2))           # 64 at most
+    assert [s.step for s in SnapshotFolder(Path("runs/tiny/heads"))] == list(range(2, 101, 2))           # 64 at most
 
 
 def test_wandb_holds_every_key_image_table_and_page(workplace):
@@ -105,7 +105,7 @@ def test_wandb_holds_every_key_image_table_and_page(workplace):
 
 def test_tokens_are_spelled_so_that_each_can_be_seen():
     tokenizer = make_tokenizer(DataConfig(tokenizer="bytes").tokenizer, iter(()))
-    assert spelled(torch.tensor([256, 7, 65, 10, 200, 127]), tokenizer) == ["<|endoftext|>", "\\x07", "A", "\n", "\\xc8", "\\x7f"]
+    assert spell(torch.tensor([256, 7, 65, 10, 200, 127]), tokenizer) == ["<|endoftext|>", "\\x07", "A", "\n", "\\xc8", "\\x7f"]
 
 
 def test_a_context_too_short_to_repeat_is_not_probed(workplace):
@@ -116,5 +116,5 @@ def test_a_context_too_short_to_repeat_is_not_probed(workplace):
 def test_a_figures_numbers_are_the_scores():
     """Without the zero before the point, and with every other digit: 10.36 is not 1.36."""
     values = torch.tensor([[10.36, -0.33, 0.5, 20.1]], dtype=torch.float64)
-    drawn = grids(ModelConfig(n_layers=1, n_heads=4, vocab_size=9), Measured({"distance": values}, torch.zeros(1, 4, 17), 0, 0))
+    drawn = score_grids(ModelConfig(n_layers=1, n_heads=4, vocab_size=9), Measured({"distance": values}, torch.zeros(1, 4, 17), 0, 0))
     assert [text.get_text() for text in drawn.axes[0].texts] == ["10.36", "-.33", ".50", "20.10"]
