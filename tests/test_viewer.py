@@ -103,7 +103,7 @@ def test_it_opens_with_the_last_snapshot_and_the_head_that_matches_prefixes_best
     page = show(example())
     assert page.title() == "a run" and page.inner_text("h1") == "a run"
     assert page.inner_text("#now") == "step 1,000\n1M tokens"
-    assert page.inner_text("#head") == "L1H2 · prefix matching 1.00 · ablated: second-copy loss +2.10 nats"
+    assert page.inner_text("#head") == "L1H2 · prefix matching 1.00 · ablated: second copy +2.10 nats"
     assert page.get_by_role("gridcell", selected=True).inner_text() == "1.00"
     assert "Attention weights show what was averaged, not what was used." in page.inner_text("#notes")
     assert "Synthetic rows cause the formation." in page.inner_text("#notes")
