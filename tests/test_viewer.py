@@ -109,7 +109,8 @@ def listed(page, which: str) -> list[tuple[int, str]]:
 
 def strongest(weights: np.ndarray, first: int = 0) -> list[list]:
     order = sorted(range(len(weights)), key=lambda i: -int(weights[i]))[:5]
-    return [[first + i, f"{weights[i] / 255:.2f}"] for i in order if weights[i] > 1]    # 1: 0.00
+    # A weight of 1/255 reads 0.00 and is not listed.
+    return [[first + i, f"{weights[i] / 255:.2f}"] for i in order if weights[i] > 1]
 
 
 def background(page, selector: str) -> str:
