@@ -62,9 +62,10 @@ def attention_scores(model: GPT, tokens: Tensor, queries: Tensor) -> PatternScor
                 layers.append(layer_scores(q, k, lse, tokens, weight, window))
             return on_lse
 
-        on_lse = {f"L{layer}.lse": measure_layer(layer, window)
-                  for layer, window in enumerate(model.config.windows)}
-        with taps(model, on_lse):
+        lse_taps: dict[str, Function | None] = {
+            f"L{layer}.lse": measure_layer(layer, window)
+            for layer, window in enumerate(model.config.windows)}
+        with taps(model, lse_taps):
             final = model.hidden(tokens)
     scores = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
     profile = scores.pop("offset_profile")

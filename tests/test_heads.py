@@ -11,9 +11,18 @@ from commands import ROOT, command, fails
 from PIL import Image
 from test_scores import dense_scores
 
-from induction.ablation import losses_without
-from induction.examine import probes_for
-from model.taps import heads_of, taps
+from induction.ablation import Effect, losses_without
+from induction.examine import HeadScores, probes_for
+from induction.phase import Transition
+from induction.verdict import PreviousTokenHeads, SetAblation
+from model.taps import Head, heads_of, taps
+from report.text import (
+    describe_ablation,
+    describe_previous_token,
+    head_table,
+    scores_as_json,
+    summary,
+)
 from training.loaded_run import load_run
 
 HEADS = [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
@@ -65,6 +74,43 @@ def test_alone_is_the_loss_without_that_head(run):
         without = losses_without(opened.model, probe.batch, [head], "mean")
         rise = without[probe.second_copy].mean().item() - intact
         assert scores[str(head)]["alone"] == pytest.approx(rise, abs=1e-5)
+
+
+def test_sentences_say_what_was_measured():
+    """Numbers that nobody has to compute: a set of two heads, and one previous-token head."""
+    two, one = [Head(1, 3), Head(1, 0)], [Head(0, 2)]
+    ablation = SetAblation(two, Effect(2.104, 0.938, None, None), [0.1, 0.3], {1})
+    assert describe_ablation(ablation) == (
+        "Mean-ablating L1H3, L1H0 (prefix matching ≥ 0.4) raises second-copy loss by 2.10 nats,\n"
+        "  94% of the repeat gain; ablating other heads of the same layers: 20%.")
+    nothing_else = ablation._replace(effect=Effect(-0.5, -0.2, None, None), others=[])
+    assert "lowers second-copy loss by 0.50 nats" in describe_ablation(nothing_else)
+    assert "other heads" not in describe_ablation(nothing_else)
+    previous = PreviousTokenHeads(one, 6.0, -0.02, {"q": 0.25, "k": 6.2, "v": -0.125})
+    sentence = describe_previous_token(previous)
+    assert "L0H2" in sentence and "raises second-copy loss by 6.00 nats" in sentence
+    assert "fixed: -0.02" in sentence and "keys: +6.20" in sentence and "queries: +0.25" in sentence
+    record = {"heads/prefix_matching/L0H0": 0.1, "heads/prefix_matching/L1H3": 0.95,
+              "heads/previous_token/L0H0": 1.0, "repeat/loss_first": 6.3, "repeat/loss_second": 0.2}
+    line = summary(record)
+    assert line.startswith("L1H3 ") and "0.95" in line and "6.30" in line and "0.20" in line
+    assert summary({"val/loss": 2.0}) is None
+
+
+def test_the_table_has_a_row_per_head_and_explains_its_columns():
+    scores = {"prefix_matching": torch.tensor([[0.25, 0.5]]),
+              "of_our_own": torch.tensor([[1.0, 2.0]])}
+    table = HeadScores(scores, {Head(0, 0): 0.125, Head(0, 1): -1.5})
+    formed = {Head(0, 1): Transition(2e6, 3e6, 0.5, {})}
+    lines = head_table(table, "the given text", formed).split("\n")
+    assert [line.split() for line in lines[:3]] == [
+        ["head", "prefix", "of_our_own", "alone", "formed"], ["L0H0", "0.250", "1.000", "+0.125"],
+        ["L0H1", "0.500", "2.000", "-1.500", "2.00", "M"]]
+    assert len(lines[0]) == len(lines[2])                       # columns are aligned
+    explained = "\n".join(lines[3:])
+    assert "loss on the given text" in explained and "copying" not in explained
+    assert json.loads(scores_as_json(table))["L0H1"] == {"prefix_matching": 0.5, "of_our_own": 2.0,
+                                                         "alone": -1.5}
 
 
 def test_given_tokens_are_taken_as_they_are(run):
