@@ -78,7 +78,7 @@ def findings(examination: ProbeExamination) -> str:
 
 
 def rises(nats: float) -> str:
-    """ "raises second-copy loss by 2.10 nats" """
+    """A change of the second-copy loss in words: raises second-copy loss by 2.10 nats."""
     verb = "lowers" if nats < 0 else "raises"
     return f"{verb} second-copy loss by {abs(nats):.2f} nats"
 
@@ -123,7 +123,7 @@ def transitions(records: list[Record]) -> str:
     return "\n".join(lines)
 
 
-def summary(latest: Record) -> str | None:
+def heads_summary(latest: Record) -> str | None:
     """The best head and the losses on random tokens, from the newest value of each metric; None if
     the heads were never measured."""
     scores = scores_by_head(latest, "prefix_matching")

@@ -20,8 +20,8 @@ from report.text import (
     describe_ablation,
     describe_previous_token,
     head_table,
+    heads_summary,
     scores_as_json,
-    summary,
 )
 from training.loaded_run import load_run
 
@@ -92,9 +92,9 @@ def test_sentences_say_what_was_measured():
     assert "fixed: -0.02" in sentence and "keys: +6.20" in sentence and "queries: +0.25" in sentence
     record = {"heads/prefix_matching/L0H0": 0.1, "heads/prefix_matching/L1H3": 0.95,
               "heads/previous_token/L0H0": 1.0, "repeat/loss_first": 6.3, "repeat/loss_second": 0.2}
-    line = summary(record)
+    line = heads_summary(record)
     assert line.startswith("L1H3 ") and "0.95" in line and "6.30" in line and "0.20" in line
-    assert summary({"val/loss": 2.0}) is None
+    assert heads_summary({"val/loss": 2.0}) is None
 
 
 def test_the_table_has_a_row_per_head_and_explains_its_columns():
