@@ -82,11 +82,11 @@ class PatternRecorder:
         for rank, head in enumerate(strongest, 1):
             title = f"{head}  prefix matching {score[head]:.2f}"
             pictures[f"heads/strongest/{rank}"] = portrait(patterns[0][head], title)
-        pictures["heads/table"] = score_rows(self.config, measured)
+        pictures["heads/table"] = score_table(self.config, measured)
         return pictures
 
 
-def score_rows(config: ModelConfig, measured: Measured) -> Table:
+def score_table(config: ModelConfig, measured: Measured) -> Table:
     """All scores as a table, one row per head."""
     rows = [[str(head), *(round(values[head].item(), 4) for values in measured.scores.values())]
             for head in heads_of(config)]
