@@ -1,8 +1,9 @@
-"""Writes docs/reliability.md from what the tests counted: faults injected, and how many survived."""
+"""Writes docs/reliability.md from what the tests counted: faults injected and survived."""
 
 import os
 import platform
 import sys
+import textwrap
 import time
 from collections import defaultdict
 from importlib.metadata import version
@@ -46,13 +47,14 @@ CHECKS = {                      # fault → what its test asserts
 
 PAGE = """# Faults: what was broken, and what survived
 
-Written by `{command}` on {date} from what the tests counted. {machine}
+Written by `make test-faults` on {date} from what the tests counted.
+{machine}
 
 **{injected:,} faults were injected, {configs:,} of them damaged configs; {survived:,} were
 survived as promised.**{failed}
 
-Each test starts the real `train.py` (or `sample.py`, `heads.py`, `data.prepare`) and breaks it at
-an exact moment: a wrapper ends the process at the n-th call that marks the moment
+Each test starts the real `train.py` (or `sample.py`, `heads.py`, `data.prepare`) and breaks it. A
+named moment is hit exactly: a wrapper ends the process at the n-th call that marks the moment
 (`tests/faults/breaker.py`); the tested code is not changed. n is drawn from a fixed seed;
 `FAULT_SEED=2 make test-faults` draws others. Damaged configs are drawn by hypothesis.
 
@@ -120,9 +122,10 @@ def write_page(path: Path, outcomes: list[Outcome]) -> None:
     if survived < injected:
         failed = f" The table says which {injected - survived} were not."
     tested = {fault for fault, _ in counts}
-    meanings = [f"- **{fault}**: {check}." for fault, check in CHECKS.items() if fault in tested]
+    meanings = [textwrap.fill(f"- **{fault}**: {check}.", 100, subsequent_indent="  ")
+                for fault, check in CHECKS.items() if fault in tested]
     path.write_text(PAGE.format(
-        command="make test-faults", date=time.strftime("%Y-%m-%d"), machine=machine(),
+        date=time.strftime("%Y-%m-%d"), machine=machine(),
         injected=injected, survived=survived, configs=configs, failed=failed,
         rows="\n".join(rows), meanings="\n".join(meanings)))
 
@@ -135,5 +138,5 @@ def machine() -> str:
     processor = processors[0] if processors else "CPU"
     packages = ", ".join(f"{name} {version(name)}"
                          for name in ("torch", "numpy", "safetensors", "wandb"))
-    return (f"Machine: {platform.system()} {platform.machine()}, {os.cpu_count()} × {processor}. "
+    return (f"Machine: {platform.system()} {platform.machine()}, {os.cpu_count()} × {processor}.\n"
             f"Python {sys.version.split()[0]}, {packages}.")
