@@ -1,148 +1,78 @@
-"""Text from a run: `python sample.py runs/quickstart "def " -n 3`."""
+"""Text from a checkpoint: `python sample.py runs/quickstart "def " -n 3`."""
 
+import argparse
 import codecs
 import json
 import os
 import sys
 import time
-from functools import partial
+from collections.abc import Callable, Iterator
 from io import TextIOWrapper
 from pathlib import Path
+from typing import Any
 
+from tqdm import tqdm
+
+from data.tokenizer import Tokenizer
 from errors import ArgumentParser, UserError, first_line, run_command
+from model.compiled import CompiledStep
+from model.generate import Sampling, generate
+from model.gpt import GPT
+from training.checkpoint import find_checkpoint, load_model
+from training.device import choose_device
+
+Show = Callable[[int, str], None]           # called with (number of the prompt, new text)
 
 
 def main() -> None:
     args = parse_arguments()
-    for stream in (sys.stdin, sys.stdout):                      # bytes that are no UTF-8 pass through as they are
+    for stream in (sys.stdin, sys.stdout):          # bytes that are not UTF-8 pass unchanged
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="surrogateescape")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # large pages: on a CPU, weights are read a third faster
-    from model.generate import Sampling, generate
-    from training.checkpoint import find_checkpoint, load_model
-    from training.device import choose_device
-    device = choose_device(args.device, "--device ")
-    model, tokenizer = load_model(find_checkpoint(args.run), device)
-    model.pack()
-    step = None
-    if args.compile:
-        from model.compiled import CompiledStep
-        step = CompiledStep(model)
-    sampling = Sampling(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
-
-    def encoded(prompts: list[str]) -> list[list[int]]:
-        ids = [tokenizer.prompt(prompt.encode("utf-8", "surrogateescape")) for prompt in prompts]
-        longest = max(map(len, ids))
-        if longest > model.config.n_ctx and not args.slide:
-            raise UserError(f"a prompt of {longest} tokens is longer than the model's context of {model.config.n_ctx}\n"
-                            "  shorten it, or use --slide to read its end alone")
-        return ids
-
-    def continued(ids: list[list[int]], **options):
-        return generate(model, ids, args.max_tokens, sampling, seed=args.seed, ends=tokenizer.ends, slide=args.slide,
-                        n_tokens=tokenizer.n_vocab, batch_size=args.batch_size, step=step, **options)
-
-    def complete(ids: list[list[int]], show=None, finish=None) -> None:
-        """Continue prompts; `show` is given (number of the prompt, text) as text comes, `finish` (number, continuation) as each ends."""
-        rows = [Continuation(tokenizer, args.stop) for _ in ids]
-        going: set[int] = set()
-
-        def end(r: int) -> None:
-            if (text := rows[r].finish()) and show:
-                show(r, text)
-            if finish:
-                finish(r, rows[r])
-
-        for tokens in continued(ids, wanted=lambda r: rows[r].ended is None):
-            for r in sorted(going - tokens.keys()):
-                end(r)
-            going = set(tokens)
-            for r, token in tokens.items():
-                if (text := rows[r].add(token)) and show:
-                    show(r, text)
-        for r in sorted(going):
-            end(r)
-        if any(row.ended is None and len(row.tokens) < args.max_tokens for row in rows):
-            print(f"{chr(10) if show else ''}note: the context of {model.config.n_ctx} tokens is full; --slide goes on", file=sys.stderr)
-
-    prompts = [""] if args.interactive else [prompt for prompt in read_prompts(args) for _ in range(args.n)]
-    ids = encoded(prompts)                      # refused before anything is printed
-    if step:
-        compile_ahead(continued(ids))
+    # Large pages, asked for before the first tensor: a CPU then reads weights a third faster.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    model, tokenizer = load_model(find_checkpoint(args.run), choose_device(args.device, "--device "))
+    sampler = Sampler(model.pack(), tokenizer, args)
     if args.interactive:
-        return interact(lambda prompt, show: complete(encoded([prompt]), show))
+        sampler.compile([sampler.encode("")])
+        interact(sampler)
+        return
+    prompts = [prompt for prompt in read_prompts(args) for _ in range(args.n)]
+    ids = [sampler.encode(prompt) for prompt in prompts]    # refused before anything is printed
+    sampler.compile(ids)
     if len(prompts) == 1 and not args.json:
         print(prompts[0], end="", flush=True)
-        complete(ids, lambda _, text: print(text, end="", flush=True))
+        sampler.complete(ids, show=lambda _, text: print(text, end="", flush=True))
         print()
     elif args.stream and not args.json:
-        complete(ids, lambda r, text: print(f"[{r}] {text!r}", flush=True))
+        sampler.complete(ids, show=lambda n, text: print(f"[{n}] {text!r}", flush=True))
     else:
-        in_order(prompts, partial(complete, ids), args.json)
-
-
-def compile_ahead(continued) -> None:
-    """Decode as far as the first steps are compiled."""
-    from torch._dynamo.exc import TorchDynamoException
-    print("compiling a step of decoding: 10 to 30 seconds on a CPU", file=sys.stderr)
-    try:
-        for _ in zip(range(4), continued):      # read, chosen, and the compiled step twice: on a GPU it is captured the first time
-            pass
-    except TorchDynamoException as error:
-        raise UserError(f"--compile: PyTorch's compiler does not work here ({first_line(error)})\n"
-                        "  it needs a C++ compiler such as g++ and Python's headers; or leave --compile out") from None
-
-
-def in_order(prompts: list[str], complete, as_json: bool) -> None:
-    """Print continuations whole, in the order of their prompts, each as soon as it and all before it have ended."""
-    from tqdm import tqdm
-    first, between_two, last = ("[", ",\n ", "]\n") if as_json else ("", "\n---\n", "\n")
-    ended: dict[int, Continuation] = {}
-    printed = tokens = 0
-    started = time.monotonic()
-
-    def finish(r: int, row: Continuation) -> None:
-        nonlocal printed, tokens
-        ended[r], tokens = row, tokens + len(row.tokens)
-        while printed in ended:
-            done, prompt = ended.pop(printed), prompts[printed]
-            text = json.dumps({"prompt": prompt, "text": done.text, "tokens": done.tokens}, ensure_ascii=False) if as_json \
-                else prompt + done.text
-            print(between_two if printed else first, text, sep="", end="", flush=True)
-            printed += 1
-        bar.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
-        bar.update()
-
-    # On a terminal the continuations themselves show how far it is.
-    with tqdm(total=len(prompts), unit=" prompts", delay=2, leave=False, disable=sys.stdout.isatty()) as bar:
-        complete(finish=finish)
-    print(last, end="")
-    if not as_json:
-        print(f"{tokens} tokens, {tokens / (time.monotonic() - started):.0f} tokens/s", file=sys.stderr)
+        print_in_order(prompts, ids, sampler, as_json=args.json)
 
 
 class Continuation:
-    """One as it grows: its tokens, and its text up to a stop string, never cut inside a character."""
+    """The continuation of a prompt as it grows: its tokens, and its text up to a stop string. The
+    text is never cut inside a character."""
 
-    def __init__(self, tokenizer, stops: list[str]):
+    def __init__(self, tokenizer: Tokenizer, stops: list[str]):
         self.tokenizer, self.stops = tokenizer, stops
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.tokens: list[int] = []
         self.text = ""              # what is certain to stay
-        self.held = ""              # the beginning of a stop string, perhaps
-        self.ended: str | None = None
+        self.held = ""              # what may be the beginning of a stop string
+        self.ended = False
 
     def add(self, token: int) -> str:
-        """Take a token; the text that has become certain."""
+        """Add a token. Returns the text that has become certain."""
         self.tokens.append(token)
         if token in self.tokenizer.ends:
             rest = self.finish()
-            self.ended = "end of text"
+            self.ended = True
             return rest
         return self._settle(self.decoder.decode(self.tokenizer.token_bytes[token]))
 
     def finish(self) -> str:
-        """The text that was still held back."""
+        """Returns the text that was still held back."""
         if self.ended:
             return ""
         rest = self._settle(self.decoder.decode(b"", final=True))
@@ -151,19 +81,135 @@ class Continuation:
         return rest + held
 
     def _settle(self, new: str) -> str:
+        """Add text. Returns what no stop string can take back."""
         text = self.held + new
-        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        if found:
-            self.ended, certain, self.held = "stop", text[:min(found)], ""
+        stops = [text.find(stop) for stop in self.stops if stop in text]
+        if stops:
+            self.ended = True
+            certain, self.held = text[:min(stops)], ""
         else:
-            keep = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+            # The longest end of the text that is the beginning of a stop string.
+            keep = 0
+            for stop in self.stops:
+                for n in range(1, len(stop)):
+                    if text.endswith(stop[:n]):
+                        keep = max(keep, n)
             certain, self.held = text[:len(text) - keep], text[len(text) - keep:]
         self.text += certain
         return certain
 
 
-def interact(complete) -> None:
-    """Read a prompt, continue it, again, until the end of input."""
+class Sampler:
+    """A model with the options of the command line."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, args: argparse.Namespace):
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.sampling = Sampling(args.repetition_penalty, args.temperature, args.top_k, args.top_p,
+                                 args.min_p)
+        self.step = CompiledStep(model) if args.compile else None
+
+    def encode(self, prompt: str) -> list[int]:
+        """The ids of a prompt. Raises UserError if they do not fit the context."""
+        ids = self.tokenizer.prompt(prompt.encode("utf-8", "surrogateescape"))
+        n_ctx = self.model.config.n_ctx
+        if len(ids) > n_ctx and not self.args.slide:
+            raise UserError(f"a prompt of {len(ids)} tokens is longer than the model's context of "
+                            f"{n_ctx}\n  shorten it, or use --slide to read only its end")
+        return ids
+
+    def generate(self, ids: list[list[int]], **options: Any) -> Iterator[dict[int, int]]:
+        args = self.args
+        return generate(self.model, ids, args.max_tokens, self.sampling, seed=args.seed,
+                        ends=self.tokenizer.ends, slide=args.slide,
+                        n_tokens=self.tokenizer.n_vocab, batch_size=args.batch_size,
+                        step=self.step, **options)
+
+    def compile(self, ids: list[list[int]]) -> None:
+        """With --compile, decode as far as the first steps are compiled."""
+        if self.step is None:
+            return
+        from torch._dynamo.exc import TorchDynamoException
+        print("compiling a decoding step: 10 to 30 seconds on a CPU", file=sys.stderr)
+        try:
+            # Prefill, a choice, and the compiled step twice: a GPU captures it the first time.
+            for _ in zip(range(4), self.generate(ids)):
+                pass
+        except TorchDynamoException as error:
+            raise UserError(
+                f"--compile: PyTorch's compiler does not work here ({first_line(error)})\n"
+                "  it needs a C++ compiler such as g++ and Python's headers; or leave --compile out"
+            ) from None
+
+    def complete(self, ids: list[list[int]], show: Show | None = None,
+                 finished: Callable[[int, Continuation], None] | None = None) -> None:
+        """Continue prompts. `show` gets text as it comes, `finished` each continuation as it
+        ends."""
+        rows = [Continuation(self.tokenizer, self.args.stop) for _ in ids]
+        going: set[int] = set()
+
+        def end(n: int) -> None:
+            rest = rows[n].finish()
+            if rest and show:
+                show(n, rest)
+            if finished:
+                finished(n, rows[n])
+
+        for tokens in self.generate(ids, wanted=lambda n: not rows[n].ended):
+            for n in sorted(going - tokens.keys()):
+                end(n)
+            going = set(tokens)
+            for n, token in tokens.items():
+                text = rows[n].add(token)
+                if text and show:
+                    show(n, text)
+        for n in sorted(going):
+            end(n)
+        cut = [row for row in rows if not row.ended and len(row.tokens) < self.args.max_tokens]
+        if cut:
+            newline = "\n" if show else ""
+            print(f"{newline}note: the context of {self.model.config.n_ctx} tokens is full; "
+                  "--slide goes on", file=sys.stderr)
+
+
+def print_in_order(prompts: list[str], ids: list[list[int]], sampler: Sampler,
+                   as_json: bool) -> None:
+    """Print whole continuations in the order of their prompts, each as soon as it and all before it
+    have ended."""
+    opening, separator, closing = ("[", ",\n ", "]\n") if as_json else ("", "\n---\n", "\n")
+    ended: dict[int, Continuation] = {}         # not printed yet
+    printed = tokens = 0
+    started = time.monotonic()
+
+    def rate() -> str:
+        return f"{tokens / (time.monotonic() - started):.0f} tokens/s"
+
+    def finished(n: int, row: Continuation) -> None:
+        nonlocal printed, tokens
+        ended[n] = row
+        tokens += len(row.tokens)
+        while printed in ended:
+            prompt, next_row = prompts[printed], ended.pop(printed)
+            if as_json:
+                entry = {"prompt": prompt, "text": next_row.text, "tokens": next_row.tokens}
+                text = json.dumps(entry, ensure_ascii=False)
+            else:
+                text = prompt + next_row.text
+            print(separator if printed else opening, text, sep="", end="", flush=True)
+            printed += 1
+        bar.set_postfix_str(rate(), refresh=False)
+        bar.update()
+
+    # On a terminal the continuations themselves show the progress.
+    with tqdm(total=len(prompts), unit=" prompts", delay=2, leave=False,
+              disable=sys.stdout.isatty()) as bar:
+        sampler.complete(ids, finished=finished)
+    print(closing, end="")
+    if not as_json:
+        print(f"{tokens} tokens, {rate()}", file=sys.stderr)
+
+
+def interact(sampler: Sampler) -> None:
+    """Read a prompt, continue it, and again, until the end of input."""
     terminal = sys.stdin.isatty()
     while True:
         try:
@@ -174,72 +220,93 @@ def interact(complete) -> None:
             continue
         print(prompt, end="", flush=True)
         try:
-            complete(prompt, lambda _, text: print(text, end="", flush=True))
+            sampler.complete([sampler.encode(prompt)],
+                             show=lambda _, text: print(text, end="", flush=True))
         except UserError as error:
             print(f"\nerror: {error}", file=sys.stderr, end="")
         print(flush=True)
 
 
-def read_prompts(args) -> list[str]:
-    given = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of the command line and of --file; the empty one if there are none."""
+    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
     if args.file is None:
-        return given or [""]
+        return prompts or [""]
     try:
-        lines = [line.rstrip("\r") for line in Path(args.file).read_text("utf-8", "surrogateescape").split("\n")]
+        text = Path(args.file).read_text("utf-8", "surrogateescape")
     except OSError as error:
         raise UserError(f"--file {args.file}: cannot be read ({error.strerror})") from None
+    lines = [line.rstrip("\r") for line in text.split("\n")]
     if not any(lines):
         raise UserError(f"--file {args.file}: holds no prompt (one a line)")
-    return given + [line for line in lines if line]
+    return prompts + [line for line in lines if line]
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser("python sample.py", description="Continue prompts with a trained model.")
-    parser.add_argument("run", help="runs/NAME, or a checkpoint in it: runs/NAME/checkpoints/000500")
-    parser.add_argument("prompt", nargs="*", default=[], help="text to continue, several at once if given; - reads standard input; "
-                        "none begins a new document")
-    parser.add_argument("--file", help="a file of prompts, one a line, as many as you like")
-    parser.add_argument("-n", type=at_least(int, 1), default=1, metavar="N", help="continuations of each prompt (default 1)")
-    parser.add_argument("--max-tokens", type=at_least(int, 1), default=200, metavar="N", help="longest continuation (default 200)")
-    parser.add_argument("--temperature", type=at_least(float, 0), default=0.8, metavar="T", help="0 is greedy (default 0.8)")
-    parser.add_argument("--top-k", type=at_least(int, 1), metavar="K", help="choose among the K likeliest tokens")
-    parser.add_argument("--top-p", type=between(float, 1e-9, 1), metavar="P", help="choose among the likeliest that together reach P")
-    parser.add_argument("--min-p", type=between(float, 0, 1), metavar="P", help="leave out tokens below P times the likeliest")
-    parser.add_argument("--repetition-penalty", type=at_least(float, 0.01), default=1.0, metavar="R",
-                        help="above 1: repeat less (default 1)")
-    parser.add_argument("--seed", type=at_least(int, 0), default=0, metavar="S", help="same seed, same text (default 0)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be given again")
-    parser.add_argument("--batch-size", type=at_least(int, 1), default=32, metavar="B",
-                        help="prompts continued at the same time; as one ends, the next begins (default 32)")
-    parser.add_argument("--compile", action="store_true", help="compile a step of decoding first, which takes 10 to 30 seconds on a CPU: "
-                        "for 100,000 tokens of a small model, some thousands of a large one")
-    parser.add_argument("--slide", action="store_true", help="past the model's context, forget the older half and go on")
-    parser.add_argument("--stream", action="store_true", help="several continuations: show pieces as they come (one always streams)")
-    parser.add_argument("--interactive", action="store_true", help="read prompts line by line until the end of input")
-    parser.add_argument("--json", action="store_true", help='print [{"prompt": …, "text": …, "tokens": […]}]')
-    parser.add_argument("--device", default="auto", help="cuda, cpu, mps (default: the first there is)")
-    args = parser.parse_intermixed_args()       # prompts may stand behind options
+    add = parser.add_argument
+    add("run", help="runs/NAME, or a checkpoint in it: runs/NAME/checkpoints/000500")
+    add("prompt", nargs="*", default=[],
+        help="text to continue, or several texts; - reads standard input; without one a new "
+             "document begins")
+    add("--file", help="a file of prompts, one a line, any number of them")
+    add("-n", type=at_least(int, 1), default=1, metavar="N",
+        help="continuations of each prompt (default 1)")
+    add("--max-tokens", type=at_least(int, 1), default=200, metavar="N",
+        help="longest continuation (default 200)")
+    add("--temperature", type=at_least(float, 0), default=0.8, metavar="T",
+        help="0 is greedy (default 0.8)")
+    add("--top-k", type=at_least(int, 1), metavar="K", help="choose among the K likeliest tokens")
+    add("--top-p", type=between(float, 1e-9, 1), metavar="P",
+        help="choose among the likeliest tokens that together reach P")
+    add("--min-p", type=between(float, 0, 1), metavar="P",
+        help="leave out tokens below P times the likeliest")
+    add("--repetition-penalty", type=at_least(float, 0.01), default=1.0, metavar="R",
+        help="above 1: repeat less (default 1)")
+    add("--seed", type=at_least(int, 0), default=0, metavar="S",
+        help="same seed, same text (default 0)")
+    add("--stop", action="append", default=[], metavar="TEXT",
+        help="end before TEXT; may be given several times")
+    add("--batch-size", type=at_least(int, 1), default=32, metavar="B",
+        help="prompts continued at the same time; when one ends, the next begins (default 32)")
+    add("--compile", action="store_true",
+        help="compile a decoding step first, which takes 10 to 30 seconds on a CPU: worth it for "
+             "100,000 tokens of a small model, or some thousands of a large one")
+    add("--slide", action="store_true",
+        help="when the context is full, forget its older half and go on")
+    add("--stream", action="store_true",
+        help="with several continuations: show pieces as they come (a single one always streams)")
+    add("--interactive", action="store_true",
+        help="read prompts line by line until the end of input")
+    add("--json", action="store_true", help='print [{"prompt": …, "text": …, "tokens": […]}]')
+    add("--device", default="auto", help="cuda, cpu, mps (default: the first there is)")
+    args = parser.parse_intermixed_args()       # prompts may follow options
     if args.interactive and (args.prompt or args.file or args.json or args.n > 1):
-        raise UserError("--interactive reads its prompts by itself, one at a time: leave out prompt, --file, --json and -n")
+        raise UserError("--interactive reads its prompts by itself, one at a time: leave out "
+                        "prompt, --file, --json and -n")
     return args
 
 
 LARGEST = 2 ** 62
 
 
-def between(kind, low, high):
-    """A number of `kind` in a range, as argparse takes it; its name makes the error readable."""
-    def number(text: str):
-        value = kind(text)
+def between(number_type: type[int] | type[float], low: float,
+            high: float) -> Callable[[str], float]:
+    """A parser of numbers from `low` to `high`, for argparse. Its name makes the error readable."""
+    def number(text: str) -> float:
+        value = number_type(text)
         if not low <= value <= high:
             raise ValueError
         return value
-    number.__name__ = f"{'whole number' if kind is int else 'number'} from {low:g} {'on' if high == LARGEST else f'to {high:g}'},"
+
+    noun = "whole number" if number_type is int else "number"
+    range_ = f"from {low:g} on" if high == LARGEST else f"from {low:g} to {high:g}"
+    number.__name__ = f"{noun} {range_},"
     return number
 
 
-def at_least(kind, low):
-    return between(kind, low, LARGEST)
+def at_least(number_type: type[int] | type[float], low: float) -> Callable[[str], float]:
+    return between(number_type, low, LARGEST)
 
 
 if __name__ == "__main__":

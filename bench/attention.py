@@ -223,7 +223,7 @@ def decoding(rounds: int, copy_gb_s: float) -> list[dict]:
 def head_statistics_cost(rounds: int) -> list[dict]:
     """All statistics of all heads against the forward pass whose lse they take."""
     from kernels.attention import attention
-    from kernels.head_statistics import head_statistics
+    from kernels.statistics import head_statistics
     rows = []
     for T, D in product(sorted({CONTEXTS[0], *CONTEXTS[-2:]}), HEAD_SIZES):
         q, k, v, _ = (t.detach() for t in tensors(T, D, 1))
@@ -297,9 +297,9 @@ def tune() -> Iterator[dict]:
 def timed_call(kernel: str, q, k, v, grad, ids) -> Callable[[], object]:
     """A call whose time moves with one kernel's tile (the backward ones run together)."""
     from kernels.flash import flash_attention, flash_attention_backward
-    from kernels.head_statistics import head_statistics
+    from kernels.statistics import head_statistics
     from kernels.tiles import masks_of
-    rest = (True, None, None, q.shape[-1] ** -0.5, "tf32x3")
+    rest = (True, None, None, q.shape[-1] ** -0.5)
     out, lse = flash_attention(q, k, v, *rest)
     if kernel == "forward_gluon":
         from kernels.flash_gluon import launch_gluon

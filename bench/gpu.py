@@ -219,23 +219,23 @@ def calls_of_tests() -> Iterator[Callable[[], object]]:
 
     from kernels import flash
     from kernels.decode import decode
-    from kernels.head_statistics_triton import statistics
+    from kernels.statistics_triton import statistics
 
     def gluon(case) -> None:
         flash.USE_GLUON = True
         q, k, v, _ = case.tensors()
         masks = case.masks()
-        flash.flash_attention(q, k, v, masks["causal"], masks["window"], masks["segments"], case.D ** -0.5, "tf32x3")
+        flash.flash_attention(q, k, v, masks["causal"], masks["window"], masks["segments"], case.D ** -0.5)
         flash.USE_GLUON = False
 
     def one_query(case) -> None:
         q, k, v = test_decode.tensors(case)
-        decode(q, k, v, None, None, case.window, case.D ** -0.5, "tf32x3")
+        decode(q, k, v, None, None, case.window, case.D ** -0.5)
 
     def heads(dtype: str) -> None:
         q = torch.zeros(2, 90, 4, 32, dtype=DTYPES[dtype]).transpose(1, 2)
         ids = torch.zeros(2, 90, dtype=torch.long)
-        statistics(q, q[:, :2], torch.zeros(2, 4, 90), ids, ids, ids, None, None, 1.0, "tf32x3")
+        statistics(q, q[:, :2], torch.zeros(2, 4, 90), ids, ids, ids, None, None, 1.0)
 
     for dtype in DTYPES:
         yield partial(heads, dtype)
@@ -270,13 +270,13 @@ def calls_of_benches() -> Iterator[Callable[[], object]]:
     def cache(D: int, groups: int, ragged: bool) -> None:
         k = torch.zeros(2, 4, 1024, D, dtype=torch.bfloat16)
         q, at = torch.zeros(2, 4 * groups, 1, D, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.long) if ragged else None
-        decode(q, k, k, at, None, None, D ** -0.5, "tf32x3")
+        decode(q, k, k, at, None, None, D ** -0.5)
 
     for kernel, sizes in CANDIDATES.items():
         if launch.has_tiles(kernel, tensors(64)[0]):
             yield from (partial(candidate, kernel, D, tile) for D, tiles in sizes.items() for tile in tiles)
     for D in (64, 128):
-        yield lambda D=D: flash_attention(*tensors(D), True, 100, None, D ** -0.5, "tf32x3")
+        yield lambda D=D: flash_attention(*tensors(D), True, 100, None, D ** -0.5)
         yield from (partial(cache, D, groups, ragged) for groups, ragged in product((1, 4), (False, True)))
 
 

@@ -18,13 +18,13 @@ from bench import results
 from bench.results import DEVICE, DTYPE, GPU
 from bench.side import Side
 from errors import ArgumentParser, run_command
-from files import explain_disk_errors, must_be_writable, whole_file
+from files import atomic_write, explain_disk_errors, must_be_writable
 from kernels.attention import attention
-from kernels.head_statistics import head_statistics
+from kernels.statistics import head_statistics
 from model.config import ModelConfig
 from model.gpt import GPT
 from report.figures import BLUE, GREY, SECOND, figure, titled
-from training.run import memory_gb
+from training.device import peak_memory_gb
 
 BACKENDS = {"auto": "attention without its pattern", "reference": "pattern materialised"}
 SWEEPS = {
@@ -66,13 +66,13 @@ def serve_step(
     model.attention_backend = backend
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(512, (rows, config.n_ctx + 1), generator=generator).to(DEVICE)
-    before = memory_gb(DEVICE)
+    before = peak_memory_gb(DEVICE)
     while pipe.recv() is not None:
         started = time.perf_counter()
         loss = model.loss(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         loss.item()
-        pipe.send((time.perf_counter() - started, memory_gb(DEVICE) - before))
+        pipe.send((time.perf_counter() - started, peak_memory_gb(DEVICE) - before))
         model.zero_grad()
 
 
@@ -85,9 +85,9 @@ def serve_statistics(pipe: Connection, context: int, threads: int) -> None:
     tokens = torch.randint(512, (1, context), generator=generator).to(DEVICE)
     _, lse = attention(q, k, v, return_lse=True)
     while pipe.recv() is not None:
-        before, started = memory_gb(DEVICE), time.perf_counter()
+        before, started = peak_memory_gb(DEVICE), time.perf_counter()
         head_statistics(q, k, lse, tokens).entropy.sum().item()
-        pipe.send((time.perf_counter() - started, memory_gb(DEVICE) - before))
+        pipe.send((time.perf_counter() - started, peak_memory_gb(DEVICE) - before))
 
 
 def measure(sweep: str, value: int, rounds: int, threads: int) -> Point:
@@ -183,7 +183,7 @@ def draw(sweeps: dict[str, dict[int, Point]], path: Path) -> None:
     # The date is left out, so that the same measurements give the same SVG.
     metadata = {"Date": None} if path.suffix == ".svg" else None
     with explain_disk_errors(f"--figure {path}", "name a file in an existing folder"), \
-            whole_file(path) as file:
+            atomic_write(path) as file:
         drawing.savefig(file, format=path.suffix[1:] or "svg", metadata=metadata)
 
 

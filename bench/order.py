@@ -54,14 +54,14 @@ def corpus(tokens: int, shards: int) -> TokenStream:
 
 def epoch_is_whole(windows: TextWindows, block: int = 10 ** 6) -> int:
     """Look up every window of one epoch; how many there were. Raises AssertionError where one is missing or read twice."""
-    seen = np.zeros(windows.per_epoch, dtype=bool)
-    offset = random_key(windows.seed, "text", 0) % windows.slack
-    for first in range(0, windows.per_epoch, block):
-        starts = windows.starts(np.arange(first, min(first + block, windows.per_epoch))) - offset
+    seen = np.zeros(windows.windows_per_epoch, dtype=bool)
+    offset = random_key(windows.seed, "text", 0) % windows.n_shifts
+    for first in range(0, windows.windows_per_epoch, block):
+        starts = windows.starts(np.arange(first, min(first + block, windows.windows_per_epoch))) - offset
         assert (starts % windows.n_ctx == 0).all(), "a window begins off its border"
         seen[starts // windows.n_ctx] = True            # as many indices as places: all places hit is each hit once
     assert seen.all(), f"{(~seen).sum()} windows are never read"
-    return windows.per_epoch
+    return windows.windows_per_epoch
 
 
 def randomness(size: int, n: int, key: int) -> dict[str, float]:
@@ -88,7 +88,7 @@ def randomness(size: int, n: int, key: int) -> dict[str, float]:
 def cost(tokens: int, n_ctx: int, n: int) -> dict[str, float]:
     """Microseconds an index of `TextWindows.starts`, n at a time and alone, and the most memory that those n took."""
     windows = TextWindows(corpus(tokens, max(1, tokens // 250_000_000)), n_ctx, seed=0)
-    index = np.arange(n) % windows.per_epoch            # of one epoch: each has a key of its own to make
+    index = np.arange(n) % windows.windows_per_epoch            # of one epoch: each has a key of its own to make
     together = min(timed(lambda: windows.starts(index)) for _ in range(3))
     alone = timed(lambda: [windows.starts(index[i:i + 1]) for i in range(200)]) / 200
     tracemalloc.start()
@@ -122,7 +122,7 @@ def shares_agree(batches: Batches, steps: list[int], world_sizes: tuple[int, ...
     compared, text = 0, batches.sources["files"]
     for step in steps:
         whole = batches[step]
-        for row, n in enumerate(range(step * batches.windows, (step + 1) * batches.windows)):
+        for row, n in enumerate(range(step * batches.windows_per_step, (step + 1) * batches.windows_per_step)):
             source, own = batches.quotas.locate(n)
             if source == "files" and row % 50 == 0:
                 start = int(text.starts(np.array([own]))[0])

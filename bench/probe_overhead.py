@@ -18,11 +18,12 @@ from data.dataset import Dataset
 from errors import ArgumentParser, run_command
 from induction.probes import probes_of
 from induction.watch import HeadWatch
+from report.snapshots import PatternRecorder
 from train import build_model
 from training.config import Config, load_config
 from training.device import choose_hardware, choose_micro_batch, training_loss
-from training.distributed import ALONE
 from training.optimizer import Optimizer
+from training.parallel import ONE_PROCESS
 
 
 def measure(config: Config, rounds: int) -> tuple[torch.device, dict[str, list[float]]]:
@@ -37,7 +38,7 @@ def measure(config: Config, rounds: int) -> tuple[torch.device, dict[str, list[f
     text = None
     if data.shards:
         text = data.validation(config.eval.tokens, config.model.n_ctx, 1)[0].tokens[0].to(device)
-    model = build_model(config, data.tokenizer, hardware, ALONE, new=True)
+    model, _ = build_model(config, data.tokenizer, hardware, ONE_PROCESS.world, new=True)
     micro_batch = choose_micro_batch(config, model)
     optimizer = Optimizer(model, config.optimizer, config.train.steps)
     loss_of = training_loss(model, config.train.compile)
@@ -46,11 +47,17 @@ def measure(config: Config, rounds: int) -> tuple[torch.device, dict[str, list[f
 
     def train() -> None:
         nonlocal step
-        for batch in batches.ahead(step, step + config.heads.every, device):
+        for batch in batches.prefetch(step, step + config.heads.every, device):
             for part in batch.split(micro_batch):
                 loss_of(*part).backward()
             step += 1
             float(optimizer.step(step, config.train.batch_tokens))
+
+    def look() -> None:
+        tokens = step * config.train.batch_tokens
+        watch(model, tokens)
+        if recorder.due(step):
+            recorder.save(model, step, tokens)
 
     def timed(function: Callable[[], object]) -> float:
         started = time.perf_counter()
@@ -61,13 +68,13 @@ def measure(config: Config, rounds: int) -> tuple[torch.device, dict[str, list[f
 
     seconds: dict[str, list[float]] = {"steps": [], "look": [], "pictures": []}
     with tempfile.TemporaryDirectory() as folder:
-        watch = HeadWatch(model, probes, text, data.tokenizer, Path(folder),
-                          every=config.heads.every, steps=config.train.steps)
+        watch = HeadWatch(model.config, probes)
+        recorder = PatternRecorder(model.config, probes, text, data.tokenizer, Path(folder),
+                                   every=config.heads.every, steps=config.train.steps)
         for _ in range(rounds + 1):
             seconds["steps"].append(timed(train))
-            seconds["look"].append(
-                timed(lambda: watch(model, step, step * config.train.batch_tokens)))
-            seconds["pictures"].append(timed(lambda: watch.pictures(model)))
+            seconds["look"].append(timed(look))
+            seconds["pictures"].append(timed(lambda: recorder.pictures(model, watch.measured)))
     return device, {part: values[1:] for part, values in seconds.items()}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from files import whole_file
+from files import atomic_write
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = (torch.device("cuda"), torch.bfloat16) if GPU else (torch.device("cpu"), torch.float32)
@@ -35,5 +35,5 @@ def folder() -> Path:
 def write(name: str, figures: dict) -> None:
     """`figures` and the machine they were measured on, as NAME.json."""
     about = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
-    with whole_file(folder() / f"{name}.json", "w") as file:
+    with atomic_write(folder() / f"{name}.json", "w") as file:
         json.dump(about | figures, file, indent=1)

@@ -30,7 +30,7 @@ from model.compiled import CompiledStep
 from model.config import ModelConfig
 from model.generate import Sampling, generate
 from model.gpt import GPT
-from training.checkpoint import load_model, save_checkpoint, snapshot
+from training.checkpoint import checkpoint_contents, load_model, save_checkpoint
 
 CONTEXT = 8192 + 256
 SHAPES = {
@@ -154,7 +154,7 @@ def save(config: ModelConfig, folder: Path) -> Path:
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.02)
     return save_checkpoint(
-        folder, snapshot(model, {}, {"step": 1}, "", bytes_tokenizer(), copy=False))
+        folder, checkpoint_contents(model, {}, {"step": 1}, "", bytes_tokenizer(), copy=False))
 
 
 def bytes_read(config: ModelConfig, batch: int, context: int) -> int:

@@ -1,29 +1,34 @@
 """Studies of how induction heads form: several configs, several seeds, one page of results each.
 
-    python -m bench.study toy                   # train what is missing in runs/, two at a time, then write docs/studies/toy.md
-    python -m bench.study toy --seeds 2         # a shorter form, its table printed and not written
+    python -m bench.study toy               # train the missing runs in runs/, then write
+                                            # docs/studies/toy.md
+    python -m bench.study toy --seeds 2     # a shorter form, printed and not written
 
-The page's words are its authors'; the command renews the table and the figure between its two marks.
+The text of a page is written by hand. The command renews only the tables and the figure between its
+two marks.
 """
 
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from errors import ArgumentParser, UserError, run_command
-from files import whole_file
-from heads import examine_run
-from induction.history import best_of_looks, curve, icl_transition
-from induction.phase import FORMED, Transition, band
+from files import atomic_write
+from induction.examine import judge_run
+from induction.history import Record, best_head_history, curve, icl_transition
+from induction.metrics import ICL_SCORE, LOSS_SECOND
+from induction.phase import INDUCTION_HEAD, Transition, band
 from induction.verdict import Verdict
-from report.figures import GREY, figure
-from training.checkpoint import whole_checkpoints
+from report.figures import GREY, Figure, figure
+from training.checkpoint import list_checkpoints
 from training.config import differences, load_config
+from training.device import choose_device
+from training.loaded_run import load_run
 from training.logger import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -31,8 +36,8 @@ CONFIGS, PAGES = ROOT / "configs" / "induction", ROOT / "docs" / "studies"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 
-class Arm(NamedTuple):
-    """One condition of a study: what to call it, a config, what is changed of it."""
+class Condition(NamedTuple):
+    """One condition of a study: a name, a config, and what is changed in it."""
 
     label: str
     config: str
@@ -45,172 +50,265 @@ class Arm(NamedTuple):
         return [*self.changes, f"run={self.run(seed).name}", f"seed={seed}", "log.wandb=disabled"]
 
 
-STUDIES: dict[str, tuple[int, list[Arm]]] = {           # name → seeds, arms
-    "toy": (5, [Arm(name, name) for name in ("toy_2l", "toy_1l", "toy_1l_smear", "toy_fixed_period")]),
-    "text": (3, [*(Arm(name, name) for name in ("text_mixed_2l", "text_mixed_1l", "text_only_2l", "text_smear")),
-                 Arm("text_unseen_tokens", "text_mixed_2l", (
-                     "data.repeats.held_out_tokens=0.1", "train.steps=3000",
-                     "data.mixture=[{corpus: stdlib, weight: 0.5}, {corpus: repeats, weight: 0.5}]"))]),
-    "positions": (3, [Arm(f"position_{name}", "toy_2l", (f"model.position={name}",))
-                      for name in ("rope", "learned", "sinusoidal", "none")]),
-    "gqa": (3, [Arm(f"gqa_{kv}", "toy_2l", ("model.n_heads=8", f"model.n_kv_heads={kv}")) for kv in (8, 4, 2, 1)]),
+class Study(NamedTuple):
+    seeds: int
+    conditions: list[Condition]
+
+
+def as_configured(*names: str) -> list[Condition]:
+    """Conditions that are configs of configs/induction without changes."""
+    return [Condition(name, name) for name in names]
+
+
+STUDIES = {
+    "toy": Study(5, as_configured("toy_2l", "toy_1l", "toy_1l_smear", "toy_fixed_period")),
+    "text": Study(3, [
+        *as_configured("text_mixed_2l", "text_mixed_1l", "text_only_2l", "text_smear"),
+        Condition("text_unseen_tokens", "text_mixed_2l", (
+            "data.repeats.held_out_tokens=0.1", "train.steps=3000",
+            "data.mixture=[{corpus: stdlib, weight: 0.5}, {corpus: repeats, weight: 0.5}]"))]),
+    "positions": Study(3, [
+        Condition(f"position_{name}", "toy_2l", (f"model.position={name}",))
+        for name in ("rope", "learned", "sinusoidal", "none")]),
+    "gqa": Study(3, [
+        Condition(f"gqa_{n}", "toy_2l", ("model.n_heads=8", f"model.n_kv_heads={n}"))
+        for n in (8, 4, 2, 1)]),
 }
 
 
-# --- training -------------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
-def train_missing(arms: list[Arm], seeds: int, at_once: int) -> None:
-    """Train every arm with every seed, `at_once` side by side on one thread each; what is finished stays as it is."""
-    missing = [(arm, seed) for seed in range(seeds) for arm in arms if not finished(arm, seed)]
+def train_missing(conditions: list[Condition], seeds: int, at_once: int) -> None:
+    """Train every condition with every seed, `at_once` runs side by side on one thread each. Finished
+    runs stay as they are."""
+    missing = [(condition, seed) for seed in range(seeds) for condition in conditions
+               if not finished(condition, seed)]
     started = time.monotonic()
-
-    def train(job: tuple[Arm, int]) -> None:
-        arm, seed = job
-        done = subprocess.run([sys.executable, str(ROOT / "train.py"), str(CONFIGS / f"{arm.config}.yaml"), *arm.overrides(seed)],
-                              capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        if done.returncode:
-            raise UserError(f"{arm.run(seed)}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
-
     with ThreadPoolExecutor(at_once) as pool:
-        for n, ((arm, seed), _) in enumerate(zip(missing, pool.map(train, missing)), 1):
+        for n, run in enumerate(pool.map(train, missing), 1):
             passed = time.monotonic() - started
             left = passed / n * (len(missing) - n)
-            print(f"{n}/{len(missing)}  {arm.run(seed).name}  {passed:.0f} s, about {left:.0f} s left", flush=True)
+            print(f"{n}/{len(missing)}  {run.name}  {passed:.0f} s, about {left:.0f} s left",
+                  flush=True)
 
 
-def finished(arm: Arm, seed: int) -> bool:
-    """Whether the run is there to its end; a UserError where it was trained as something else."""
-    run, wanted = arm.run(seed), load_config(CONFIGS / f"{arm.config}.yaml", arm.overrides(seed))
+def train(job: tuple[Condition, int]) -> Path:
+    """Train one condition with one seed in a process of its own; returns the run."""
+    condition, seed = job
+    run, config = condition.run(seed), CONFIGS / f"{condition.config}.yaml"
+    command = [sys.executable, str(ROOT / "train.py"), str(config), *condition.overrides(seed)]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        output = done.stderr.strip() or done.stdout.strip()
+        raise UserError(f"{run}: {output.splitlines()[-1]}")
+    return run
+
+
+def finished(condition: Condition, seed: int) -> bool:
+    """Whether the run exists and reached its last step. A UserError if it has another config."""
+    run = condition.run(seed)
+    wanted = load_config(CONFIGS / f"{condition.config}.yaml", condition.overrides(seed))
     if not (run / "config.yaml").exists():
         return False
-    if other := differences(load_config(run / "config.yaml"), wanted):
-        raise UserError(f"{run} was trained as another config says ({'; '.join(other[:3])})\n  move it away and run this again")
-    whole = whole_checkpoints(run / "checkpoints")
-    return bool(whole) and int(whole[-1].name) >= wanted.train.steps
+    if changes := differences(load_config(run / "config.yaml"), wanted):
+        raise UserError(f"{run} was trained with another config ({'; '.join(changes[:3])})\n"
+                        "  move it away and run this again")
+    checkpoints = list_checkpoints(run / "checkpoints")
+    return bool(checkpoints) and int(checkpoints[-1].name) >= wanted.train.steps
 
 
-# --- results --------------------------------------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 class Outcome(NamedTuple):
-    """What one run came to: its verdict, its last measurements, and all of them."""
+    """The results of one run."""
 
     verdict: Verdict
-    last: dict[str, float]
+    newest: dict[str, float]    # the newest value of each metric
     icl: Transition | None
-    cache: int                  # numbers of cache a token and layer
-    records: list[dict]
+    cache: int                  # numbers in the cache per token and layer
+    records: list[Record]
 
 
 def outcome(run: Path) -> Outcome:
-    records, shape = read_metrics(run / "metrics.jsonl"), load_config(run / "config.yaml").model
-    last = {key: value for record in records for key, value in record.items()}
-    return Outcome(examine_run(str(run)), last, icl_transition(records), 2 * shape.kv_heads * shape.head_size, records)
+    records = read_metrics(run / "metrics.jsonl")
+    shape = load_config(run / "config.yaml").model
+    newest = {key: value for record in records for key, value in record.items()}
+    verdict = judge_run(load_run(run, device=choose_device("auto")))
+    return Outcome(verdict, newest, icl_transition(records), 2 * shape.kv_heads * shape.head_size,
+                   records)
 
 
-def million(tokens: float | None) -> str | None:
-    return None if tokens is None else f"{tokens / 1e6:.2f}"
+Cell = Callable[[Outcome], str | None]              # None if a run has no such value
 
 
-# Heading → what of a run stands under it, None where there is no such thing. A column of nothing is left out, and so is a row.
-FORMED_WHEN = {
+def millions(moment: Callable[[Outcome], float | None]) -> Cell:
+    """Of tokens."""
+    def cell(o: Outcome) -> str | None:
+        tokens = moment(o)
+        return None if tokens is None else f"{tokens / 1e6:.2f}"
+    return cell
+
+
+def on_text(metric: str) -> Cell:
+    """Only of runs that saw text."""
+    return lambda o: f"{o.newest[metric]:.3f}" if ICL_SCORE in o.newest else None
+
+
+def unseen(o: Outcome) -> str | None:
+    if o.verdict.unseen is None:
+        return None
+    return f"{o.verdict.unseen.scores['prefix_matching'].max().item():.2f}"
+
+
+def gain_removed(o: Outcome) -> str | None:
+    ablation = o.verdict.ablation
+    return None if ablation is None else f"{ablation.effect.gain_removed:.0%}"
+
+
+def gain_removed_by_others(o: Outcome) -> str | None:
+    ablation = o.verdict.ablation
+    if ablation is None or ablation.others_mean is None:
+        return None
+    return f"{ablation.others_mean:.0%}"
+
+
+def previous_token(effect: str, into: str | None = None) -> Cell:
+    """A field of the effect of the previous-token heads."""
+    def cell(o: Outcome) -> str | None:
+        heads = o.verdict.previous_token
+        if heads is None:
+            return None
+        value = getattr(heads, effect)
+        return f"{value if into is None else value[into]:+.2f}"
+    return cell
+
+
+# Heading → cell. A column without any value is left out, and so is a row.
+FORMED: dict[str, Cell] = {
     "prefix matching": lambda o: f"{o.verdict.best:.2f}",
     "peak near target": lambda o: f"{o.verdict.measured.offset_profile.max():.2f}",
     "first copy": lambda o: f"{o.verdict.measured.loss_first:.2f}",
     "second copy": lambda o: f"{o.verdict.measured.loss_second:.3f}",
-    "on unseen tokens": lambda o: None if o.verdict.unseen is None else f"{o.verdict.unseen:.2f}",
-    "onset, M tokens": lambda o: o.verdict.moved and million(o.verdict.moved.onset),
-    "end": lambda o: o.verdict.moved and million(o.verdict.moved.end),
-    "text loss": lambda o: f"{o.last['val/loss']:.3f}" if "icl/score" in o.last else None,
-    "ICL score": lambda o: f"{o.last['icl/score']:.3f}" if "icl/score" in o.last else None,
-    "its onset": lambda o: o.icl and million(o.icl.onset),
-    "its end": lambda o: o.icl and million(o.icl.end),
+    "on unseen tokens": unseen,
+    "onset, M tokens": millions(lambda o: o.verdict.transition and o.verdict.transition.onset),
+    "end": millions(lambda o: o.verdict.transition and o.verdict.transition.end),
+    "text loss": on_text("val/loss"),
+    "ICL score": on_text(ICL_SCORE),
+    "its onset": millions(lambda o: o.icl and o.icl.onset),
+    "its end": millions(lambda o: o.icl and o.icl.end),
 }
-NEEDED = {
-    "gain removed": lambda o: o.verdict.cause and f"{o.verdict.cause.lost.gain_removed:.0%}",
-    "by other heads": lambda o: f"{o.verdict.cause.beside:.0%}" if o.verdict.cause and o.verdict.cause.others else None,
-    "previous-token heads": lambda o: o.verdict.aim and f"{o.verdict.aim.full:+.2f}",
-    "patterns kept": lambda o: o.verdict.aim and f"{o.verdict.aim.kept:+.2f}",
-    "into keys": lambda o: o.verdict.aim and f"{o.verdict.aim.by['k']:+.2f}",
-    "into queries": lambda o: o.verdict.aim and f"{o.verdict.aim.by['q']:+.2f}",
+NEEDED: dict[str, Cell] = {
+    "gain removed": gain_removed,
+    "by other heads": gain_removed_by_others,
+    "previous-token heads": previous_token("total"),
+    "patterns kept": previous_token("patterns_kept"),
+    "into keys": previous_token("into", "k"),
+    "into queries": previous_token("into", "q"),
 }
 
+Results = dict[Condition, list[Outcome]]
+Column = dict[Condition, str]
 
-def tables(arms: list[Arm], results: dict[Arm, list[Outcome]]) -> str:
-    """Markdown: what formed and when, and what it is worth. A row an arm; of several seeds the median and the range."""
-    yes = {arm: sum(o.verdict.answer == "yes" for o in results[arm]) for arm in arms}
-    caches = {arm: results[arm][0].cache for arm in arms}
-    extra = {"verdict": {arm: f"{yes[arm]} of {len(results[arm])}" for arm in arms}}
+
+def tables(results: Results) -> str:
+    """Markdown: what formed and when, and what it is worth. One row per condition; of several seeds
+    the median and the range."""
+    yes = {condition: sum(o.verdict.answer == "yes" for o in outcomes)
+           for condition, outcomes in results.items()}
+    caches = {condition: outcomes[0].cache for condition, outcomes in results.items()}
+    first = {"verdict": {condition: f"{yes[condition]} of {len(outcomes)}"
+                         for condition, outcomes in results.items()}}
     if len(set(caches.values())) > 1:
-        extra["cache, numbers a token and layer"] = {arm: str(cache) for arm, cache in caches.items()}
-    return "\n\n".join(found for found in (table(arms, results, FORMED_WHEN, extra), table(arms, results, NEEDED, {})) if found)
+        first["cache, numbers a token and layer"] = {condition: str(cache)
+                                                     for condition, cache in caches.items()}
+    both = (table(first | columns(results, FORMED)), table(columns(results, NEEDED)))
+    return "\n\n".join(markdown for markdown in both if markdown)
 
 
-def table(arms: list[Arm], results: dict[Arm, list[Outcome]], columns: dict, extra: dict[str, dict[Arm, str]]) -> str:
-    cells = {**extra, **{name: {arm: spread([of(o) for o in results[arm]]) for arm in arms} for name, of in columns.items()}}
-    cells = {name: column for name, column in cells.items() if any(column.values())}
-    rows = [arm for arm in arms if any(column[arm] for column in cells.values())]
-    if not rows:
+def columns(results: Results, cells: dict[str, Cell]) -> dict[str, Column]:
+    return {heading: {condition: spread([cell(o) for o in outcomes])
+                      for condition, outcomes in results.items()}
+            for heading, cell in cells.items()}
+
+
+def table(all_columns: dict[str, Column]) -> str:
+    filled = {heading: column for heading, column in all_columns.items() if any(column.values())}
+    if not filled:
         return ""
-    return "\n".join(["|  | " + " | ".join(cells) + " |", "|" + "---|" * (1 + len(cells)),
-                      *(f"| `{arm.label}` | " + " | ".join(column[arm] or "–" for column in cells.values()) + " |" for arm in rows)])
+    lines = ["|  | " + " | ".join(filled) + " |", "|" + "---|" * (1 + len(filled))]
+    for condition in next(iter(filled.values())):
+        cells = [column[condition] for column in filled.values()]
+        if any(cells):
+            lines.append(f"| `{condition.label}` | " + " | ".join(cell or "–" for cell in cells)
+                         + " |")
+    return "\n".join(lines)
 
 
-def spread(found: Sequence[str | None]) -> str:
-    """The median and the range; how many there are, where some runs have none."""
-    values = sorted((value for value in found if value), key=lambda value: float(value.rstrip("%")))
+def spread(cells: Sequence[str | None]) -> str:
+    """The median and the range; the number of values, if some runs have none."""
+    values = sorted((cell for cell in cells if cell), key=lambda cell: float(cell.rstrip("%")))
     if not values:
         return ""
     low, middle, high = values[0], values[(len(values) - 1) // 2], values[-1]
-    few = "" if len(values) == len(found) else f", {len(values)} of {len(found)}"
+    few = "" if len(values) == len(cells) else f", {len(values)} of {len(cells)}"
     return f"{middle}{few}" if low == high else f"{middle} ({low} … {high}{few})"
 
 
-def drawn(arms: list[Arm], results: dict[Arm, list[Outcome]]):
-    """Prefix matching and the loss of the second copy over tokens, an arm a colour, mean and 95% band over seeds."""
-    picture, ((left, right),) = figure(9.0, 3.2, 1, 2)
-    for arm in arms:
-        best = [tuple(zip(*best_of_looks(o.records))) for o in results[arm]]
-        second = [curve(o.records, "repeat/loss_second") for o in results[arm]]
+def draw(results: Results) -> Figure:
+    """Prefix matching and second-copy loss over tokens, one colour per condition: the mean over seeds
+    and its 95% band."""
+    drawn, ((left, right),) = figure(9.0, 3.2, 1, 2)
+    for condition, outcomes in results.items():
+        best = [tuple(zip(*best_head_history(o.records))) for o in outcomes]
+        second = [curve(o.records, LOSS_SECOND) for o in outcomes]
         for axes, curves in ((left, best), (right, second)):
-            found = band(curves)
-            line, = axes.plot(found.x / 1e6, found.mean, lw=1.5, label=arm.label)
-            axes.fill_between(found.x / 1e6, found.low, found.high, color=line.get_color(), alpha=0.15, lw=0)
-    left.axhline(FORMED, color=GREY, lw=0.8, ls=":")
-    left.set(xlabel="million tokens", ylabel="prefix matching, best head", ylim=(-0.02, 1.02))
-    right.set(xlabel="million tokens", ylabel="loss in the second copy, nats", ylim=(0, min(right.get_ylim()[1], 8)))
-    picture.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=len(arms), frameon=False, fontsize=8)
-    return picture
+            seeds = band(curves)
+            line, = axes.plot(seeds.x / 1e6, seeds.mean, lw=1.5, label=condition.label)
+            axes.fill_between(seeds.x / 1e6, seeds.low, seeds.high, color=line.get_color(),
+                              alpha=0.15, lw=0)
+    left.axhline(INDUCTION_HEAD, color=GREY, lw=0.8, ls=":")
+    left.set(xlabel="million tokens seen", ylabel="prefix matching, best head", ylim=(-0.02, 1.02))
+    right.set(xlabel="million tokens seen", ylabel="second-copy loss, nats per token",
+              ylim=(0, min(right.get_ylim()[1], 8)))
+    drawn.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=len(results),
+                 frameon=False, fontsize=8)
+    return drawn
 
 
-def write_page(name: str, found: str, picture) -> Path:
-    """Renew the results of docs/studies/NAME.md; its words stay."""
+def write_page(name: str, markdown: str, drawn: Figure) -> Path:
+    """Renew the results in docs/studies/NAME.md; the text around them stays."""
     page = PAGES / f"{name}.md"
     PAGES.mkdir(parents=True, exist_ok=True)
-    with whole_file(PAGES / f"{name}.svg") as file:
-        picture.savefig(file, format="svg", metadata={"Date": None})
-    words = page.read_text("utf-8") if page.exists() else f"# {name}\n\n{BEGIN}\n{END}\n"
-    if BEGIN not in words or END not in words:
-        raise UserError(f"{page}: {BEGIN} and {END} mark where its results go; one is missing")
-    before, after = words.split(BEGIN)[0], words.split(END)[1]
-    with whole_file(page, "w") as file:
-        file.write(f"{before}{BEGIN}\n{found}\n\n![curves]({name}.svg)\n{END}{after}")
+    with atomic_write(PAGES / f"{name}.svg") as file:
+        drawn.savefig(file, format="svg", metadata={"Date": None})
+    text = page.read_text("utf-8") if page.exists() else f"# {name}\n\n{BEGIN}\n{END}\n"
+    if BEGIN not in text or END not in text:
+        raise UserError(f"{page}: one of the marks {BEGIN} and {END} is missing; the results go "
+                        "between them")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    with atomic_write(page, "w") as file:
+        file.write(f"{before}{BEGIN}\n{markdown}\n\n![curves]({name}.svg)\n{END}{after}")
     return page
 
 
 def main() -> None:
-    parser = ArgumentParser("python -m bench.study", description="Train the runs of a study and write its page, docs/studies/NAME.md.")
-    parser.add_argument("study", choices=STUDIES, help="which")
-    parser.add_argument("--seeds", type=int, help="fewer or more than the study's own number")
-    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="runs side by side (default: a run a core)")
+    parser = ArgumentParser("python -m bench.study", description="Train the runs of a study and "
+                            "write its page, docs/studies/NAME.md.")
+    parser.add_argument("study", choices=STUDIES, help="the study's name")
+    parser.add_argument("--seeds", type=int, help="number of seeds (default: the study's own)")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1,
+                        help="runs side by side (default: one per core)")
     args = parser.parse_args()
-    whole, arms = STUDIES[args.study]
-    seeds = args.seeds or whole
-    train_missing(arms, seeds, args.at_once)
-    results = {arm: [outcome(arm.run(seed)) for seed in range(seeds)] for arm in arms}
-    found = tables(arms, results)
-    print(f"\n{found}")
-    if seeds >= whole:
-        print(f"\nwritten  {write_page(args.study, found, drawn(arms, results))}")
+    study = STUDIES[args.study]
+    seeds = args.seeds or study.seeds
+    train_missing(study.conditions, seeds, args.at_once)
+    results = {condition: [outcome(condition.run(seed)) for seed in range(seeds)]
+               for condition in study.conditions}
+    markdown = tables(results)
+    print(f"\n{markdown}")
+    if seeds >= study.seeds:
+        print(f"\nwritten  {write_page(args.study, markdown, draw(results))}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from data.batches import Batch
 from data.corpus import pydoc_topics, stdlib_files
 from data.dataset import Dataset
 from errors import ArgumentParser, run_command
-from files import whole_file
+from files import atomic_write
 from model.gpt import GPT
 from training.config import Config, load_config
 from training.device import choose_micro_batch
@@ -47,7 +47,7 @@ def default_text(folder: Path) -> Path:
             break
         text += source.read_bytes()
     path = folder / "text.txt"
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(text[:TEXT_BYTES])
     return path
 

@@ -30,9 +30,8 @@ from model.compiled import keep_apart_by_cpu
 from model.config import ModelConfig
 from model.gpt import GPT
 from training.config import OptimizerConfig
-from training.device import keep_freed_memory, training_loss
+from training.device import keep_freed_memory, peak_memory_gb, training_loss
 from training.optimizer import Optimizer
-from training.run import memory_gb
 
 
 class Shape(NamedTuple):
@@ -122,7 +121,7 @@ def best(call: Callable[[], object], times: int) -> float:
 def serve_plain(pipe: Connection, shape: Shape, threads: int, compiled: bool) -> None:
     """nanoGPT's step: autocast on a GPU, the logits of the whole batch, clipping, fused AdamW."""
     torch.set_num_threads(threads)
-    before = memory_gb(DEVICE)
+    before = peak_memory_gb(DEVICE)
     recipe = shape.recipe
     model = PlainGPT(recipe).to(DEVICE)
     optimizer = model.optimizer(recipe)
@@ -150,7 +149,7 @@ def serve_ours(
     torch.set_num_threads(threads)
     if not GPU:
         keep_freed_memory()
-    before = memory_gb(DEVICE)
+    before = peak_memory_gb(DEVICE)
     model = GPT(shape.config).to(DEVICE)
     model.compute_dtype = DTYPE
     optimizer = Optimizer(model, OptimizerConfig(kind=optimizer_kind, lr=1e-3), steps=1000)
@@ -177,7 +176,7 @@ def time_steps(pipe: Connection, shape: Shape, forward_backward: Callable[[Tenso
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         passes_seconds = seconds(forward_backward, inputs, targets)
         update_seconds = seconds(update, step)
-        mb = (memory_gb(DEVICE) - before) * 1e3
+        mb = (peak_memory_gb(DEVICE) - before) * 1e3
         pipe.send(StepTime(passes_seconds, update_seconds, mb))
 
 

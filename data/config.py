@@ -1,49 +1,61 @@
 """What a model is trained on."""
 
 import difflib
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import tiktoken
 from pydantic import Field, PositiveInt, model_validator
 
-from settings.validate import Settings, Size
+from settings.validate import Conflicts, Settings, Size
 
 Corpus = Literal["stdlib", "files", "hub", "repeats"]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 class TokenizerConfig(Settings):
-    """`bpe` trained on the corpus, `bytes`, a tiktoken encoding by its name (gpt2, cl100k_base, o200k_base, …), or the
-    path of a tokenizer.json or of a folder with one (a checkpoint, to go on training it on other text)."""
+    """`bpe` trained on the corpus, `bytes`, a tiktoken encoding by its name (gpt2, cl100k_base,
+    o200k_base, …), or the path of a tokenizer.json or of a folder with one (a checkpoint, to
+    continue training it on other text)."""
 
     kind: str
-    vocab_size: PositiveInt | None = None       # bpe only: bytes, merges and the end-of-text token together
+    vocab_size: PositiveInt | None = None       # bpe only: bytes, merges and the end-of-text token
+                                                # together
 
     @model_validator(mode="before")
     @classmethod
-    def _bare_name(cls, value):
-        return {"kind": value} if isinstance(value, str) else value       # `tokenizer: gpt2`
+    def _from_name(cls, value: Any) -> Any:
+        """Accept `tokenizer: gpt2`."""
+        return {"kind": value} if isinstance(value, str) else value
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, core, handler):
-        return {"anyOf": [{"type": "string"}, handler(core)]}
+    def __get_pydantic_json_schema__(cls, core_schema: Any,
+                                     handler: Callable[[Any], Any]) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(core_schema)]}
 
-    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+    def conflicts(self) -> Conflicts:
         if self.kind == "bpe" and not 258 <= (self.vocab_size or 0) <= 2 ** 20:
-            yield ("vocab_size",), (f"data.tokenizer.vocab_size={self.vocab_size} must be 258 to 1048576 for a bpe: "
-                                    "256 bytes, the merges, the end-of-text token (try 4096)")
+            yield ("vocab_size",), (
+                f"data.tokenizer.vocab_size={self.vocab_size} must be 258 to 1048576 for a bpe: "
+                "256 bytes, the merges, the end-of-text token (try 4096)")
         if self.kind != "bpe" and self.vocab_size is not None:
-            yield ("vocab_size", "kind"), (f"data.tokenizer.vocab_size={self.vocab_size} is for kind: bpe; "
-                                           f"{self.kind} has its own size (leave it out)")
-        if self.kind not in ("bpe", "bytes"):
-            if "/" in self.kind:            # a path, looked for when the tokenizer is made: a run keeps its own
-                return
-            known = ["bpe", "bytes", *tiktoken.list_encoding_names()]
-            if self.kind not in known:
-                near = difflib.get_close_matches(self.kind, known, 1)
-                yield ("kind",), (f"data.tokenizer.kind={self.kind!r} is no tokenizer; "
-                                  + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"))
+            yield ("vocab_size", "kind"), (
+                f"data.tokenizer.vocab_size={self.vocab_size} is for kind: bpe; "
+                f"{self.kind} has its own size (leave it out)")
+        if self.kind not in ("bpe", "bytes") and not self.is_path:
+            yield from self._name_conflicts()
+
+    def _name_conflicts(self) -> Conflicts:
+        known = ["bpe", "bytes", *tiktoken.list_encoding_names()]
+        if self.kind not in known:
+            close = difflib.get_close_matches(self.kind, known, 1)
+            advice = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+            yield ("kind",), f"data.tokenizer.kind={self.kind!r} is not a known tokenizer; {advice}"
+
+    @property
+    def is_path(self) -> bool:
+        """Whether `kind` is a path. It is checked only on loading: a run keeps its own copy."""
+        return "/" in self.kind
 
 
 class HubConfig(Settings):
@@ -57,19 +69,26 @@ class HubConfig(Settings):
 
 
 class RepeatsConfig(Settings):
-    """Synthetic rows for the induction study: [end of text] + one random block repeated to the end of the window."""
+    """Synthetic rows for the induction study: [end of text] + a random block, repeated."""
 
-    period: list[Size] = [8, 32]                # shortest and longest block; equal: the fixed-period trap
+    period: list[Size] = [8, 32]                # shortest and longest block; equal: a fixed period,
+                                                # which a fixed look-back can solve
     held_out_periods: list[Size] = []           # never drawn in training, kept for the probe
-    held_out_tokens: Annotated[float, Field(ge=0, lt=1)] = 0.0      # share of the vocabulary never repeated in training
-    n_tokens: PositiveInt | None = None         # draw from the first n ids; null: the tokenizer's
+    held_out_tokens: Annotated[float, Field(ge=0, lt=1)] = 0.0
+                                                # fraction of the vocabulary never repeated in
+                                                # training
+    n_tokens: PositiveInt | None = None         # draw from the first n ids; null: from all of the
+                                                # tokenizer's
 
-    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+    def conflicts(self) -> Conflicts:
         if len(self.period) != 2 or self.period[0] > self.period[1]:
             yield ("period",), f"data.repeats.period={self.period} must be [shortest, longest]"
-        elif not set(range(self.period[0], self.period[1] + 1)) - set(self.held_out_periods):
-            yield ("held_out_periods", "period"), (f"data.repeats.held_out_periods={self.held_out_periods} leaves no period "
-                                                   f"of {self.period} to train on")
+            return
+        shortest, longest = self.period
+        if not set(range(shortest, longest + 1)) - set(self.held_out_periods):
+            yield ("held_out_periods", "period"), (
+                f"data.repeats.held_out_periods={self.held_out_periods} leaves no period "
+                f"of {self.period} to train on")
 
 
 class MixtureEntry(Settings):
@@ -77,47 +96,60 @@ class MixtureEntry(Settings):
 
     corpus: Corpus
     weight: Annotated[float, Field(gt=0)]       # relative to the other corpora's
-    until: PositiveInt | None = None            # last step it holds for; null: to the end
+    until: PositiveInt | None = None            # last step it applies to; null: to the end
 
 
 class DataConfig(Settings):
     corpus: Corpus | None = None                # null with a mixture, else stdlib
     files: list[str] = []                       # globs, for corpus: files
-    column: str = "text"                        # which field of .jsonl, .parquet and .csv files is text
+    column: str = "text"                        # which field of .jsonl, .parquet and .csv files is
+                                                # text
     hub: HubConfig | None = None
     repeats: RepeatsConfig = RepeatsConfig()
     mixture: list[MixtureEntry] | None = None
     tokenizer: TokenizerConfig = TokenizerConfig(kind="bytes")
     val_fraction: Fraction = 0.05
-    mask_documents: bool = False                # no attention from one document to another in the same window
-    folder: str | None = None                   # where shards lie; null: prepared/<name>-<hash of what they hold>
+    mask_documents: bool = False                # no attention from one document to another in the
+                                                # same window
+    folder: str | None = None                   # where the shards are; null: prepared/NAME-HASH,
+                                                # with a hash of their content
 
     @property
     def corpora(self) -> list[Corpus]:
         """The names of all corpora in use, each once."""
-        return list(dict.fromkeys(e.corpus for e in self.mixture)) if self.mixture else [self.corpus or "stdlib"]
+        if self.mixture:
+            return list(dict.fromkeys(entry.corpus for entry in self.mixture))
+        return [self.corpus or "stdlib"]
 
     @property
     def text_corpus(self) -> Corpus | None:
         """The one corpus that is text, if there is one."""
         return next((name for name in self.corpora if name != "repeats"), None)
 
-    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+    def conflicts(self) -> Conflicts:
         if self.mixture is not None and self.corpus is not None:
-            yield ("corpus", "mixture"), f"data.corpus={self.corpus} and data.mixture exclude each other (leave one out)"
+            yield ("corpus", "mixture"), (f"data.corpus={self.corpus} and data.mixture exclude "
+                                          "each other (leave one out)")
         if self.mixture == []:
             yield ("mixture",), "data.mixture=[] names no corpus"
             return
-        if len([name for name in self.corpora if name != "repeats"]) > 1:
-            yield ("mixture",), f"data.mixture has two text corpora ({', '.join(self.corpora)}): one text and repeats are mixed"
-        if self.mixture and all(e.until is not None for e in self.mixture):
-            yield ("mixture",), "data.mixture ends before the run may: leave `until` out of at least one entry"
+        if len(set(self.corpora) - {"repeats"}) > 1:
+            yield ("mixture",), (f"data.mixture has two text corpora ({', '.join(self.corpora)}): "
+                                 "one text can be mixed with repeats")
+        if self.mixture and all(entry.until is not None for entry in self.mixture):
+            yield ("mixture",), ("data.mixture may end before the run: leave `until` out of at "
+                                 "least one entry")
         if self.files and "files" not in self.corpora:
-            yield ("files", "corpus", "mixture"), (f"data.files={self.files} is read by corpus: files, here it is "
-                                                   f"{' and '.join(self.corpora)} (set data.corpus=files, or name files in the mixture)")
+            yield ("files", "corpus", "mixture"), (
+                f"data.files={self.files} needs corpus: files, but the corpus is "
+                f"{' and '.join(self.corpora)} "
+                "(set data.corpus=files, or name files in the mixture)")
         if "files" in self.corpora and not self.files:
-            yield ("files", "corpus"), "data.files is empty: corpus: files needs globs, for example data.files=['texts/*.txt']"
+            yield ("files", "corpus"), ("data.files is empty: corpus: files needs globs, "
+                                        "for example data.files=['texts/*.txt']")
         if "hub" in self.corpora and self.hub is None:
-            yield ("hub", "corpus"), "data.hub is missing: corpus: hub needs data.hub.dataset, for example roneneldan/TinyStories"
+            yield ("hub", "corpus"), ("data.hub is missing: corpus: hub needs data.hub.dataset, "
+                                      "for example roneneldan/TinyStories")
         if self.corpora == ["repeats"] and self.tokenizer.kind == "bpe":
-            yield ("tokenizer", "corpus"), "data.tokenizer.kind=bpe has no text to learn from in corpus: repeats (try bytes)"
+            yield ("tokenizer", "corpus"), ("data.tokenizer.kind=bpe has no text to learn from in "
+                                            "corpus: repeats (try bytes)")

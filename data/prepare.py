@@ -22,7 +22,7 @@ from data.encode import Encoded, encode_in_order, is_validation, usable_cores
 from data.load_tokenizer import load_tokenizer, make_tokenizer
 from data.shards import FORMAT, Shards
 from errors import ArgumentParser, UserError, run_command
-from files import explain_disk_errors, only_one, sha256, whole_file
+from files import atomic_write, exclusive_lock, explain_disk_errors, sha256
 from settings.validate import Settings, validate
 from settings.yaml12 import override, read_file
 
@@ -62,7 +62,7 @@ def prepare(config: DataConfig, verify: bool = False) -> Path:
         if begun is None and (others := [p.name for p in folder.iterdir() if not _is_own(p)]):
             raise UserError(f"data.folder={folder} holds other files ({', '.join(others[:3])}): name a folder of its own")
         if not (folder / "manifest.json").exists():
-            with only_one(folder / ".lock", f"{folder} is being prepared by another process (wait for it)"):
+            with exclusive_lock(folder / ".lock", f"{folder} is being prepared by another process (wait for it)"):
                 try:
                     if not (folder / "manifest.json").exists():         # another process may have finished just before
                         _prepare(corpus, config, folder, key)
@@ -106,7 +106,7 @@ def _prepare(corpus: TextCorpus, config: DataConfig, folder: Path, key: str) -> 
         print(f"tokenizer  {config.tokenizer.kind}", file=sys.stderr)
         tokenizer = make_tokenizer(config.tokenizer, _training_texts(corpus, config.val_fraction))
         _write_json(folder / "tokenizer_config.json", tokenizer.config)
-        with whole_file(folder / "tokenizer.json", "w") as file:
+        with atomic_write(folder / "tokenizer.json", "w") as file:
             file.write(tokenizer.json)
     else:
         tokenizer = load_tokenizer(folder / "tokenizer.json")
@@ -182,7 +182,7 @@ def _write_shards(folder: Path, n: int, streams: dict[str, np.ndarray]) -> dict:
     written = {}
     for split, tokens in streams.items():
         path = folder / f"{split}-{n:05d}.npy"
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(tokens))
             file.write(tokens.data)             # np.save would not say that it was the disk that is full
         written[split] = {"file": path.name, "tokens": len(tokens), "sha256": sha256(path)}
@@ -209,7 +209,7 @@ def _read_journal(folder: Path) -> list[dict]:
 
 
 def _write_json(path: Path, value: object) -> None:
-    with whole_file(path, "w") as file:
+    with atomic_write(path, "w") as file:
         json.dump(value, file, indent=1)
 
 

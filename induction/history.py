@@ -1,60 +1,93 @@
-"""What metrics.jsonl says of a run's heads over training: curves, and when they rose."""
+"""What metrics.jsonl says about a run's heads over training: curves, and when they rose."""
+
+from typing import NamedTuple
 
 import numpy as np
 
+from induction.metrics import ICL_SCORE, score_key, scores_by_head
 from induction.phase import Transition, transition
 from model.config import ModelConfig
 from model.taps import Head, heads_of
+from training.config import Config
+
+Record = dict               # a line of metrics.jsonl: step, tokens, seconds and metrics by name
 
 
-def curve(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """A metric over training: tokens seen (N,) and its values (N,)."""
-    points = [(record["tokens"], record[name]) for record in records if record.get(name) is not None]
-    return tuple(np.array(points, dtype=float).T) if points else None
+class Curve(NamedTuple):
+    """A metric over training."""
+
+    tokens: np.ndarray      # (N,) seen so far
+    values: np.ndarray      # (N,), or (N, L, H) for a score of all heads
 
 
-def score_curves(records: list[dict], score: str, model: ModelConfig) -> tuple[np.ndarray, np.ndarray] | None:
-    """A score of all heads over training: tokens seen (N,) and values (N, L, H)."""
-    keys = [f"heads/{score}/{head}" for head in heads_of(model)]
-    looks = [record for record in records if keys[0] in record]
-    if not looks:
+def curve(records: list[Record], name: str) -> Curve | None:
+    """A metric over training; None if it was never measured."""
+    points = [(record["tokens"], record[name]) for record in records
+              if record.get(name) is not None]
+    if not points:
         return None
-    values = np.array([[record[key] for key in keys] for record in looks], dtype=float)      # a null becomes nan
-    return np.array([record["tokens"] for record in looks], dtype=float), values.reshape(-1, model.n_layers, model.n_heads)
+    return Curve(*np.array(points, dtype=float).T)
 
 
-def best_of_looks(records: list[dict]) -> list[tuple[int, float]]:
-    """(tokens, prefix matching of the best head) of every look at the heads."""
-    looks = [(record["tokens"], [value for key, value in record.items() if key.startswith("heads/prefix_matching/") and value is not None])
-             for record in records]
-    return [(tokens, max(found)) for tokens, found in looks if found]
-
-
-def model_transition(records: list[dict]) -> Transition | None:
-    """When the model's best head of each moment rose to match prefixes, in tokens."""
-    looks = best_of_looks(records)
-    if not looks:
+def score_curves(records: list[Record], score: str, model: ModelConfig) -> Curve | None:
+    """A score of all heads over training, values (N, L, H); None if it was never measured."""
+    keys = [score_key(score, head) for head in heads_of(model)]
+    measured = [record for record in records if keys[0] in record]
+    if not measured:
         return None
-    tokens, best = zip(*looks)
-    return transition(tokens, best)
+    tokens = np.array([record["tokens"] for record in measured], dtype=float)
+    values = np.array([[record[key] for key in keys] for record in measured],
+                      dtype=float)                                      # a null becomes NaN
+    return Curve(tokens, values.reshape(-1, model.n_layers, model.n_heads))
 
 
-def icl_transition(records: list[dict]) -> Transition | None:
-    """When the in-context-learning score fell from what it was first measured at, in tokens; its `final` is how far it fell, in nats.
-    Less than 0.1 may be the noise of a small validation text."""
-    found = curve(records, "icl/score")
-    return None if found is None else transition(found[0], found[1][0] - found[1], least=0.1)
+def best_head_history(records: list[Record]) -> list[tuple[int, float]]:
+    """(tokens seen, prefix matching of the best head) of every measurement of the heads."""
+    history = []
+    for record in records:
+        if scores := scores_by_head(record, "prefix_matching"):
+            history.append((record["tokens"], max(scores.values())))
+    return history
 
 
-def head_transitions(records: list[dict], model: ModelConfig) -> dict[Head, Transition]:
-    """When each head that became an induction head did, in tokens."""
-    found = score_curves(records, "prefix_matching", model)
-    moved = {} if found is None else {head: transition(found[0], found[1][:, *head]) for head in heads_of(model)}
-    return {head: when for head, when in moved.items() if when}
+def model_transition(records: list[Record]) -> Transition | None:
+    """When prefix matching of the best head rose, in tokens (the best at each moment: the head may
+    change)."""
+    history = best_head_history(records)
+    return transition([tokens for tokens, _ in history], [best for _, best in history])
 
 
-def kind_of_run(config) -> str:
-    """What runs that differ by their seed alone share, as a name."""
+def icl_transition(records: list[Record]) -> Transition | None:
+    """When the in-context-learning score fell below its first value, in tokens; `final` is by how
+    much, in nats. A fall of less than 0.1 may be noise of a small validation text: None."""
+    scores = curve(records, ICL_SCORE)
+    if scores is None:
+        return None
+    return transition(scores.tokens, scores.values[0] - scores.values, least=0.1)
+
+
+def head_transitions(records: list[Record], model: ModelConfig) -> dict[Head, Transition]:
+    """When each head that became an induction head did so, in tokens."""
+    scores = score_curves(records, "prefix_matching", model)
+    if scores is None:
+        return {}
+    transitions = {}
+    for head in heads_of(model):
+        if rise := transition(scores.tokens, scores.values[:, *head]):
+            transitions[head] = rise
+    return transitions
+
+
+def step_at(records: list[Record], tokens: float) -> int:
+    """The step by which a run had seen so many tokens."""
+    for record in records:
+        if record["tokens"] >= tokens:
+            return record["step"]
+    return records[-1]["step"]
+
+
+def condition_of(config: Config) -> str:
+    """The run's name without its seed: the same for runs that differ only by their seed."""
     name = config.run
     for ending in (f"-s{config.seed}", f"_s{config.seed}", f"-seed{config.seed}"):
         name = name.removesuffix(ending)

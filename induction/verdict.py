@@ -1,57 +1,90 @@
-"""Did induction heads form? What speaks for it and against it, run by run, and no more than that.
+"""Did induction heads form in a run? The evidence, and the answer that follows from it.
 
-Heads are called induction heads here when their patterns say so on periods never trained, what they write raises what they read, *and*
-the model repeats worse without them. A pattern alone shows what was averaged, not what was used.
+A head counts as an induction head here if its pattern says so on periods never trained, its output
+raises the tokens it reads, *and* the model predicts repeats worse without it. A pattern on its own
+shows what was averaged, not what was used. report/verdict_page.py puts a verdict into words.
 """
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from data.batches import Batch
-from induction.ablation import Effect, effect, losses_without, matched_sets, path_patch
-from induction.phase import FORMED, Transition
+from induction.ablation import (
+    Effect,
+    Progress,
+    ablation_effect,
+    losses_without,
+    matched_sets,
+    path_patch,
+)
+from induction.phase import INDUCTION_HEAD, Transition
 from induction.probes import Probes
 from induction.scores import Measured, copying_eigenvalues, mean_of, measure
-from kernels.head_statistics import REACH
+from kernels.planes import REACH
 from model.gpt import GPT
 from model.taps import Head, heads_of
 
-CONTROL = 0.15          # the most that a one-layer control may reach
-COPIES = 3.0            # how many times its share by chance the token read must have of what is raised
-REMOVED = 0.5           # the share of what repeating is worth that must go with the heads
-BEYOND = 2.0            # how many times what matched sets of other heads are worth
-PREVIOUS = 0.25         # the previous-token score from which a head counts as looking one back
+PREVIOUS_TOKEN_HEAD = 0.25      # previous-token score from which a head counts as one
+MIN_COPYING_RATIO = 3.0         # share of the token read in what is raised, relative to chance
+MIN_GAIN_REMOVED = 0.5          # fraction of the repeat gain that ablating the heads must remove
+MIN_RATIO_TO_OTHERS = 2.0       # the same, relative to matched sets of other heads
+MAX_CONTROL = 0.15              # prefix matching that a one-layer control may reach
 
 
-class Finding(NamedTuple):
-    question: str
-    figures: str
-    speaks: bool | None         # for induction heads, against them, or neither
+# --- what the evidence is made of -----------------------------------------------------------------
 
-
-class CausalSet(NamedTuple):
-    """What a set of heads is worth, beside matched sets of others; all of them replaced by their means."""
+class SetAblation(NamedTuple):
+    """The effect of mean-ablating a set of heads, and of matched sets of other heads."""
 
     heads: list[Head]
-    lost: Effect
-    others: list[float]         # the share of the gain that each matched set takes away
-    sizes: set[int]             # of the matched sets
+    effect: Effect
+    others: list[float]         # fraction of the repeat gain that each matched set removes
+    other_sizes: set[int]       # how many heads a matched set has
 
     @property
-    def beside(self) -> float | None:
-        """The mean of `others`, None where there are none."""
+    def others_mean(self) -> float | None:
         return sum(self.others) / len(self.others) if self.others else None
 
 
-class Aim(NamedTuple):
-    """What earlier heads that look one token back are worth to induction heads, in nats of the second copy; replaced by their means."""
+class PreviousTokenHeads(NamedTuple):
+    """What previous-token heads below the induction heads are worth to them: the rise of the
+    second-copy loss, in nats, when they are mean-ablated."""
 
     heads: list[Head]
-    full: float                 # altogether
-    kept: float                 # with every pattern kept as it was
-    by: dict[str, float]        # on the direct path into the induction heads' q, k or v alone
+    total: float
+    patterns_kept: float        # with every attention pattern fixed
+    into: dict[str, float]      # only on the direct path into the induction heads' "q", "k" or "v"
+
+
+class Copying(NamedTuple):
+    """Whether the strongest head raises the token it reads."""
+
+    score: float
+    chance: float               # the score of a head that ignores what it reads
+    ratio: float                # share of the token read in what is raised, relative to chance
+    eigenvalues: float          # Σ Re λ / Σ |λ|
+
+
+class Peak(NamedTuple):
+    """Where around the induction target a head attends most."""
+
+    head: Head
+    offset: int                 # in tokens from the induction target
+    weight: float
+
+
+class Criteria(NamedTuple):
+    """Each is True if it supports induction heads, False if it speaks against them, None if it
+    decides nothing or was not measured."""
+
+    matches_prefixes: bool
+    beyond_trained_periods: bool | None
+    repeats_help: bool | None
+    peaks_on_target: bool | None
+    copies: bool | None = None
+    needed: bool | None = None
+    needed_more_than_others: bool | None = None
 
 
 Answer = Literal["yes", "no", "not shown"]
@@ -59,181 +92,140 @@ Answer = Literal["yes", "no", "not shown"]
 
 class Verdict(NamedTuple):
     run: str
-    kind: str                   # runs of one kind differ by their seed alone
-    control: bool               # one layer, trained to its end, that could only meet the probe without induction
+    condition: str              # the same for runs that differ only by their seed
+    control: bool               # one layer, trained to its end, that cannot form induction heads
     answer: Answer
-    measured: Measured
-    moved: Transition | None
-    cause: CausalSet | None
-    aim: Aim | None
-    unseen: float | None        # prefix matching on tokens that training never repeated
-    findings: list[Finding]
+    criteria: Criteria
+    probes: Probes
+    measured: Measured          # on held-out periods; on trained ones if there are no others
+    trained: Measured | None    # on trained periods, if the probe is held out
+    unseen: Measured | None     # on tokens that training never repeated
+    transition: Transition | None       # in tokens
+    heads: list[Head]           # the induction heads by their pattern, the strongest first
+    strongest: Head             # by prefix matching, whether it is an induction head or not
+    peak: Peak
+    copying: Copying | None     # this and the next two only if there are induction heads
+    ablation: SetAblation | None
+    previous_token: PreviousTokenHeads | None
 
     @property
     def best(self) -> float:
-        return self.measured.scores["prefix_matching"].max().item()
+        """Prefix matching of the strongest head."""
+        return self.measured.scores["prefix_matching"][self.strongest].item()
 
 
-def induction_set(model: GPT, measured: Measured) -> list[Head]:
-    """The heads whose pattern is that of induction heads, the strongest first."""
+# --- how it is gathered ---------------------------------------------------------------------------
+
+def judge(run: str, condition: str, control: bool, model: GPT, probes: Probes,
+          transition: Transition | None, text: Batch | None = None) -> Verdict:
+    """The verdict on one model; `transition` is that of its run, `text` held-out text."""
+    measured = measure(model, probes.held_out, probes.unrepeated)
+    prefix_matching = measured.scores["prefix_matching"]
+    heads = induction_heads(model, measured)
+    strongest = max(heads_of(model.config), key=lambda head: prefix_matching[head].item())
+    peak = peak_of(strongest if heads else highest_peak(measured), measured)
+    trained, unseen = None, None
+    if probes.trained is not None and probes.never_trained:
+        trained = measure(model, probes.trained, probes.unrepeated)
+    if probes.unseen_tokens is not None:
+        unseen = measure(model, probes.unseen_tokens, probes.unrepeated)
+
+    criteria = Criteria(
+        matches_prefixes=bool(heads),
+        beyond_trained_periods=beyond_trained_periods(measured, trained),
+        repeats_help=None if measured.loss_first > measured.loss_second else False,
+        peaks_on_target=peak.offset == 0 if heads else None)
+    copying, ablation, previous_token = None, None, None
+    if heads:
+        copying = copying_of(model, strongest, measured, probes.unrepeated)
+        ablation = ablate_set(model, heads, probes, text)
+        previous_token = previous_token_heads(model, measured, heads, probes)
+        removed, others = ablation.effect.gain_removed, ablation.others_mean
+        criteria = criteria._replace(
+            copies=copying.ratio >= MIN_COPYING_RATIO and copying.eigenvalues > 0,
+            needed=removed >= MIN_GAIN_REMOVED,
+            needed_more_than_others=(None if others is None else
+                                     removed >= MIN_RATIO_TO_OTHERS * max(others, 0)))
+    return Verdict(run, condition, control, answer_of(criteria, probes), criteria, probes, measured,
+                   trained, unseen, transition, heads, strongest, peak, copying, ablation,
+                   previous_token)
+
+
+def answer_of(criteria: Criteria, probes: Probes) -> Answer:
+    """ "no" if any criterion speaks against it; "not shown" if only trained periods were probed."""
+    if any(criterion is False for criterion in criteria):
+        return "no"
+    return "yes" if probes.never_trained else "not shown"
+
+
+def induction_heads(model: GPT, measured: Measured) -> list[Head]:
+    """The heads with the pattern of an induction head, the strongest first."""
     score = measured.scores["prefix_matching"]
-    return sorted((head for head in heads_of(model.config) if score[head] >= FORMED), key=lambda head: -score[head])
+    heads = [head for head in heads_of(model.config) if score[head] >= INDUCTION_HEAD]
+    return sorted(heads, key=lambda head: -score[head])
 
 
-def causal_set(model: GPT, heads: list[Head], probes: Probes, text: Batch | None = None, progress: Callable = iter) -> CausalSet:
-    """Ablate `heads` together (one of several that do the same is hardly missed), and matched sets of others; `progress` wraps those."""
+def beyond_trained_periods(measured: Measured, trained: Measured | None) -> bool | None:
+    """False if heads match prefixes on trained periods and much less on held-out ones: then they
+    attend by position, not by content."""
+    if trained is None:
+        return None
+    best_held_out = measured.scores["prefix_matching"].max().item()
+    best_trained = trained.scores["prefix_matching"].max().item()
+    return False if best_trained >= INDUCTION_HEAD and best_held_out < 0.5 * best_trained else None
+
+
+def highest_peak(measured: Measured) -> Head:
+    """The head that attends most to any position around the induction target."""
+    profile = measured.offset_profile                                   # (L, H, 2 · REACH + 1)
+    return Head(*divmod(int(profile.flatten(0, 1).max(-1).values.argmax()), profile.shape[1]))
+
+
+def peak_of(head: Head, measured: Measured) -> Peak:
+    profile = measured.offset_profile[head]
+    return Peak(head, int(profile.argmax()) - REACH, profile.max().item())
+
+
+def copying_of(model: GPT, head: Head, measured: Measured, unrepeated: Tensor) -> Copying:
+    score, n = measured.scores["copying"][head].item(), unrepeated.shape[1] - 1
+    eigenvalues = copying_eigenvalues(model)[head].item()
+    return Copying(score, 2 / n - 1, (score + 1) / 2 * n, eigenvalues)
+
+
+def ablate_set(model: GPT, heads: list[Head], probes: Probes, text: Batch | None = None,
+               progress: Progress = iter) -> SetAblation:
+    """Ablate `heads` together (redundant heads are hardly missed one by one), then matched sets of
+    other heads; `progress` wraps those."""
     others = matched_sets(model.config, heads)
-    return CausalSet(heads, effect(model, heads, probes.held_out, text, "mean"),
-                     [effect(model, some, probes.held_out, kind="mean").gain_removed for some in progress(others)],
-                     set(map(len, others)))
+    effect = ablation_effect(model, heads, probes.held_out, text, "mean")
+    removed = [ablation_effect(model, other, probes.held_out, method="mean").gain_removed
+               for other in progress(others)]
+    return SetAblation(heads, effect, removed, {len(other) for other in others})
 
 
-def aim(model: GPT, measured: Measured, heads: list[Head], probes: Probes) -> Aim | None:
-    """Ablate the previous-token heads below the strongest of `heads`; None where there are none.
+def previous_token_heads(model: GPT, measured: Measured, heads: list[Head],
+                         probes: Probes) -> PreviousTokenHeads | None:
+    """Ablate the previous-token heads below the strongest of `heads`; None if there are none.
 
-    What their loss costs with the patterns kept is what they carry themselves; the rest is where they make later heads look. On the
-    direct path into the keys alone it is K-composition (Elhage et al. 2021): they tell each key what stood before it.
+    What remains of the effect with the patterns kept is what they carry themselves; the rest is
+    where they make later heads attend. On the direct path into the keys it is K-composition (Elhage
+    et al. 2021): they tell each key which token precedes it.
     """
     score, layer = measured.scores["previous_token"], heads[0].layer if heads else 0
-    found = [head for head in heads_of(model.config) if head.layer < layer and score[head] >= PREVIOUS]
-    if not found:
+    senders = [head for head in heads_of(model.config)
+               if head.layer < layer and score[head] >= PREVIOUS_TOKEN_HEAD]
+    if not senders:
         return None
     probe, receivers = probes.held_out, [head for head in heads if head.layer == layer]
 
-    intact = mean_of(losses_without(model, probe.batch, []), probe.second_copy)
+    def second_copy(losses: Tensor) -> float:
+        return mean_of(losses, probe.second_copy)
 
-    def cost(losses: Tensor) -> float:
-        return mean_of(losses, probe.second_copy) - intact
-
-    full, kept = (cost(losses_without(model, probe.batch, found, "mean", patterns_kept=keep)) for keep in (False, True))
-    return Aim(found, full, kept, {part: cost(path_patch(model, probe.batch, found, receivers, part, "mean")) for part in ("q", "k", "v")})
-
-
-def examine(run: str, kind: str, control: bool, model: GPT, probes: Probes, moved: Transition | None, text: Batch | None = None) -> Verdict:
-    """Weigh one run; `moved` is its transition in tokens, if it had one, `text` held-out text."""
-    measured = measure(model, probes.held_out, probes.unrepeated)
-    heads, score = induction_set(model, measured), measured.scores["prefix_matching"]
-    strongest = max(heads_of(model.config), key=lambda head: score[head].item())
-    gain = measured.loss_first - measured.loss_second
-    findings = [
-        Finding(f"Do heads attend to what followed before, on {'periods never trained' if probes.never_trained else 'trained periods'}?",
-                f"prefix matching {score[strongest]:.2f} ({strongest}), {len(heads)} of {len(heads_of(model.config))} heads ≥ {FORMED}",
-                bool(heads)),
-        _on_trained_periods(model, probes, score[strongest].item()),
-        Finding("Is repeating worth something there?", f"first copy {measured.loss_first:.2f} nats, second {measured.loss_second:.2f}",
-                None if gain > 0 else False),
-        _offsets(measured, strongest, bool(heads))]
-    cause, aimed, unseen = None, None, None
-    if heads:
-        cause, aimed = causal_set(model, heads, probes, text), aim(model, measured, heads, probes)
-        findings += [_copies(model, measured, strongest, probes.unrepeated.shape[1] - 1), *_causes(cause)]
-    if aimed:
-        findings.append(Finding("Are they aimed by heads that look one token back?",
-                                f"without {_listed(aimed.heads)} the second copy costs {aimed.full:+.2f} nats; with every pattern kept "
-                                f"{aimed.kept:+.2f}; on the direct path into their keys {aimed.by['k']:+.2f}, queries "
-                                f"{aimed.by['q']:+.2f}, values {aimed.by['v']:+.2f}", None))
-    if probes.unseen_tokens is not None:
-        there = measure(model, probes.unseen_tokens, probes.unrepeated)
-        unseen = there.scores["prefix_matching"].max().item()
-        findings.append(Finding("On tokens that training never repeated?", f"prefix matching {unseen:.2f}, first copy "
-                                f"{there.loss_first:.2f} nats, second {there.loss_second:.2f}", None))
-    speak = [finding.speaks for finding in findings if finding.speaks is not None]
-    answer: Answer = "no" if not all(speak) else "yes" if probes.never_trained else "not shown"
-    return Verdict(run, kind, control, answer, measured, moved, cause, aimed, unseen, findings)
-
-
-def _on_trained_periods(model: GPT, probes: Probes, best: float) -> Finding:
-    question = "Or only on periods it was trained on, by counting back?"
-    if probes.trained is None:
-        return Finding(question, "training repeated nothing on purpose", None)
-    if not probes.never_trained:
-        return Finding(question, "cannot be told: every period that fits was trained on (name some in data.repeats.held_out_periods)", None)
-    trained = measure(model, probes.trained, probes.unrepeated)
-    there = trained.scores["prefix_matching"].max().item()
-    return Finding(question, f"trained periods {there:.2f} (second copy {trained.loss_second:.2f} nats), held-out {best:.2f}",
-                   False if there >= FORMED and best < 0.5 * there else None)
-
-
-def _offsets(measured: Measured, head: Head, matches: bool) -> Finding:
-    """Attention around the target, of the strongest head; where no head matches, of whichever peaks highest."""
-    profile = measured.offset_profile
-    if not matches:
-        flat = int(profile.flatten(0, 1).max(-1).values.argmax())
-        head = Head(flat // profile.shape[1], flat % profile.shape[1])
-    at = int(profile[head].argmax()) - REACH
-    figures = f"{head} peaks {'on it' if at == 0 else f'{at:+d} tokens from it'} with {profile[head].max():.2f}"
-    if not matches and measured.loss_second < 0.5 * measured.loss_first:
-        figures += "; the copy is predicted all the same: another circuit than the standard one is at work"
-    return Finding("Where around the target do they look?", figures, at == 0 if matches else None)
-
-
-def _copies(model: GPT, measured: Measured, head: Head, n: int) -> Finding:
-    copies, eigen = measured.scores["copying"][head].item(), copying_eigenvalues(model)[head].item()
-    times = (copies + 1) / 2 * n
-    return Finding("Does what the strongest writes raise what it reads?", f"{times:.1f} times as much as another token would get by chance "
-                   f"(copying {copies:.2f}, by chance {2 / n - 1:.2f}), eigenvalues {eigen:.2f}", times >= COPIES and eigen > 0)
-
-
-def _causes(found: CausalSet) -> list[Finding]:
-    lost = found.lost
-    findings = [Finding("Does the model need them?", f"with {_listed(found.heads)} at their means the second copy costs "
-                        f"{lost.second_copy:+.2f} nats, {lost.gain_removed:.0%} of what repeating is worth", lost.gain_removed >= REMOVED)]
-    if (mean := found.beside) is not None:
-        sizes = "" if found.sizes == {len(found.heads)} else f" (of {min(found.sizes)} heads, not {len(found.heads)}: there are no more)"
-        findings.append(Finding("More than other heads of the same layers?", f"{len(found.others)} other sets{sizes}: "
-                                f"{_range(found.others, '{:.0%}')}, mean {mean:.0%}", lost.gain_removed >= BEYOND * max(mean, 0)))
-    else:
-        findings.append(Finding("More than other heads of the same layers?", "there is none to compare with", None))
-    if lost.validation is not None:
-        findings.append(Finding("And on held-out text?", f"validation loss {lost.validation:+.3f} nats"
-                                + ("" if lost.icl is None else f", ICL score {lost.icl:+.3f}"), None))
-    return findings
-
-
-def _listed(heads: list[Head]) -> str:
-    return ", ".join(map(str, heads))
-
-
-def _range(values: list[float], form: str = "{:.2f}") -> str:
-    low, high = form.format(min(values)), form.format(max(values))
-    return low if low == high else f"{low} to {high}"
-
-
-def page(verdicts: list[Verdict]) -> str:
-    """Markdown: the answer, then the evidence of each run, then what it cannot say."""
-    lines = ["# Did induction heads form?", ""]
-    for kind in dict.fromkeys(verdict.kind for verdict in verdicts):
-        runs = [verdict for verdict in verdicts if verdict.kind == kind]
-        yes = [verdict for verdict in runs if verdict.answer == "yes"]
-        when = sorted(verdict.moved.onset / 1e6 for verdict in yes if verdict.moved)
-        lines.append(f"**{'Yes' if len(yes) == len(runs) else 'In some' if yes else runs[0].answer.capitalize()}: in {len(yes)} of "
-                     f"{len(runs)} run{'s'[:len(runs) > 1]} of {kind}**"
-                     + (f", from {_range(when)} M tokens on" if when else "")
-                     + f"; the strongest head's prefix matching is {_range([verdict.best for verdict in runs])}.")
-    lines += ["", _control([verdict for verdict in verdicts if verdict.control])]
-    if others := [verdict.run for verdict in verdicts if len(verdict.measured.offset_profile) == 1 and not verdict.control]:
-        lines.append("No controls, though of one layer (unfinished; or smeared keys, or a single period, which can meet the probe too): "
-                     f"{', '.join(others)}.")
-    lines.append("")
-    for verdict in verdicts:
-        lines += [f"## {verdict.run}: {verdict.answer}", ""]
-        if verdict.moved:
-            marks = ", ".join(f"{level:g} at {at / 1e6:.2f}" for level, at in verdict.moved.crossings.items() if at is not None)
-            lines += [f"Prefix matching rose between {verdict.moved.onset / 1e6:.2f} and {verdict.moved.end / 1e6:.2f} M tokens "
-                      f"(10% to 90% of its way to {verdict.moved.final:.2f}; {marks} M).", ""]
-        lines += ["| question | measured | speaks |", "|---|---|---|"]
-        lines += [f"| {f.question} | {f.figures} | {'–' if f.speaks is None else 'for' if f.speaks else '**against**'} |"
-                  for f in verdict.findings]
-        lines.append("")
-    return "\n".join([*lines, "Attention weights show what was averaged, not what was used; ablation shows what this model loses on "
-                      "this task, not what the head does elsewhere. The probe is random tokens: on text a head may do more, or other "
-                      "things.", ""])
-
-
-def _control(one_layer: list[Verdict]) -> str:
-    if not one_layer:
-        return "No one-layer control is among these runs; a claim about composition wants one."
-    worst = max(verdict.best for verdict in one_layer)
-    return (f"One-layer control: prefix matching at most {worst:.2f} in {len(one_layer)} run{'s'[:len(one_layer) > 1]}"
-            + (", as it must be." if worst <= CONTROL else
-               f" (more than {CONTROL}: the probe can be met without induction, so doubt the rest)."))
+    intact = second_copy(losses_without(model, probe.batch, []))
+    total = second_copy(losses_without(model, probe.batch, senders, "mean"))
+    kept = second_copy(losses_without(model, probe.batch, senders, "mean", patterns_kept=True))
+    into = {}
+    for part in ("q", "k", "v"):
+        losses = path_patch(model, probe.batch, senders, receivers, part, "mean")
+        into[part] = second_copy(losses) - intact
+    return PreviousTokenHeads(senders, total - intact, kept - intact, into)

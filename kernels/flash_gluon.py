@@ -1,12 +1,14 @@
 """The forward kernel of kernels/flash.py in Gluon, for Hopper: softmax beside the tensor cores.
 
-Triton computes a tile's scores, then its softmax, then its sums; meanwhile the tensor cores idle.
-Here softmax of one tile runs beside the product of weights and values of the tile before (Shah et
-al. 2024, "FlashAttention-3", section 3.2). Gluon is Triton in which memory, copies and waits are
-written out.
+Triton computes a tile's scores, then its softmax, then its sums; during softmax the tensor cores
+idle. Here softmax of one tile runs beside the product of weights and values of the previous tile
+(Shah et al. 2024, "FlashAttention-3", section 3.2). Gluon is Triton in which shared memory, copies
+and waits are written out.
 
 tests/gluon_machine.py runs the source below on the CPU; a missing wait is an error there.
 """
+
+from typing import NamedTuple
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -20,13 +22,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.launch import VARYING, cdiv, heads_together, launch
+from kernels.arguments import descriptor, kernel_arguments
+from kernels.launch import VARYING, heads_together, launch, query_grid
+from kernels.problem import Problem
 from kernels.tiles import (
+    DIAGONAL,
     FLOOR,
     SEGMENT_BLOCK,
     UNSEEN,
+    WHOLE_TILES,
+    WINDOW_EDGE,
+    KeyRange,
+    Masks,
     address,
-    descriptor,
     finish,
     fold,
     keys_to_visit,
@@ -39,22 +47,66 @@ from kernels.tiles import (
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 
+class Shared(NamedTuple):
+    """A program's shared memory: tiles, and for each a barrier that says when its copy is there."""
+
+    q_tile: gl.shared_memory_descriptor
+    k_tiles: gl.shared_memory_descriptor        # STAGES buffers
+    v_tiles: gl.shared_memory_descriptor        # STAGES buffers
+    q_here: gl.shared_memory_descriptor
+    k_here: gl.shared_memory_descriptor         # STAGES barriers
+    v_here: gl.shared_memory_descriptor         # STAGES barriers
+
+
+@gluon.jit
+def allocate(q, k, v, ROWS: gl.constexpr, COLUMNS: gl.constexpr, DIMS: gl.constexpr,
+             STAGES: gl.constexpr):
+    """A program's `Shared`, with barriers that the copy engine can see."""
+    q_tile = gl.allocate_shared_memory(q.dtype, [1, 1, ROWS, DIMS], q.layout)
+    k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, COLUMNS, DIMS], k.layout)
+    v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, COLUMNS, DIMS], v.layout)
+    q_here = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_here, count=1)
+    for n in gl.static_range(STAGES):
+        mbarrier.init(k_here.index(n), count=1)
+        mbarrier.init(v_here.index(n), count=1)
+    fence_async_shared()                            # the copy engine sees what `init` wrote
+    return Shared(q_tile, k_tiles, v_tiles, q_here, k_here, v_here)
+
+
 @gluon.jit
 def expect(tensor, arrived, needed=True):
-    """Let the barrier `arrived` wait for one tile of `tensor`."""
+    """Make the barrier `arrived` wait for one tile of `tensor`."""
     mbarrier.expect(arrived, tensor.block_type.nbytes, pred=needed)
 
 
 @gluon.jit
 def copy(tensor, batch, head, position, arrived, tile, needed=True):
-    """Let the copy engine fill a tile of shared memory and tell the barrier `arrived`."""
+    """Make the copy engine fill a tile of shared memory and then signal the barrier `arrived`."""
     at = [batch, head, position, 0]
     tma.async_copy_global_to_shared(tensor, at, arrived, tile, pred=needed)
 
 
 @gluon.jit
-def narrow_to_segments(start, stop, least, most, smallest, largest, WARPS: gl.constexpr):
-    """`narrow` of kernels/tiles.py, in a layout: without one Gluon makes no range of numbers."""
+def fetch_first(k, v, shared, batch, key_head, start, tiles, COLUMNS: gl.constexpr,
+                STAGES: gl.constexpr):
+    """Start the copies of the first STAGES tiles of keys and of values, or of all if fewer."""
+    for n in gl.static_range(STAGES):
+        n_start, needed = start + n * COLUMNS, n < tiles
+        k_arrived, v_arrived = shared.k_here.index(n), shared.v_here.index(n)
+        expect(k, k_arrived, needed)
+        copy(k, batch, key_head, n_start, k_arrived, shared.k_tiles.index(n), needed)
+        expect(v, v_arrived, needed)
+        copy(v, batch, key_head, n_start, v_arrived, shared.v_tiles.index(n), needed)
+
+
+@gluon.jit
+def narrow_to_segments(start, stop, batch, masks, segment, WARPS: gl.constexpr):
+    """`narrow` of kernels/tiles.py with a layout, without which Gluon makes no range of numbers."""
+    least, most = masks.least + batch * masks.blocks, masks.most + batch * masks.blocks
+    smallest, largest = gl.min(segment), gl.max(segment)
     first, past = stop, start
     for b in range(start // SEGMENT_BLOCK, gl.cdiv(stop, SEGMENT_BLOCK), 128):
         block = b + gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
@@ -69,48 +121,48 @@ def narrow_to_segments(start, stop, least, most, smallest, largest, WARPS: gl.co
 
 
 @gluon.jit
-def tiles_to_visit(start_row, position, T, S, batch, blocks, window, segments, least, most,
-                   ROWS: gl.constexpr, COLUMNS: gl.constexpr, CAUSAL: gl.constexpr,
-                   WINDOW: gl.constexpr, SEGMENTS: gl.constexpr, WARPS: gl.constexpr):
+def tiles_to_visit(start_row, position, T, batch, masks, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
+                   CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SEGMENTS: gl.constexpr,
+                   WARPS: gl.constexpr):
     """`keys_to_visit` of kernels/tiles.py, counted in tiles.
 
-    → the segments of the queries, the first key, and how many tiles have been visited after the
-    window's edge, after the whole tiles, and at the end. Tile 0 is visited whatever it holds.
+    Returns the segments of the queries, the first key, and a `KeyRange` of numbers of tiles, which
+    starts at 1: tile 0 is always visited, whatever it holds.
     """
     segment = position
-    first, last = start_row + S - T, gl.minimum(start_row + ROWS, T) - 1 + S - T
-    start, whole_start, whole_stop, stop = keys_to_visit(
-        first, last, S, window, segment, least, most, COLUMNS, CAUSAL, WINDOW, False)
+    first = start_row + masks.S - T
+    last = gl.minimum(start_row + ROWS, T) - 1 + masks.S - T
+    start, whole_start, whole_stop, stop = keys_to_visit(first, last, batch, segment, masks,
+                                                         COLUMNS, CAUSAL, WINDOW, False)
     if SEGMENTS:
-        at = gl.minimum(position, S - 1)
-        segment = gl.load(segments + gl.cast(batch, gl.int64) * S + at)
-        start, stop = narrow_to_segments(start, stop, least + batch * blocks, most + batch * blocks,
-                                         gl.min(segment), gl.max(segment), WARPS)
+        at = gl.minimum(position, masks.S - 1)
+        segment = gl.load(masks.segments + gl.cast(batch, gl.int64) * masks.S + at)
+        start, stop = narrow_to_segments(start, stop, batch, masks, segment, WARPS)
         whole_start, whole_stop = start, start
     edge = gl.maximum(1, gl.cdiv(whole_start - start, COLUMNS))
     whole = gl.maximum(1, gl.cdiv(whole_stop - start, COLUMNS))
     tiles = gl.maximum(1, gl.cdiv(stop - start, COLUMNS))
-    return segment, start, edge, whole, tiles
+    return segment, start, KeyRange(1, edge, whole, tiles)
 
 
 @gluon.jit
-def hide(scores, n, position, segment, segments, batch, S, window, layout: gl.constexpr,
-         COLUMNS: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SEGMENTS: gl.constexpr):
-    """`hide_unseen` of kernels/tiles.py, likewise in a layout."""
+def hide(scores, n, position, segment, batch, masks, layout: gl.constexpr, COLUMNS: gl.constexpr,
+         CAUSAL: gl.constexpr, WINDOW: gl.constexpr, SEGMENTS: gl.constexpr):
+    """`hide_unseen` of kernels/tiles.py, likewise with a layout."""
     key = n + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
     key_segment = key
     if SEGMENTS:
-        at = segments + gl.cast(batch, gl.int64) * S + key
-        key_segment = gl.load(at, mask=key < S, other=0)
-    seen = sees(position[:, None], key[None, :], S, window, segment[:, None], key_segment[None, :],
-                CAUSAL, WINDOW, SEGMENTS)
+        at = masks.segments + gl.cast(batch, gl.int64) * masks.S + key
+        key_segment = gl.load(at, mask=key < masks.S, other=0)
+    seen = sees(position[:, None], key[None, :], masks.S, masks.window, segment[:, None],
+                key_segment[None, :], CAUSAL, WINDOW, SEGMENTS)
     return gl.where(seen, scores, UNSEEN)
 
 
 @gluon.jit
 def store_rows(target, strides, batch, head, start, stop, tile, D: gl.constexpr,
                ROWS: gl.constexpr, DIMS: gl.constexpr, WARPS: gl.constexpr):
-    """`store_tile` of kernels/tiles.py, 16 bytes a thread; accumulators have 4 side by side."""
+    """`store_tile` of kernels/tiles.py, 16 bytes per thread; accumulators have 4 adjacent ones."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIMS, DIMS // 8], [WARPS, 1], [1, 0])
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     column = gl.arange(0, DIMS, layout=gl.SliceLayout(0, layout))
@@ -137,19 +189,11 @@ def forward_gluon(q, k, v, out, out_strides, lse, segments, least, most, H, K, T
     weight_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, score_layout)
     acc_row_layout: gl.constexpr = gl.SliceLayout(1, acc_layout)
+    masks = Masks(S, window, segments, least, most, blocks)
 
-    q_tile = gl.allocate_shared_memory(q.dtype, [1, 1, ROWS, DIMS], q.layout)
-    k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, COLUMNS, DIMS], k.layout)
-    v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, COLUMNS, DIMS], v.layout)
-    q_here = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_here = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_here, count=1)
-    for n in gl.static_range(STAGES):
-        mbarrier.init(k_here.index(n), count=1)
-        mbarrier.init(v_here.index(n), count=1)
-    fence_async_shared()                            # the copy engine sees what `init` wrote
-
+    # Which queries; the first copies.
+    shared = allocate(q, k, v, ROWS, COLUMNS, DIMS, STAGES)
+    q_tile, k_tiles, v_tiles, q_here, k_here, v_here = shared
     row_tiles = gl.cdiv(T, ROWS)
     place, row_tile = program_place(row_tiles, together)
     batch, head = place // H, place % H
@@ -159,16 +203,12 @@ def forward_gluon(q, k, v, out, out_strides, lse, segments, least, most, H, K, T
     copy(q, batch, head, start_row, q_here, q_tile)
     row = start_row + gl.arange(0, ROWS, layout=row_layout)
     position = row + S - T
-    segment, start, edge, whole, tiles = tiles_to_visit(
-        start_row, position, T, S, batch, blocks, window, segments, least, most, ROWS, COLUMNS,
-        CAUSAL, WINDOW, SEGMENTS, WARPS)
-    for n in gl.static_range(STAGES):
-        n_start, needed = start + n * COLUMNS, n < tiles
-        expect(k, k_here.index(n), needed)
-        copy(k, batch, key_head, n_start, k_here.index(n), k_tiles.index(n), needed)
-        expect(v, v_here.index(n), needed)
-        copy(v, batch, key_head, n_start, v_here.index(n), v_tiles.index(n), needed)
+    segment, start, visits = tiles_to_visit(start_row, position, T, batch, masks, ROWS, COLUMNS,
+                                            CAUSAL, WINDOW, SEGMENTS, WARPS)
+    tiles = visits.stop
+    fetch_first(k, v, shared, batch, key_head, start, tiles, COLUMNS, STAGES)
 
+    # Tile 0 of the keys.
     q_rows = q_tile.reshape([ROWS, DIMS])
     no_scores = gl.zeros([ROWS, COLUMNS], gl.float32, score_layout)
     acc = gl.zeros([ROWS, DIMS], gl.float32, acc_layout)            # the three sums of `forward`
@@ -182,14 +222,16 @@ def forward_gluon(q, k, v, out, out_strides, lse, segments, least, most, H, K, T
     thread_barrier()                                # until all warps have read k's tile 0
     n_start = start + STAGES * COLUMNS
     copy(k, batch, key_head, n_start, k_here.index(0), k_tiles.index(0), tiles > STAGES)
-    scores = hide(scores, start, position, segment, segments, batch, S, window, score_layout,
-                  COLUMNS, CAUSAL, WINDOW, SEGMENTS)
+    scores = hide(scores, start, position, segment, batch, masks, score_layout, COLUMNS, CAUSAL,
+                  WINDOW, SEGMENTS)
     weights, top, total, _ = fold(scores, top, total, scale)
     weights = gl.convert_layout(weights.to(v.dtype), weight_layout)
-    # A loop for the window's edge, one for whole tiles, one for the diagonal. Each turn begins with
-    # the weights of the tile before, whose values are not in `acc` yet.
-    for part in gl.static_range(2 if SEGMENTS else 0 if WINDOW else 1, 3):
-        part_start, part_stop = part_of(part, 1, edge, whole, tiles)
+
+    # The other tiles: a loop for the window's edge, one for whole tiles, one for the diagonal. Each
+    # turn begins with the weights of the previous tile, whose values are not in `acc` yet.
+    for part in gl.static_range(DIAGONAL if SEGMENTS else WINDOW_EDGE if WINDOW else WHOLE_TILES,
+                                DIAGONAL + 1):
+        part_start, part_stop = part_of(part, visits)
         for i in range(part_start, part_stop):
             buffer, before = i % STAGES, (i - 1) % STAGES
             mbarrier.wait(k_here.index(buffer), i // STAGES & 1)
@@ -199,12 +241,12 @@ def forward_gluon(q, k, v, out, out_strides, lse, segments, least, most, H, K, T
             v_rows = v_tiles.index(before).reshape([COLUMNS, DIMS])
             new_acc = warpgroup_mma(weights, v_rows, acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[new_scores])           # `new_acc` runs on
-            if part != 1:
-                scores = hide(scores, start + i * COLUMNS, position, segment, segments, batch, S,
-                              window, score_layout, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
+            if part != WHOLE_TILES:
+                scores = hide(scores, start + i * COLUMNS, position, segment, batch, masks,
+                              score_layout, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
             weights, top, total, shrink = fold(scores, top, total, scale)
-            # q's tile is long there, but no instruction crosses the loop that asks for it. Without
-            # it ptxas moves the next wait up, to D = 128 before the exponentials.
+            # q's tile arrived long ago, but no instruction crosses the loop that asks for it.
+            # Without it ptxas moves the next wait up, to D = 128 before the exponentials.
             mbarrier.wait(q_here, 0)
             acc = warpgroup_mma_wait(0, deps=[new_acc])
             acc = acc * gl.convert_layout(shrink, acc_row_layout)[:, None]
@@ -218,6 +260,8 @@ def forward_gluon(q, k, v, out, out_strides, lse, segments, least, most, H, K, T
                  ahead < tiles)
             copy(v, batch, key_head, n_start - COLUMNS, v_here.index(before), v_tiles.index(before),
                  ahead - 1 < tiles)
+
+    # The values of the last tile.
     buffer = (tiles - 1) % STAGES
     mbarrier.wait(v_here.index(buffer), (tiles - 1) // STAGES & 1)
     acc = warpgroup_mma(weights, v_tiles.index(buffer).reshape([COLUMNS, DIMS]), acc)
@@ -228,20 +272,21 @@ def forward_gluon(q, k, v, out, out_strides, lse, segments, least, most, H, K, T
     store_rows(out, out_strides, batch, head, start_row, T, acc.to(v.dtype), D, ROWS, DIMS, WARPS)
 
 
-def launch_gluon(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, masks: dict) -> None:
+def launch_gluon(problem: Problem, v: Tensor, out: Tensor, lse: Tensor) -> None:
     """Start `forward_gluon`, in place of `launch(forward, …)`, on a device of the family "hopper".
 
-    q, k, v are `readable` and of 2 bytes, out (B, H, T, D) has any strides, lse (B, H, T) is
-    contiguous, and `masks` is what `masks_of` returns.
+    q, k and v are `readable` and of 2 bytes, scale > 0, out (B, H, T, D) has any strides, and
+    lse (B, H, T) is contiguous.
     """
-    (B, H, T, _), (_, K, S, _) = q.shape, k.shape
-    launch(forward_gluon, lambda tile: (B * H * cdiv(T, tile.rows), 1, 1), q, rows={"q": q},
-           columns={"k": k, "v": v}, describe=described, out=out, out_strides=out.stride(), lse=lse,
-           together=heads_together(k, S, B * H, H // K), **masks)
+    q, k = problem.q, problem.k
+    (B, H, _, _), (_, K, S, _) = q.shape, k.shape
+    launch(forward_gluon, query_grid(q), q, rows={"q": q}, columns={"k": k, "v": v},
+           describe=described, out=out, out_strides=out.stride(), lse=lse,
+           together=heads_together(k, S, B * H, H // K), **kernel_arguments(problem))
 
 
 def described(tensor: Tensor, rows: int, dims: int) -> TensorDescriptor:
-    """`descriptor` of kernels/tiles.py, which also says how a tile lies in shared memory."""
+    """`descriptor` of kernels/arguments.py, with the layout of a tile in shared memory."""
     plain = descriptor(tensor, rows, dims)
     layout = gl.NVMMASharedLayout.get_default_for(plain.block_shape, gl.bfloat16)       # fp16's too
     return TensorDescriptor(tensor, plain.shape, plain.strides, plain.block_shape, layout)

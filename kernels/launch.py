@@ -1,7 +1,7 @@
 """Starting a kernel: with which tile sizes, on which device.
 
-A short call is over before Python has started the next one, so what depends on strides, dtypes and masks alone is worked
-out once and kept as a `Plan`.
+A short kernel ends before Python has started the next one. So what depends only on strides, dtypes
+and masks is worked out once and kept as a `Plan`.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,71 +13,100 @@ import torch
 import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.tiles import TensorDescriptor, descriptor, for_copy_engine, for_pointers
+from kernels.arguments import descriptor, for_copy_engine, for_pointers
 
-# A kernel is not compiled anew when only these change.
-VARYING = frozenset({"H", "K", "T", "S", "blocks", "window", "together", "chunk", "parts", "queries"})
+# A kernel is not compiled again if only these change.
+VARYING = frozenset({"H", "K", "T", "S", "blocks", "window", "together", "chunk", "parts",
+                     "queries"})
 
+
+# --- the table of tiles ---
 
 class Tile(NamedTuple):
     rows: int           # queries that a program holds, or visits at a time
     columns: int        # keys, likewise
     warps: int
-    stages: int         # depth of the pipeline: stages − 1 tiles are on their way while one is worked on
+    stages: int         # depth of the pipeline: stages − 1 tiles are fetched ahead
     programs: int = 1   # that fit a multiprocessor at least: kernels/ahead_of_time.py counts them
-    maxnreg: int | None = None      # the most registers a thread may have: where the compiler's whim would cost a program
+    # Limit on registers per thread, if the compiler's own choice is a few too many for `programs`.
+    maxnreg: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
-        """As triton takes them."""
+        """The tile as triton's launch options."""
         options = {"num_warps": self.warps, "num_stages": self.stages}
         return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
 
 
-# family → kernel → (bytes of an element, D up to) → tile. The compiler keeps everything of each in registers and, on Hopper, does
-# not wait for each matrix instruction before it issues the next: `python -m kernels.ahead_of_time` measures that, and
-# docs/kernels.md has the figures of every row. Of such tiles one is chosen of which several programs fit a multiprocessor, so
-# that softmax of one runs beside the products of another, unless it then had to read more than the L2 cache gives.
-# float32 is three tf32 products a product, which takes registers: at D = 256 even the smallest spills. None has been timed yet;
-# `python -m bench.attention --tune` does.
+# family → kernel → (bytes of an element, D up to) → tile. With each of them the compiler keeps
+# everything in registers and, on Hopper, does not wait for a matrix instruction before it issues
+# the next: `python -m kernels.ahead_of_time` measures that, and docs/kernels.md has the figures of
+# every row. Among such tiles the table has one of which several programs fit a multiprocessor, so
+# that softmax of one runs beside the products of another, unless it then had to read more than the
+# L2 cache delivers. A float32 product is three tf32 products, which takes registers: at D = 256
+# even the smallest tile spills. No tile has been timed yet: `python -m bench.attention --tune`
+# times them.
 COMMON = {
-    "forward": {(4, 64): Tile(32, 32, 4, 2, 2), (4, 128): Tile(32, 32, 8, 2), (4, 256): Tile(16, 16, 8, 2)},
-    "backward_q": {(4, 64): Tile(32, 32, 8, 2), (4, 128): Tile(32, 32, 8, 1), (4, 256): Tile(16, 16, 8, 2)},
-    "backward_kv": {(4, 64): Tile(32, 32, 8, 2), (4, 128): Tile(32, 16, 8, 2), (4, 256): Tile(16, 16, 8, 2)},
-    "decode_part": {(4, 64): Tile(16, 64, 4, 2, 2), (4, 128): Tile(16, 32, 4, 3), (4, 256): Tile(16, 16, 8, 2)},
-    "statistics_rows": {(4, 64): Tile(32, 32, 8, 1), (4, 128): Tile(32, 16, 8, 2), (4, 256): Tile(16, 16, 4, 1, 2)},
+    "forward": {(4, 64): Tile(32, 32, 4, 2, 2), (4, 128): Tile(32, 32, 8, 2),
+                (4, 256): Tile(16, 16, 8, 2)},
+    "backward_q": {(4, 64): Tile(32, 32, 8, 2), (4, 128): Tile(32, 32, 8, 1),
+                   (4, 256): Tile(16, 16, 8, 2)},
+    "backward_kv": {(4, 64): Tile(32, 32, 8, 2), (4, 128): Tile(32, 16, 8, 2),
+                    (4, 256): Tile(16, 16, 8, 2)},
+    "decode_part": {(4, 64): Tile(16, 64, 4, 2, 2), (4, 128): Tile(16, 32, 4, 3),
+                    (4, 256): Tile(16, 16, 8, 2)},
+    "statistics_rows": {(4, 64): Tile(32, 32, 8, 1), (4, 128): Tile(32, 16, 8, 2),
+                        (4, 256): Tile(16, 16, 4, 1, 2)},
     "decode_whole": {(size, D): Tile(1, 16, 4, 1, 10) for size in (2, 4) for D in (64, 128, 256)},
-    # 16 rows have their 17 places each among 32 keys in a row.
-    "statistics_places": {(size, D): Tile(16, 32, 4, 1, 2) for size in (2, 4) for D in (64, 128, 256)},
+    # If the targets of 16 rows follow each other, their 17 places each are among 32 adjacent keys.
+    "statistics_places": {(size, D): Tile(16, 32, 4, 1, 2)
+                          for size in (2, 4) for D in (64, 128, 256)},
 }
 TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
     "hopper": {
-        "forward": {(2, 64): Tile(128, 64, 8, 3, 2, 128), (2, 128): Tile(128, 32, 8, 3, 2, 128), (2, 256): Tile(128, 64, 8, 2)},
-        "backward_q": {(2, 64): Tile(128, 64, 8, 2, 2, 128), (2, 128): Tile(128, 64, 8, 2), (2, 256): Tile(128, 32, 8, 2)},
+        "forward": {(2, 64): Tile(128, 64, 8, 3, 2, 128), (2, 128): Tile(128, 32, 8, 3, 2, 128),
+                    (2, 256): Tile(128, 64, 8, 2)},
+        "backward_q": {(2, 64): Tile(128, 64, 8, 2, 2, 128), (2, 128): Tile(128, 64, 8, 2),
+                       (2, 256): Tile(128, 32, 8, 2)},
         "backward_kv": {(2, 32): Tile(64, 64, 8, 2, 2, 128), (2, 64): Tile(32, 128, 8, 2, 2, 128),
                         (2, 128): Tile(32, 64, 4, 2, 2), (2, 256): Tile(32, 64, 8, 2)},
-        "decode_part": {(2, 64): Tile(16, 128, 4, 3, 3), (2, 128): Tile(16, 64, 4, 3, 2), (2, 256): Tile(16, 64, 4, 3)},
-        "statistics_rows": {(2, 64): Tile(128, 64, 8, 2, 2), (2, 128): Tile(128, 64, 8, 2, 2), (2, 256): Tile(128, 32, 8, 2, 2)},
-        # Beyond D = 64 the accumulators leave room for one program, of two warpgroups. 128 rows: with 64 the matrix units at full
-        # speed would read 64 bytes of keys and values a cycle, twice what the L2 cache gives.
-        "forward_gluon": {(2, 64): Tile(128, 64, 8, 3, 2), (2, 128): Tile(128, 128, 8, 2), (2, 256): Tile(128, 64, 8, 2)},
+        "decode_part": {(2, 64): Tile(16, 128, 4, 3, 3), (2, 128): Tile(16, 64, 4, 3, 2),
+                        (2, 256): Tile(16, 64, 4, 3)},
+        "statistics_rows": {(2, 64): Tile(128, 64, 8, 2, 2), (2, 128): Tile(128, 64, 8, 2, 2),
+                            (2, 256): Tile(128, 32, 8, 2, 2)},
+        # Beyond D = 64 the accumulators leave room for one program, of two warpgroups. 128 rows:
+        # with 64 the matrix units at full speed would read 64 bytes of keys and values per cycle,
+        # twice what the L2 cache delivers.
+        "forward_gluon": {(2, 64): Tile(128, 64, 8, 3, 2), (2, 128): Tile(128, 128, 8, 2),
+                          (2, 256): Tile(128, 64, 8, 2)},
     },
     "ampere": {
-        "forward": {(2, 64): Tile(128, 64, 4, 3, 2), (2, 128): Tile(64, 64, 4, 2, 2), (2, 256): Tile(64, 64, 8, 2)},
-        "backward_q": {(2, 64): Tile(64, 32, 4, 3, 3), (2, 128): Tile(64, 32, 4, 2, 2), (2, 256): Tile(64, 32, 8, 2)},
-        "backward_kv": {(2, 64): Tile(32, 64, 4, 2, 2), (2, 128): Tile(32, 64, 4, 2, 2), (2, 256): Tile(32, 64, 8, 2)},
-        "decode_part": {(2, 64): Tile(16, 128, 4, 3, 2), (2, 128): Tile(16, 64, 4, 3), (2, 256): Tile(16, 64, 4, 2)},
-        "statistics_rows": {(2, 64): Tile(64, 64, 4, 2, 3, 168), (2, 128): Tile(64, 64, 4, 2, 2), (2, 256): Tile(64, 64, 4, 2, 2)},
+        "forward": {(2, 64): Tile(128, 64, 4, 3, 2), (2, 128): Tile(64, 64, 4, 2, 2),
+                    (2, 256): Tile(64, 64, 8, 2)},
+        "backward_q": {(2, 64): Tile(64, 32, 4, 3, 3), (2, 128): Tile(64, 32, 4, 2, 2),
+                       (2, 256): Tile(64, 32, 8, 2)},
+        "backward_kv": {(2, 64): Tile(32, 64, 4, 2, 2), (2, 128): Tile(32, 64, 4, 2, 2),
+                        (2, 256): Tile(32, 64, 8, 2)},
+        "decode_part": {(2, 64): Tile(16, 128, 4, 3, 2), (2, 128): Tile(16, 64, 4, 3),
+                        (2, 256): Tile(16, 64, 4, 2)},
+        "statistics_rows": {(2, 64): Tile(64, 64, 4, 2, 3, 168), (2, 128): Tile(64, 64, 4, 2, 2),
+                            (2, 256): Tile(64, 64, 4, 2, 2)},
     },
-    # Small and of unequal sides, so that tests of a hundred positions cross many borders.
-    "interpreter": {name: {(4, 256): Tile(32, 16, 4, 1)} for name in COMMON} | {"statistics_places": COMMON["statistics_places"]},
+    # Small and with unequal sides, so that tests of a hundred positions cross many borders.
+    "interpreter": {name: {(4, 256): Tile(32, 16, 4, 1)} for name in COMMON}
+                   | {"statistics_places": COMMON["statistics_places"]},
 }
-for table in (TILES["hopper"], TILES["ampere"]):
-    table |= {kernel: table.get(kernel, {}) | COMMON[kernel] for kernel in COMMON}
-TILES["cdna"] = {kernel: {key: tile._replace(maxnreg=None) for key, tile in rows.items()} for kernel, rows in TILES["ampere"].items()}
-TILES["blackwell"] = {kernel: table for kernel, table in TILES["hopper"].items() if kernel != "forward_gluon"}      # it has no wgmma
-SMALLER = (Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))      # for devices with little shared memory
+for rows_of in (TILES["hopper"], TILES["ampere"]):
+    for name, common_rows in COMMON.items():
+        rows_of[name] = rows_of.get(name, {}) | common_rows
+TILES["cdna"] = {name: {key: tile._replace(maxnreg=None) for key, tile in rows.items()}
+                 for name, rows in TILES["ampere"].items()}
+TILES["blackwell"] = {name: rows for name, rows in TILES["hopper"].items()
+                      if name != "forward_gluon"}                       # it has no wgmma
+# For devices with little shared memory, tried in this order if the table's tile is too large.
+SMALLER = (Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
 _too_large: set[tuple] = set()
 
 
@@ -93,10 +122,10 @@ def family(device: torch.device) -> str:
 
 
 def tiles(kernel: str, device_family: str, element: int, dims: int) -> list[Tile]:
-    """The table's tile for elements of so many bytes and heads of up to `dims`, then ever smaller ones."""
+    """The table's tile for elements of `element` bytes and D ≤ `dims`, then smaller ones."""
     table = TILES[device_family][kernel]
     best = table[min(key for key in table if key[0] >= element and key[1] >= dims)]
-    if kernel in ("decode_whole", "statistics_places"):             # small already, and of sides that belong together
+    if kernel in ("decode_whole", "statistics_places"):     # small, and no other sides would do
         return [best]
     return [best, *(t for t in SMALLER if t.rows * t.columns < best.rows * best.columns)]
 
@@ -106,7 +135,11 @@ def tile_for(kernel: str, tile: Tile) -> Iterator[None]:
     """Within it `kernel` is launched with this tile and no other."""
     global tiles
     table = tiles
-    tiles = lambda name, *rest: [tile] if name == kernel else table(name, *rest)       # noqa: E731
+
+    def with_this_tile(name: str, device_family: str, element: int, dims: int) -> list[Tile]:
+        return [tile] if name == kernel else table(name, device_family, element, dims)
+
+    tiles = with_this_tile
     plans.clear()
     try:
         yield
@@ -117,11 +150,17 @@ def tile_for(kernel: str, tile: Tile) -> Iterator[None]:
 
 def has_tiles(kernel: str, like: Tensor) -> bool:
     """Whether the table has tiles of a kernel for such tensors on their device."""
-    return any(element == like.itemsize for element, _ in TILES[family(like.device)].get(kernel, {}))
+    table = TILES[family(like.device)].get(kernel, {})
+    return any(element == like.itemsize for element, _ in table)
 
+
+# --- a launch ---
 
 def has_copy_engine(like: Tensor) -> bool:
-    """Whether tiles of such tensors come through it. Not float32's: that way they spill a kilobyte a thread."""
+    """Whether the copy engine fetches tiles of such tensors.
+
+    Not float32 tiles: through descriptors they spill a kilobyte per thread.
+    """
     return like.itemsize == 2 and family(like.device) in ("hopper", "blackwell", "interpreter")
 
 
@@ -131,77 +170,99 @@ def cdiv(a: int, b: int) -> int:
 
 
 def readable(*tensors: Tensor) -> list[Tensor]:
-    """(B, heads, positions, D) tensors as the kernels can read them: almost always as they are."""
+    """(B, heads, positions, D) tensors as kernels can read them: almost always unchanged."""
     return [for_copy_engine(t) if has_copy_engine(t) else for_pointers(t) for t in tensors]
 
 
+def query_grid(q: Tensor) -> Callable[[Tile], tuple[int, int, int]]:
+    """A program for each tile of queries of each head of q (B, H, T, D)."""
+    B, H, T, _ = q.shape
+    return lambda tile: (B * H * cdiv(T, tile.rows), 1, 1)
+
+
 class Plan(NamedTuple):
-    """How calls of the same strides, dtypes and masks are started."""
+    """How calls with the same strides, dtypes and masks are started."""
 
     tile: Tile
     tma: bool
-    constants: dict[str, Any]               # arguments that are the same for all of them
-    compiled: Any                           # triton's compiled kernel; None under the interpreter
+    constants: dict[str, Any]       # arguments that are the same for all of these calls
+    compiled: Any                   # triton's compiled kernel; None under the interpreter
 
 
 plans: dict[tuple, Plan] = {}
-MOST_PLANS = 4096                           # prompts of ever new lengths have ever new strides
+MOST_PLANS = 4096                   # prompts of ever new lengths have ever new strides
 
 
-def launch(kernel, grid: Callable[[Tile], tuple[int, int, int]], like: Tensor, /, *, columns: dict[str, Tensor] | None = None,
-           rows: dict[str, Tensor] | None = None, copy_engine: bool = True, n_rows: int | None = None,
-           describe: Callable[[Tensor, int, int], TensorDescriptor] = descriptor, **arguments) -> None:
-    """Start `kernel` on the `grid` of the first tile that fits, on the device and in the dtype of `like` (…, D).
+def launch(kernel, grid: Callable[[Tile], tuple[int, int, int]], like: Tensor, /, *,
+           columns: dict[str, Tensor] | None = None, rows: dict[str, Tensor] | None = None,
+           copy_engine: bool = True, n_rows: int | None = None,
+           describe: Callable[[Tensor, int, int], TensorDescriptor] = descriptor,
+           **arguments) -> None:
+    """Start `kernel` on the `grid` of the first tile that fits, on the device of `like` (…, D).
 
-    rows, columns: `readable` tensors that it reads a tile's rows, or columns, at a time: through the copy engine where
-    there is one and `copy_engine` allows it, as `describe` tells it. n_rows: rows of a tile, where the work and not the table
-    says. Of the other arguments a kernel gets those that it has a name for. Raises ValueError where no tile fits.
+    like          its device, dtype and D choose the tile
+    rows          `readable` tensors that the kernel reads a tile's rows of at a time
+    columns       likewise, a tile's columns
+    copy_engine   whether rows and columns come through the copy engine, if there is one
+    n_rows        rows of a tile, if the work decides and not the table
+    describe      makes a tensor descriptor for the copy engine
+    arguments     the kernel takes those that it has a name for
+
+    Raises ValueError if no tile fits.
     """
     columns, rows = columns or {}, rows or {}
     arguments |= {f"{name}_strides": t.stride() for name, t in (rows | columns).items()}
-    # All that a kernel is compiled for: of addresses and numbers triton asks whether 16 divides them.
+    # All that a kernel is compiled for: triton specialises on whether 16 divides an address or a
+    # number.
     key = (kernel.__name__, family(like.device), like.device, like.shape[-1], n_rows,
            *[(t.dtype, t.data_ptr() % 16) for t in (*rows.values(), *columns.values())],
            *[(value.dtype, value.data_ptr() % 16) if isinstance(value, Tensor) else value
              for name, value in arguments.items() if name not in VARYING])
-    if key[1] == "cdna":                                            # and on AMD's, whether its storage has 2 GB
-        key += tuple(t.untyped_storage().nbytes() >= 2 ** 31 for t in (*rows.values(), *columns.values(), *arguments.values())
-                     if isinstance(t, Tensor))
+    if key[1] == "cdna":            # AMD's compiler also asks whether a tensor's storage has 2 GB
+        key += tuple(value.untyped_storage().nbytes() >= 2 ** 31
+                     for value in (*rows.values(), *columns.values(), *arguments.values())
+                     if isinstance(value, Tensor))
     plan = plans.get(key)
     if plan is None:
         if len(plans) >= MOST_PLANS:
             plans.clear()
-        plans[key] = first_launch(kernel, grid, like, rows, columns, copy_engine, n_rows, describe, arguments)
+        plans[key] = first_launch(kernel, grid, like, rows, columns, copy_engine, n_rows, describe,
+                                  arguments)
         return
     call = arguments | plan.constants | sources(rows, columns, plan, describe)
     start(kernel, like, grid(plan.tile), [call[name] for name in kernel.arg_names], plan.compiled)
 
 
-def first_launch(kernel, grid, like, rows, columns, copy_engine, n_rows, describe, arguments) -> Plan:
-    """Launch with the first tile that fits; and how it was done."""
+def first_launch(kernel, grid, like, rows, columns, copy_engine, n_rows, describe,
+                 arguments) -> Plan:
+    """`launch` with the first tile that fits; returns how to do it again."""
     device_family, D = family(like.device), like.shape[-1]
-    dims, tma = max(16, triton.next_power_of_2(D)), copy_engine and has_copy_engine(like)
-    constants = {"D": D, "DIMS": dims, "TMA": tma}
-    if device_family == "cdna":
-        constants["PRECISION"] = "ieee"                 # its matrix units multiply float32 as it is
+    dims = max(16, triton.next_power_of_2(D))
+    tma = copy_engine and has_copy_engine(like)
+    # AMD's matrix units multiply float32 directly, NVIDIA's do not.
+    precision = "ieee" if device_family == "cdna" else "tf32x3"
+    constants = {"D": D, "DIMS": dims, "TMA": tma, "PRECISION": precision}
     if tma:
         constants |= {f"{name}_strides": None for name in rows | columns}
     for tile in tiles(kernel.__name__, device_family, like.itemsize, dims):
         tile = tile._replace(rows=n_rows or tile.rows)
-        plan = Plan(tile, tma, constants | {"ROWS": tile.rows, "COLUMNS": tile.columns, "STAGES": tile.stages}, None)
         if (kernel.__name__, like.device, like.dtype, dims, tile) in _too_large:
             continue
+        sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "STAGES": tile.stages}
+        plan = Plan(tile, tma, constants | sizes, None)
+        call = arguments | plan.constants | sources(rows, columns, plan, describe)
+        call = [call[name] for name in kernel.arg_names]
         try:
-            call = arguments | plan.constants | sources(rows, columns, plan, describe)
-            call = [call[name] for name in kernel.arg_names]
             return plan._replace(compiled=start(kernel, like, grid(tile), call, **tile.options))
         except OutOfResources:
             _too_large.add((kernel.__name__, like.device, like.dtype, dims, tile))
-    raise ValueError(f"{kernel.__name__}: no tile fits {like.device} for D={D} in {like.dtype} (backend='sdpa' serves it)")
+    raise ValueError(f"{kernel.__name__}: no tile fits {like.device} for D={D} in {like.dtype} "
+                     "(backend='sdpa' serves it)")
 
 
-def sources(rows: dict[str, Tensor], columns: dict[str, Tensor], plan: Plan, describe: Callable) -> dict[str, Any]:
-    """The tensors as `load_tile` reads them."""
+def sources(rows: dict[str, Tensor], columns: dict[str, Tensor], plan: Plan,
+            describe: Callable) -> dict[str, Any]:
+    """The tensors as `load_tile` reads them: descriptors for the copy engine, or as they are."""
     if not plan.tma:
         return rows | columns
     tile, dims = plan.tile, plan.constants["DIMS"]
@@ -209,10 +270,12 @@ def sources(rows: dict[str, Tensor], columns: dict[str, Tensor], plan: Plan, des
             | {name: describe(t, tile.columns, dims) for name, t in columns.items()})
 
 
-def start(kernel, like: Tensor, grid: tuple[int, int, int], arguments: list, compiled=None, **options):
-    """Every kernel starts here, on the device of `like` → triton's compiled kernel, which may be given the next time.
+def start(kernel, like: Tensor, grid: tuple[int, int, int], arguments: list, compiled=None,
+          **options):
+    """Start a kernel on the device of `like`; every launch ends here.
 
-    Multiply-adds are fused, as was the default before triton 3.10.
+    Returns triton's compiled kernel, to be passed as `compiled` the next time. Multiply-adds are
+    fused, as was the default before triton 3.10.
     """
     with torch.cuda.device_of(like):
         if compiled is None:
@@ -221,6 +284,8 @@ def start(kernel, like: Tensor, grid: tuple[int, int, int], arguments: list, com
         return compiled
 
 
+# --- the device ---
+
 class Device(NamedTuple):
     multiprocessors: int
     l2_bytes: int
@@ -228,7 +293,10 @@ class Device(NamedTuple):
 
 @cache
 def about(device: torch.device) -> Device:
-    """What of a device decides how work is divided. Small numbers without one, so that tests cross many borders."""
+    """The sizes of a device that decide how work is divided.
+
+    Without a GPU they are small, so that tests cross many borders.
+    """
     if device.type != "cuda":
         return Device(4, 2 ** 16)
     properties = torch.cuda.get_device_properties(device)
@@ -240,9 +308,10 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def heads_together(x: Tensor, positions: int, heads: int, sharing: int = 1) -> int:
-    """How many of all `heads` to go through at a time: those whose reading fills half of the L2 cache, at least one's.
+    """How many of all `heads` to work on at a time: as many as fill half of the L2 cache.
 
-    `sharing` heads read the same two tensors of so many positions, of x's dtype and D.
+    `sharing` heads read the same two tensors of `positions` positions, of x's dtype and D. At least
+    the heads that share one pair of tensors.
     """
-    one = 2 * positions * x.shape[-1] * x.itemsize
-    return min(heads, sharing * max(1, about(x.device).l2_bytes // 2 // max(1, one)))
+    bytes_read = 2 * positions * x.shape[-1] * x.itemsize
+    return min(heads, sharing * max(1, about(x.device).l2_bytes // 2 // max(1, bytes_read)))

@@ -1,11 +1,12 @@
-"""Families of models that transformers knows: their config.json and their parameters' names, in tables that are read in both directions.
+"""Families of models that transformers knows: their config.json and their parameters' names, in
+tables that are read in both directions.
 
-A family's `choices` say which of our options it has and what each is called there. Where a config.json lacks a key, transformers takes
-the value of the first line, and so do we.
+A family's `choices` say which of our options it has, and what config.json says for each. Where a
+config.json lacks a key, transformers takes the value of the first row, and so do we.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,28 +16,44 @@ from torch import Tensor
 from errors import UserError
 from model.config import ModelConfig
 
-Choices = dict[str, list[tuple[Any, dict[str, Any]]]]      # our key → (our value, what config.json says then)
+Settings = dict[str, Any]                               # keys and values of a config.json
+Choices = dict[str, list[tuple[Any, Settings]]]         # our key → rows (our value, their settings)
 
-LLAMA_NAMES = {                     # ours → theirs; {} is the layer. Several of ours that share a name there are one matrix
-    "embed": "model.embed_tokens", "embed_position": "model.embed_positions",
+# --- the tables -------------------------------------------------------------------------------
+
+# Our module → theirs; {} is the layer. If several of ours have the same name there, they are one
+# matrix there.
+LLAMA_NAMES = {
+    "embed": "model.embed_tokens",
+    "embed_position": "model.embed_positions",
     "blocks.{}.norm_attn": "model.layers.{}.input_layernorm",
     "blocks.{}.attn": "model.layers.{}.self_attn",
-    "blocks.{}.attn.w_q": "model.layers.{}.self_attn.q_proj", "blocks.{}.attn.w_k": "model.layers.{}.self_attn.k_proj",
-    "blocks.{}.attn.w_v": "model.layers.{}.self_attn.v_proj", "blocks.{}.attn.w_o": "model.layers.{}.self_attn.o_proj",
-    "blocks.{}.attn.norm_q": "model.layers.{}.self_attn.q_norm", "blocks.{}.attn.norm_k": "model.layers.{}.self_attn.k_norm",
+    "blocks.{}.attn.w_q": "model.layers.{}.self_attn.q_proj",
+    "blocks.{}.attn.w_k": "model.layers.{}.self_attn.k_proj",
+    "blocks.{}.attn.w_v": "model.layers.{}.self_attn.v_proj",
+    "blocks.{}.attn.w_o": "model.layers.{}.self_attn.o_proj",
+    "blocks.{}.attn.norm_q": "model.layers.{}.self_attn.q_norm",
+    "blocks.{}.attn.norm_k": "model.layers.{}.self_attn.k_norm",
     "blocks.{}.norm_mlp": "model.layers.{}.post_attention_layernorm",
-    "blocks.{}.mlp.w_gate": "model.layers.{}.mlp.gate_proj", "blocks.{}.mlp.w_up": "model.layers.{}.mlp.up_proj",
+    "blocks.{}.mlp.w_gate": "model.layers.{}.mlp.gate_proj",
+    "blocks.{}.mlp.w_up": "model.layers.{}.mlp.up_proj",
     "blocks.{}.mlp.w_down": "model.layers.{}.mlp.down_proj",
-    "norm_final": "model.norm", "lm_head": "lm_head",
+    "norm_final": "model.norm",
+    "lm_head": "lm_head",
 }
 GPT2_NAMES = {
-    "embed": "transformer.wte", "embed_position": "transformer.wpe",
+    "embed": "transformer.wte",
+    "embed_position": "transformer.wpe",
     "blocks.{}.norm_attn": "transformer.h.{}.ln_1",
-    "blocks.{}.attn.w_q": "transformer.h.{}.attn.c_attn", "blocks.{}.attn.w_k": "transformer.h.{}.attn.c_attn",
-    "blocks.{}.attn.w_v": "transformer.h.{}.attn.c_attn", "blocks.{}.attn.w_o": "transformer.h.{}.attn.c_proj",
+    "blocks.{}.attn.w_q": "transformer.h.{}.attn.c_attn",
+    "blocks.{}.attn.w_k": "transformer.h.{}.attn.c_attn",
+    "blocks.{}.attn.w_v": "transformer.h.{}.attn.c_attn",
+    "blocks.{}.attn.w_o": "transformer.h.{}.attn.c_proj",
     "blocks.{}.norm_mlp": "transformer.h.{}.ln_2",
-    "blocks.{}.mlp.w_up": "transformer.h.{}.mlp.c_fc", "blocks.{}.mlp.w_down": "transformer.h.{}.mlp.c_proj",
-    "norm_final": "transformer.ln_f", "lm_head": "lm_head",
+    "blocks.{}.mlp.w_up": "transformer.h.{}.mlp.c_fc",
+    "blocks.{}.mlp.w_down": "transformer.h.{}.mlp.c_proj",
+    "norm_final": "transformer.ln_f",
+    "lm_head": "lm_head",
 }
 NEOX_NAMES = {
     "embed": "gpt_neox.embed_in",
@@ -46,28 +63,73 @@ NEOX_NAMES = {
     "blocks.{}.attn.w_v": "gpt_neox.layers.{}.attention.query_key_value",
     "blocks.{}.attn.w_o": "gpt_neox.layers.{}.attention.dense",
     "blocks.{}.norm_mlp": "gpt_neox.layers.{}.post_attention_layernorm",
-    "blocks.{}.mlp.w_up": "gpt_neox.layers.{}.mlp.dense_h_to_4h", "blocks.{}.mlp.w_down": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
-    "norm_final": "gpt_neox.final_layer_norm", "lm_head": "embed_out",
+    "blocks.{}.mlp.w_up": "gpt_neox.layers.{}.mlp.dense_h_to_4h",
+    "blocks.{}.mlp.w_down": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
+    "norm_final": "gpt_neox.final_layer_norm",
+    "lm_head": "embed_out",
 }
-LLAMA_SIZES = {                     # ours → theirs, the same number
-    "vocab_size": "vocab_size", "d_model": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-    "n_kv_heads": "num_key_value_heads", "d_head": "head_dim", "d_mlp": "intermediate_size", "n_ctx": "max_position_embeddings",
+LLAMA_SIZES = {                     # our key → theirs, with the same number
+    "vocab_size": "vocab_size", "d_model": "hidden_size", "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "d_head": "head_dim",
+    "d_mlp": "intermediate_size", "n_ctx": "max_position_embeddings",
 }
-GPT2_SIZES = {"vocab_size": "vocab_size", "d_model": "n_embd", "n_layers": "n_layer", "n_heads": "n_head", "d_mlp": "n_inner",
-              "n_ctx": "n_positions"}
-NEOX_SIZES = {ours: theirs for ours, theirs in LLAMA_SIZES.items() if ours not in ("n_kv_heads", "d_head")}
-OPTIONAL = ("n_kv_heads", "d_head", "d_mlp")               # sizes that may be null: they then follow from others
+GPT2_SIZES = {"vocab_size": "vocab_size", "d_model": "n_embd", "n_layers": "n_layer",
+              "n_heads": "n_head", "d_mlp": "n_inner", "n_ctx": "n_positions"}
+NEOX_SIZES = {ours: theirs for ours, theirs in LLAMA_SIZES.items()
+              if ours not in ("n_kv_heads", "d_head")}
+OPTIONAL_SIZES = ("n_kv_heads", "d_head", "d_mlp")      # may be null: they follow from others
 
-UNTIED: Choices = {"tied_embeddings": [(False, {"tie_word_embeddings": False}), (True, {"tie_word_embeddings": True})]}
-LLAMA_LIKE: Choices = UNTIED | {
-    "norm": [("rmsnorm", {})], "position": [("rope", {})], "rope_dims": [(None, {})], "parallel": [(False, {})], "smear": [(False, {})],
-    "mlp": [("swiglu", {"hidden_act": "silu"}), ("none", {"hidden_act": "silu"})],         # none is written as one unit of zeros
-    "qk_norm": [(False, {})], "bias": [("none", {})],
+UNTIED: Choices = {"tied_embeddings": [(False, {"tie_word_embeddings": False}),
+                                       (True, {"tie_word_embeddings": True})]}
+TIED: Choices = {"tied_embeddings": UNTIED["tied_embeddings"][::-1]}
+LLAMA_CHOICES: Choices = UNTIED | {
+    "norm": [("rmsnorm", {})],
+    "position": [("rope", {})],
+    "rope_dims": [(None, {})],
+    "parallel": [(False, {})],
+    "smear": [(False, {})],
+    "mlp": [("swiglu", {"hidden_act": "silu"}),
+            ("none", {"hidden_act": "silu"})],          # saved as one unit of zeros
+    "qk_norm": [(False, {})],
+    "bias": [("none", {})],
 }
-GPT_LIKE: Choices = {"norm": [("layernorm", {})], "smear": [(False, {})], "qk_norm": [(False, {})]}
-QWEN3_BIAS = [("none", {"attention_bias": False}), ("attention", {"attention_bias": True})]
-LLAMA_BIAS = [(ours, given | {"mlp_bias": mlp}) for mlp, names in ((False, ("none", "attention")), (True, ("mlp", "all")))
-              for ours, (_, given) in zip(names, QWEN3_BIAS)]
+LLAMA_BIAS: list[tuple[Any, Settings]] = [
+    ("none", {"attention_bias": False, "mlp_bias": False}),
+    ("attention", {"attention_bias": True, "mlp_bias": False}),
+    ("mlp", {"attention_bias": False, "mlp_bias": True}),
+    ("all", {"attention_bias": True, "mlp_bias": True}),
+]
+QWEN3_BIAS: list[tuple[Any, Settings]] = [
+    ("none", {"attention_bias": False}),
+    ("attention", {"attention_bias": True}),
+]
+GPT_CHOICES: Choices = {"norm": [("layernorm", {})], "smear": [(False, {})],
+                        "qk_norm": [(False, {})]}
+GPT2_CHOICES: Choices = GPT_CHOICES | TIED | {
+    "position": [("learned", {})],
+    "parallel": [(False, {})],
+    "bias": [("all", {})],
+    "mlp": [("gelu_tanh", {"activation_function": "gelu_new"}),
+            ("gelu_tanh", {"activation_function": "gelu_pytorch_tanh"}),
+            ("gelu", {"activation_function": "gelu"})],
+}
+NEOX_CHOICES: Choices = GPT_CHOICES | UNTIED | {
+    "position": [("rope", {})],
+    "bias": [("all", {"attention_bias": True}), ("mlp", {"attention_bias": False})],
+    "parallel": [(True, {"use_parallel_residual": True}),
+                 (False, {"use_parallel_residual": False})],
+    "mlp": [("gelu", {"hidden_act": "gelu"}),
+            ("gelu_tanh", {"hidden_act": "gelu_new"}),
+            ("gelu_tanh", {"hidden_act": "gelu_pytorch_tanh"})],
+}
+ROPE_SCALING = {                    # by kind of scaling: our key → theirs
+    "linear": {"factor": "factor"},
+    "llama3": {"factor": "factor", "original_n_ctx": "original_max_position_embeddings",
+               "fast": "high_freq_factor", "slow": "low_freq_factor"},
+    "yarn": {"factor": "factor", "original_n_ctx": "original_max_position_embeddings",
+             "fast": "beta_fast", "slow": "beta_slow", "attention_factor": "attention_factor",
+             "truncate": "truncate"},
+}
 
 
 @dataclass(frozen=True)
@@ -79,186 +141,246 @@ class Family:
     sizes: dict[str, str]
     choices: Choices
     eps: str = "rms_norm_eps"
-    windows: Literal["none", "alike", "listed"] = "none"    # listed: full and windowed layers by `layer_types`
-    window: int | None = None                               # where config.json lacks sliding_window
-    windows_switch: bool = False                            # sliding_window counts with use_sliding_window alone
-    square: bool = False                                    # as many key heads as query heads, which fill the width
-    divides: bool = False                                   # transformers wants n_heads to divide the width
-    layout: Literal["", "transposed", "by head"] = ""       # matrices stand transposed; q, k and v are one matrix, head by head
-    rope_dims_default: float = 1.0                          # the share of a head that rope turns
-    only: dict[str, Any] = field(default_factory=dict)      # settings with one value that is supported
+    # alike: one window for all layers; listed: full and windowed layers, by `layer_types`
+    windows: Literal["none", "alike", "listed"] = "none"
+    default_window: int | None = None       # if config.json lacks sliding_window
+    windows_switch: bool = False            # sliding_window counts only with use_sliding_window
+    square: bool = False                    # as many key heads as query heads, which fill the width
+    divides: bool = False                   # transformers wants n_heads to divide the width
+    # transposed: matrices are stored transposed; by head: q, k and v are one matrix, head by head
+    layout: Literal["", "transposed", "by head"] = ""
+    default_rope_share: float = 1.0         # the fraction of a head that RoPE rotates
+    fixed: Settings = field(default_factory=dict)           # settings with one supported value
 
 
-FAMILIES = {                        # the first that fits is what a model is saved as
-    "llama": Family("LlamaForCausalLM", LLAMA_NAMES, LLAMA_SIZES, LLAMA_LIKE | {"bias": LLAMA_BIAS}, divides=True),
-    "mistral": Family("MistralForCausalLM", LLAMA_NAMES, LLAMA_SIZES, LLAMA_LIKE, windows="alike", window=4096),
-    "ministral": Family("MinistralForCausalLM", LLAMA_NAMES, LLAMA_SIZES, LLAMA_LIKE, windows="listed", window=4096),
-    "qwen2": Family("Qwen2ForCausalLM", LLAMA_NAMES, LLAMA_SIZES, LLAMA_LIKE | {"bias": [("qkv", {})]}, windows="listed", window=4096,
-                    windows_switch=True),
-    "qwen3": Family("Qwen3ForCausalLM", LLAMA_NAMES, LLAMA_SIZES, LLAMA_LIKE | {"bias": QWEN3_BIAS, "qk_norm": [(True, {})]},
-                    windows="listed", window=4096, windows_switch=True),
-    "gpt2": Family("GPT2LMHeadModel", GPT2_NAMES, GPT2_SIZES, GPT_LIKE | {
-        "tied_embeddings": UNTIED["tied_embeddings"][::-1], "position": [("learned", {})], "parallel": [(False, {})], "bias": [("all", {})],
-        "mlp": [("gelu_tanh", {"activation_function": "gelu_new"}), ("gelu_tanh", {"activation_function": "gelu_pytorch_tanh"}),
-                ("gelu", {"activation_function": "gelu"})],
-    }, "layer_norm_epsilon", square=True, layout="transposed",
-        only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}),
-    "gpt_neox": Family("GPTNeoXForCausalLM", NEOX_NAMES, NEOX_SIZES, GPT_LIKE | UNTIED | {
-        "position": [("rope", {})], "bias": [("all", {"attention_bias": True}), ("mlp", {"attention_bias": False})],
-        "parallel": [(True, {"use_parallel_residual": True}), (False, {"use_parallel_residual": False})],
-        "mlp": [("gelu", {"hidden_act": "gelu"}), ("gelu_tanh", {"hidden_act": "gelu_new"}),
-                ("gelu_tanh", {"hidden_act": "gelu_pytorch_tanh"})],
-    }, "layer_norm_eps", square=True, layout="by head", rope_dims_default=0.25),
+FAMILIES = {                        # a model is saved as the first that fits
+    "llama": Family("LlamaForCausalLM", LLAMA_NAMES, LLAMA_SIZES,
+                    LLAMA_CHOICES | {"bias": LLAMA_BIAS}, divides=True),
+    "mistral": Family("MistralForCausalLM", LLAMA_NAMES, LLAMA_SIZES, LLAMA_CHOICES,
+                      windows="alike", default_window=4096),
+    "ministral": Family("MinistralForCausalLM", LLAMA_NAMES, LLAMA_SIZES, LLAMA_CHOICES,
+                        windows="listed", default_window=4096),
+    "qwen2": Family("Qwen2ForCausalLM", LLAMA_NAMES, LLAMA_SIZES,
+                    LLAMA_CHOICES | {"bias": [("qkv", {})]},
+                    windows="listed", default_window=4096, windows_switch=True),
+    "qwen3": Family("Qwen3ForCausalLM", LLAMA_NAMES, LLAMA_SIZES,
+                    LLAMA_CHOICES | {"bias": QWEN3_BIAS, "qk_norm": [(True, {})]},
+                    windows="listed", default_window=4096, windows_switch=True),
+    "gpt2": Family("GPT2LMHeadModel", GPT2_NAMES, GPT2_SIZES, GPT2_CHOICES,
+                   eps="layer_norm_epsilon", square=True, layout="transposed",
+                   fixed={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+                          "add_cross_attention": False}),
+    "gpt_neox": Family("GPTNeoXForCausalLM", NEOX_NAMES, NEOX_SIZES, NEOX_CHOICES,
+                       eps="layer_norm_eps", square=True, layout="by head",
+                       default_rope_share=0.25),
 }
-OWN_TYPE = "induction_gpt"          # models that have no form in transformers: saved under Llama's names
+# Models that transformers has no form for are saved under Llama's names.
+OWN_TYPE = "induction_gpt"
 OWN = Family("InductionGPT", LLAMA_NAMES, LLAMA_SIZES, UNTIED)
 
 
+# --- which family a model is ------------------------------------------------------------------
+
 def family(config: ModelConfig) -> str:
     """The model_type whose equations are ours, or our own."""
-    return next((name for name, of in FAMILIES.items() if not _misfits(config, name, of)), OWN_TYPE)
+    for name, candidate in FAMILIES.items():
+        if not _misfits(config, name, candidate):
+            return name
+    return OWN_TYPE
+
+
+def architecture_of(model_type: str) -> Family:
+    """The family of a model_type; our own if transformers has none."""
+    return FAMILIES.get(model_type, OWN)
 
 
 def obstacles(config: ModelConfig) -> list[str]:
-    """What keeps a model from being one of transformers' own families: of the nearest one; empty for one that is."""
-    return min((_misfits(config, name, of) for name, of in FAMILIES.items()), key=len)
+    """Why a model is none of transformers' families: what keeps it from the nearest. Empty if it
+    is one."""
+    return min((_misfits(config, name, candidate) for name, candidate in FAMILIES.items()),
+               key=len)
 
 
-def _misfits(config: ModelConfig, name: str, of: Family) -> list[str]:
-    found = []
+def _misfits(config: ModelConfig, name: str, candidate: Family) -> list[str]:
+    """What of a model the family cannot express."""
+    misfits = []
+    for key, rows in candidate.choices.items():
+        value = getattr(config, key)
+        if value not in [ours for ours, _ in rows]:
+            known = list(dict.fromkeys(str(ours) for ours, _ in rows))
+            misfits.append(f"{key}: {value} ({name} has {' and '.join(known)})")
+    windows = set(config.windows)
+    if candidate.windows == "none":
+        if windows != {None}:
+            misfits.append(f"windows ({name} has none)")
+    elif len(windows - {None}) > 1 or (candidate.windows == "alike" and len(windows) > 1):
+        misfits.append(f"windows of {len(windows)} sizes ({name} has one)")
+    if candidate.square and config.kv_heads != config.n_heads:
+        misfits.append(f"n_kv_heads: {config.kv_heads} ({name} has as many as n_heads)")
+    if candidate.square and config.n_heads * config.head_size != config.d_model:
+        misfits.append(f"d_head: {config.head_size} ({name} has d_model / n_heads)")
+    if candidate.divides and config.d_model % config.n_heads:
+        misfits.append(f"n_heads: {config.n_heads} ({name} wants a divisor of d_model)")
+    return misfits
+
+
+# --- writing config.json ----------------------------------------------------------------------
+
+def describe(config: ModelConfig, model_type: str) -> Settings:
+    """A model as its family's config.json describes it: the shape, without token ids."""
+    of = architecture_of(model_type)
+    settings: Settings = {}
+    resolved = {"n_kv_heads": config.kv_heads, "d_head": config.head_size,
+                "d_mlp": config.mlp_size or 1}          # what null stands for in our config
+    for key, theirs in of.sizes.items():
+        settings[theirs] = resolved.get(key, getattr(config, key))
+    settings[of.eps] = config.norm_eps
     for key, rows in of.choices.items():
-        known = list(dict.fromkeys(str(value) for value, _ in rows))
-        if (value := getattr(config, key)) not in [value for value, _ in rows]:
-            found.append(f"{key}: {value} ({name} has {' and '.join(known)})")
-    sizes = set(config.windows)
-    if of.windows == "none" and sizes != {None}:
-        found.append(f"windows ({name} has none)")
-    elif len(sizes - {None}) > 1 or (of.windows == "alike" and len(sizes) > 1):
-        found.append(f"windows of {len(sizes)} sizes ({name} has one)")
-    if of.square and config.kv_heads != config.n_heads:
-        found.append(f"n_kv_heads: {config.kv_heads} ({name} has as many as n_heads)")
-    if of.square and config.n_heads * config.head_size != config.d_model:
-        found.append(f"d_head: {config.head_size} ({name} has d_model / n_heads)")
-    if of.divides and config.d_model % config.n_heads:
-        found.append(f"n_heads: {config.n_heads} ({name} wants a divisor of d_model)")
-    return found
-
-
-# --- config.json ------------------------------------------------------------------------------------------------------------
-
-def described(config: ModelConfig, model_type: str) -> dict[str, Any]:
-    """A model as its family's config.json says it: the shape alone, no token ids."""
-    of = FAMILIES.get(model_type, OWN)
-    ours = {"n_kv_heads": config.kv_heads, "d_head": config.head_size, "d_mlp": config.mlp_size or 1}
-    said = {theirs: ours.get(key, getattr(config, key)) for key, theirs in of.sizes.items()} | {of.eps: config.norm_eps}
-    for key, rows in of.choices.items():
-        said |= next((given for value, given in rows if value == getattr(config, key)), {})
+        value = getattr(config, key)
+        settings |= next((theirs for ours, theirs in rows if ours == value), {})
     if model_type == "gpt_neox":
-        said |= {"rotary_emb_base": config.rope_base, "rotary_pct": _share(config.rope_size, config.head_size)}
+        settings["rotary_emb_base"] = config.rope_base
+        settings["rotary_pct"] = _share(config.rope_size, config.head_size)
     elif config.position == "rope":
-        said["rope_theta"] = config.rope_base
+        settings["rope_theta"] = config.rope_base
     if scaling := config.rope_scaling:
-        exact = scaling.model_copy(update={"fast": scaling.fast_turns, "slow": scaling.slow_turns})
-        given = {theirs: value for ours, theirs in SCALING[scaling.kind].items() if (value := getattr(exact, ours)) is not None}
-        said["rope_scaling"] = {"rope_type": scaling.kind} | given
+        scaling = scaling.model_copy(
+            update={"fast": scaling.fast_turns, "slow": scaling.slow_turns})
+        settings["rope_scaling"] = {"rope_type": scaling.kind}
+        for ours, theirs in ROPE_SCALING[scaling.kind].items():
+            if (value := getattr(scaling, ours)) is not None:
+                settings["rope_scaling"][theirs] = value
     if of.windows != "none":
-        said["sliding_window"] = next((window for window in config.windows if window), None)
+        settings["sliding_window"] = next((window for window in config.windows if window), None)
     if of.windows == "listed":
-        said |= {"use_sliding_window": any(config.windows),
-                 "layer_types": ["sliding_attention" if window else "full_attention" for window in config.windows]}
-    return said
+        settings["use_sliding_window"] = any(config.windows)
+        settings["layer_types"] = ["sliding_attention" if window else "full_attention"
+                                   for window in config.windows]
+    return settings
 
 
-def read_description(given: dict[str, Any], source: str, layers: int, largest: int) -> dict[str, Any]:
-    """ModelConfig's keys of the model that a config.json describes; a UserError names the setting that is not supported, or a size that
-    the files cannot hold: they have at most so many `layers`, and no dimension above `largest`."""
+def _share(part: int, size: int) -> float:
+    """A number whose int(size × number) is `part`, as transformers computes it."""
+    share = part / size
+    return share if int(size * share) == part else (part + 0.5) / size
+
+
+# --- reading config.json ----------------------------------------------------------------------
+
+def read_description(given: Settings, source: str, layers: int, largest: int) -> dict[str, Any]:
+    """ModelConfig's keys for the model that a config.json describes.
+
+    given               the contents of config.json
+    source              names it in errors
+    layers, largest     the most layers, and the largest dimension, that the weight files can hold
+    Raises UserError for a setting that is not supported, and for a size that the files cannot hold.
+    """
     model_type = given.get("model_type")
     if model_type not in FAMILIES:
-        raise UserError(f"{source}: model_type={model_type!r} is not supported\n  supported: {', '.join(FAMILIES)}")
+        raise UserError(f"{source}: model_type={model_type!r} is not supported\n"
+                        f"  supported: {', '.join(FAMILIES)}")
     of = FAMILIES[model_type]
-    for key, value in (of.only | {"quantization_config": None}).items():
+    for key, value in (of.fixed | {"quantization_config": None}).items():
         if given.get(key, value) != value:
             raise _unsupported(source, key, given[key], [value])
-    found: dict[str, Any] = {}
+    ours: dict[str, Any] = {}
     for key, theirs in of.sizes.items():
         size = given.get(theirs)
-        if not (size is None and key in OPTIONAL) and (type(size) is not int or size < 1):
+        missing = size is None and key in OPTIONAL_SIZES
+        if not missing and (type(size) is not int or size < 1):
             raise UserError(f"{source}: {theirs}={size!r} must be a whole number above 0")
-        if key != "n_ctx" and (size or 0) > (most := layers if key == "n_layers" else largest):
-            raise UserError(f"{source}: {theirs}={size} is more than the {most} that its safetensors files hold")
-        found[key] = size
-    if found["d_mlp"] is None and model_type != "gpt2":
+        most = layers if key == "n_layers" else largest
+        if key != "n_ctx" and (size or 0) > most:
+            raise UserError(f"{source}: {theirs}={size} is more than the {most} that its "
+                            "safetensors files hold")
+        ours[key] = size
+    if ours["d_mlp"] is None and model_type != "gpt2":
         raise UserError(f"{source}: {of.sizes['d_mlp']} is missing")
-    found["norm_eps"] = _number(source, of.eps, given.get(of.eps, 1e-6 if of.eps == "rms_norm_eps" else 1e-5))
+    default_eps = 1e-6 if of.eps == "rms_norm_eps" else 1e-5
+    ours["norm_eps"] = _number(source, of.eps, given.get(of.eps, default_eps))
     for key, rows in of.choices.items():
-        first = rows[0][1]
-        match = next((value for value, said in rows if all(given.get(k, first.get(k)) == v for k, v in said.items())), rows)
-        if match is rows:
-            wrong = next(k for k in first if given.get(k, first[k]) not in [said[k] for _, said in rows])
-            raise _unsupported(source, wrong, given[wrong], list(dict.fromkeys(said[wrong] for _, said in rows)))
-        found[key] = match
-    if found["position"] == "rope":
-        found |= _read_rope(given, of, found, source)
-    return found | {"window": _read_windows(given, of, found["n_layers"], source)}
+        ours[key] = _read_choice(given, rows, source)
+    if ours["position"] == "rope":
+        ours |= _read_rope(given, of, ours, source)
+    ours["window"] = _read_windows(given, of, ours["n_layers"], source)
+    return ours
 
 
-SCALING = {                         # rope scaling: ours → theirs
-    "linear": {"factor": "factor"},
-    "llama3": {"factor": "factor", "original_n_ctx": "original_max_position_embeddings", "fast": "high_freq_factor",
-               "slow": "low_freq_factor"},
-    "yarn": {"factor": "factor", "original_n_ctx": "original_max_position_embeddings", "fast": "beta_fast", "slow": "beta_slow",
-             "attention_factor": "attention_factor", "truncate": "truncate"},
-}
+def _read_choice(given: Settings, rows: list[tuple[Any, Settings]], source: str) -> Any:
+    """Our value of the first row whose settings config.json has. A missing key has the value of the
+    first row."""
+    defaults = rows[0][1]
+    for value, settings in rows:
+        if all(given.get(key, defaults.get(key)) == setting for key, setting in settings.items()):
+            return value
+    for key, default in defaults.items():
+        supported = list(dict.fromkeys(settings[key] for _, settings in rows))
+        if given.get(key, default) not in supported:
+            raise _unsupported(source, key, given[key], supported)
+    shown = {key: given.get(key, default) for key, default in defaults.items()}
+    raise UserError(f"{source}: {shown} is not supported together")
 
 
-def _read_rope(given: dict, of: Family, sizes: dict, source: str) -> dict[str, Any]:
-    """rope_base, rope_dims and rope_scaling, in the spelling of transformers 5 (rope_parameters) or of those before."""
-    scaling = given.get("rope_parameters") or given.get("rope_scaling") or {}
-    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
-        raise UserError(f"{source}: rope parameters of each kind of layer are not supported (one rope for all layers is)")
+def _read_rope(given: Settings, of: Family, sizes: dict[str, Any], source: str) -> dict[str, Any]:
+    """rope_base, rope_dims and rope_scaling, as transformers 5 writes them (rope_parameters) or
+    earlier versions."""
+    parameters = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    if not isinstance(parameters, dict) or any(isinstance(v, dict) for v in parameters.values()):
+        raise UserError(f"{source}: rope parameters of each kind of layer are not supported "
+                        "(one rope for all layers is)")
 
-    def said(key: str, *names: str, default: float) -> float:
-        value = scaling.get(key)
-        return _number(source, key, value if value is not None else next((given[n] for n in names if given.get(n) is not None), default))
+    def read_number(key: str, *older_keys: str, default: float) -> float:
+        candidates = [parameters.get(key), *[given.get(older) for older in older_keys], default]
+        value = next(value for value in candidates if value is not None)
+        return _number(source, key, value)
 
-    base = said("rope_theta", "rope_theta", "rotary_emb_base", default=10000.0)
-    share = said("partial_rotary_factor", "partial_rotary_factor", "rotary_pct", default=of.rope_dims_default)
-    size = sizes.get("d_head") or sizes["d_model"] // sizes["n_heads"]
-    turned = int(size * share)
-    if of.choices.get("rope_dims") and turned != size:
+    base = read_number("rope_theta", "rope_theta", "rotary_emb_base", default=10000.0)
+    share = read_number("partial_rotary_factor", "partial_rotary_factor", "rotary_pct",
+                        default=of.default_rope_share)
+    head_size = sizes.get("d_head") or sizes["d_model"] // sizes["n_heads"]
+    rotated = int(head_size * share)
+    if of.choices.get("rope_dims") and rotated != head_size:
         raise _unsupported(source, "partial_rotary_factor", share, [1.0])
-    found = {"rope_base": base, "rope_dims": None if turned == size else turned}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    ours: dict[str, Any] = {"rope_base": base,
+                            "rope_dims": None if rotated == head_size else rotated}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
-        return found
-    if kind not in SCALING:
-        raise _unsupported(source, "rope_scaling type", kind, ["default", *SCALING])
-    if odd := [key for key in ("mscale", "mscale_all_dim") if scaling.get(key)]:
-        raise _unsupported(source, f"rope_scaling {odd[0]}", scaling[odd[0]], [None])
-    read = {ours: scaling.get(theirs) for ours, theirs in SCALING[kind].items() if scaling.get(theirs) is not None}
+        return ours
+    if kind not in ROPE_SCALING:
+        raise _unsupported(source, "rope_scaling type", kind, ["default", *ROPE_SCALING])
+    for key in ("mscale", "mscale_all_dim"):
+        if parameters.get(key):
+            raise _unsupported(source, f"rope_scaling {key}", parameters[key], [None])
+    scaling: dict[str, Any] = {"kind": kind}
+    for key, theirs in ROPE_SCALING[kind].items():
+        value = parameters.get(theirs)
+        if value is not None:
+            exact = key in ("original_n_ctx", "truncate")           # an int and a bool
+            scaling[key] = value if exact else _number(source, theirs, value)
     if kind != "linear":
-        read.setdefault("original_n_ctx", sizes["n_ctx"])
-    whole = ("original_n_ctx", "truncate")
-    read = {ours: value if ours in whole else _number(source, SCALING[kind][ours], value) for ours, value in read.items()}
-    return found | {"rope_scaling": {"kind": kind} | read}
+        scaling.setdefault("original_n_ctx", sizes["n_ctx"])
+    return ours | {"rope_scaling": scaling}
 
 
-def _read_windows(given: dict, of: Family, n_layers: int, source: str) -> int | list | None:
-    size = None if of.windows == "none" or (of.windows_switch and not given.get("use_sliding_window")) else (
-        given.get("sliding_window", of.window))
-    if of.windows != "listed" or size is None:
+def _read_windows(given: Settings, of: Family, n_layers: int,
+                  source: str) -> int | list[int | None] | None:
+    """The window of all layers, or of each."""
+    if of.windows == "none" or (of.windows_switch and not given.get("use_sliding_window")):
+        return None
+    size = given.get("sliding_window", of.default_window)
+    if of.windows == "alike" or size is None:
         return size
     first = given.get("max_window_layers", 28) if of.windows_switch else 0
-    types = given.get("layer_types") or ["sliding_attention" if layer >= first else "full_attention" for layer in range(n_layers)]
-    if wrong := [kind for kind in types if kind not in ("sliding_attention", "full_attention")]:
-        raise _unsupported(source, "layer_types", wrong[0], ["full_attention", "sliding_attention"])
-    windows = [size if kind == "sliding_attention" else None for kind in types]
+    types = given.get("layer_types")
+    if not types:
+        types = ["sliding_attention" if layer >= first else "full_attention"
+                 for layer in range(n_layers)]
+    for layer_type in types:
+        if layer_type not in ("sliding_attention", "full_attention"):
+            raise _unsupported(source, "layer_types", layer_type,
+                               ["full_attention", "sliding_attention"])
+    windows = [size if layer_type == "sliding_attention" else None for layer_type in types]
     return windows if len(set(windows)) > 1 else windows[0]
-
-
-def _share(part: int, whole: int) -> float:
-    """The number whose int(whole × number) is `part`, as transformers counts."""
-    return part / whole if int(whole * (part / whole)) == part else (part + 0.5) / whole
 
 
 def _number(source: str, key: str, value: Any) -> float:
@@ -267,38 +389,43 @@ def _number(source: str, key: str, value: Any) -> float:
     return float(value)
 
 
-def _unsupported(source: str, key: str, value: Any, known: list) -> UserError:
-    return UserError(f"{source}: {key}={value!r} is not supported\n  supported: {', '.join(map(repr, known))}")
+def _unsupported(source: str, key: str, value: Any, supported: list[Any]) -> UserError:
+    return UserError(f"{source}: {key}={value!r} is not supported\n"
+                     f"  supported: {', '.join(map(repr, supported))}")
 
 
-# --- parameters ---------------------------------------------------------------------------------------------------------------
+# --- parameters -------------------------------------------------------------------------------
 
 def by_their_name(names: Iterable[str], of: Family) -> dict[str, list[str]]:
-    """Their tensors → the parameters of ours that each holds, in order."""
-    found: dict[str, list[str]] = {}
+    """The family's tensors, and which of our parameters `names` each holds, in order."""
+    tensors: dict[str, list[str]] = {}
     for name in names:
         module, leaf = name.rsplit(".", 1)
         layer = re.search(r"\.(\d+)(\.|$)", module)
-        theirs = of.names[re.sub(r"\.\d+(?=\.|$)", ".{}", module, count=1)].format(layer[1] if layer else "")
-        found.setdefault(f"{theirs}.{'weight' if leaf == 'gain' else leaf}", []).append(name)
-    return found
+        template = of.names[re.sub(r"\.\d+(?=\.|$)", ".{}", module, count=1)]
+        their_module = template.format(layer[1] if layer else "")
+        their_leaf = "weight" if leaf == "gain" else leaf
+        tensors.setdefault(f"{their_module}.{their_leaf}", []).append(name)
+    return tensors
 
 
-def to_theirs(parts: list[Tensor], name: str, of: Family, n_heads: int) -> Tensor:
+def to_theirs(parts: Sequence[Tensor], name: str, of: Family, n_heads: int) -> Tensor:
     """The tensor that a family makes of our parameters, the first of which is called `name`."""
     if of.layout == "by head" and len(parts) > 1:               # (H D, …) each → (H · parts · D, …)
-        return torch.stack([part.unflatten(0, (n_heads, -1)) for part in parts], dim=1).flatten(0, 2)
-    whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return whole.mT if _transposed(whole, name, of) else whole
+        by_head = [part.unflatten(0, (n_heads, -1)) for part in parts]
+        return torch.stack(by_head, dim=1).flatten(0, 2)
+    tensor = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+    return tensor.mT if _transposed(tensor, name, of) else tensor
 
 
-def to_ours(whole: Tensor, name: str, count: int, of: Family, n_heads: int) -> Iterator[Tensor]:
+def to_ours(tensor: Tensor, name: str, count: int, of: Family, n_heads: int) -> Iterator[Tensor]:
     """The `count` parameters in a family's tensor, the first of which is called `name`."""
     if of.layout == "by head" and count > 1:
-        yield from (part.flatten(0, 1) for part in whole.unflatten(0, (n_heads, count, -1)).unbind(1))
+        by_head = tensor.unflatten(0, (n_heads, count, -1))
+        yield from (part.flatten(0, 1) for part in by_head.unbind(1))
     else:
-        yield from (whole.mT if _transposed(whole, name, of) else whole).chunk(count)
+        yield from (tensor.mT if _transposed(tensor, name, of) else tensor).chunk(count)
 
 
-def _transposed(whole: Tensor, name: str, of: Family) -> bool:
-    return of.layout == "transposed" and whole.ndim == 2 and name.startswith("blocks.")
+def _transposed(tensor: Tensor, name: str, of: Family) -> bool:
+    return of.layout == "transposed" and tensor.ndim == 2 and name.startswith("blocks.")

@@ -1,4 +1,8 @@
-"""A decoder-only transformer, read top to bottom: tokens → embedding → L blocks → logits."""
+"""A decoder-only transformer, read top to bottom: tokens → embedding → L blocks → logits.
+
+Letters of the shapes: B batch, T positions, H query heads, K key/value heads, D head size, E model
+width, F MLP width, V vocabulary, L layers, C context length.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -12,16 +16,28 @@ from model.attention import CausalSelfAttention, Context
 from model.config import ModelConfig
 from model.cross_entropy import cross_entropies, summed_cross_entropy
 from model.kv_cache import KVCache
-from model.layers import NORMS, Linear, embedding, for_decoding, joined, joined_for_decoding
+from model.layers import (
+    NORMS,
+    Joined,
+    Linear,
+    apply_joined,
+    embedding,
+    for_decoding,
+    join_for_decoding,
+)
 from model.position import rope_table, sinusoidal_table
-from model.taps import eagerly, refuse, taps_of
+from model.taps import TapSet, refuse, run_eagerly, taps_of
 
 
 class GPT(nn.Module):
-    """tokens (B, T) → logits (B, T, V). Parameters are float32; `compute_dtype` is what activations are kept in,
-    `attention_backend` one of `kernels.attention`'s, `recompute` keeps a block's input alone for the backward pass (Chen et al. 2016)."""
+    """tokens (B, T) → logits (B, T, V). Parameters are float32.
 
-    rope: Tensor                # make_tables'
+    compute_dtype           dtype of activations
+    attention_backend       one of `kernels.attention`'s
+    recompute               keep only a block's input for the backward pass (Chen et al. 2016)
+    """
+
+    rope: Tensor                # position tables, from make_tables
     sinusoids: Tensor
 
     def __init__(self, config: ModelConfig, seed: int = 0):
@@ -32,38 +48,50 @@ class GPT(nn.Module):
         self.compute_dtype = torch.float32
         self.attention_backend = "auto"
         self.recompute = False
-        self.tapped: dict[int, tuple] = {}                  # who looks at activations, by thread: model/taps.py
+        self.tapped: dict[int, tuple[TapSet, ...]] = {}     # taps by thread: model/taps.py
         self.embed = embedding(config.vocab_size, config.d_model)
-        self.embed_position = embedding(config.n_ctx, config.d_model) if config.position == "learned" else None
-        self.blocks = cast("Sequence[Block]", nn.ModuleList(Block(config, layer) for layer in range(config.n_layers)))
+        self.embed_position = None
+        if config.position == "learned":
+            self.embed_position = embedding(config.n_ctx, config.d_model)
+        blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.blocks = cast("Sequence[Block]", blocks)
         self.norm_final = NORMS[config.norm](config.d_model, config.norm_eps)
-        self.lm_head = None if config.tied_embeddings else Linear(config.d_model, config.vocab_size)
+        self.lm_head = None
+        if not config.tied_embeddings:
+            self.lm_head = Linear(config.d_model, config.vocab_size)
         if not self.embed.weight.is_meta:
             self.make_tables()
             self.init_weights(seed)
 
     def allocate(self, device: torch.device | str) -> "GPT":
-        """Give a model that was made on the meta device its memory: tables, and parameters whose values are still to come. As
-        nn.Module.to_empty does it, which would load sympy first. Returns the model."""
+        """Allocate a model that was made on the meta device; parameter values are set later.
+
+        nn.Module.to_empty does the same, but loads sympy first. Returns the model.
+        """
         self._apply(lambda p: torch.empty(p.shape, dtype=p.dtype, device=device))
         self.make_tables()
         return self
 
     def make_tables(self) -> None:
-        """The fixed position tables; a model on the meta device has none yet, and makes them where it lands."""
+        """Make the fixed position tables. A model on the meta device has none yet."""
         config, device = self.config, self.embed.weight.device
         with torch.device(device):
             if config.position == "rope":
-                table = rope_table(config.n_ctx, config.rope_size, config.rope_base, config.rope_scaling)
+                table = rope_table(config.n_ctx, config.rope_size, config.rope_base,
+                                   config.rope_scaling)
                 self.register_buffer("rope", table, persistent=False)
-            if config.position == "sinusoidal":     # at the embedding's own size, so that neither drowns the other
-                table = sinusoidal_table(config.n_ctx, config.d_model) * config.embedding_std * 2 ** 0.5
+            if config.position == "sinusoidal":
+                # Scaled to the size of the embedding, so that neither drowns the other.
+                scale = config.embedding_std * 2 ** 0.5
+                table = sinusoidal_table(config.n_ctx, config.d_model) * scale
                 self.register_buffer("sinusoids", table, persistent=False)
 
     @torch.no_grad()
-    def init_weights(self, seed: int, fill: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
-        """Every parameter's initial distribution, in one place; one that is named nowhere raises. `fill` copies whole values into one."""
-        draw = torch.Generator().manual_seed(seed)
+    def init_weights(self, seed: int,
+                     fill: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+        """The initial distribution of every parameter, in one place. Raises ValueError for a
+        parameter that is not listed. `fill(p, values)` sets a parameter."""
+        random = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             part = name.removesuffix(".weight").rsplit(".", 1)[-1]
             if part in ("embed", "embed_position"):
@@ -74,46 +102,57 @@ class GPT(nn.Module):
                 std = 0.0 if self.config.zero_init else p.shape[1] ** -0.5
             elif part == "lm_head":
                 std = 0.0                                   # the first loss is ln V
-            elif part in ("gain", "bias", "smear_alpha"):   # as if a gain and a bias were not there; a smear of halves
-                fill(p, torch.full(p.shape, float(part == "gain")))
+            elif part == "gain":
+                fill(p, torch.ones(p.shape))
+                continue
+            elif part in ("bias", "smear_alpha"):           # σ(0): each key is half its own
+                fill(p, torch.zeros(p.shape))
                 continue
             else:
-                raise ValueError(f"init_weights: no initial distribution for the parameter {name}")
-            fill(p, torch.randn(p.shape, generator=draw) * std)
+                raise ValueError(f"init_weights: no initial distribution for {name}")
+            fill(p, torch.randn(p.shape, generator=random) * std)
 
-    def forward(self, tokens: Tensor, *, cache: KVCache | None = None, lengths: Tensor | None = None,
-                segments: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) of the token after each of `tokens` (B, T); the other arguments are those of `hidden`."""
+    def forward(self, tokens: Tensor, *, cache: KVCache | None = None,
+                lengths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) for the token after each of `tokens` (B, T). See `hidden`."""
         return self.unembed(self.hidden(tokens, cache=cache, lengths=lengths, segments=segments))
 
-    def hidden(self, tokens: Tensor, *, cache: KVCache | None = None, lengths: Tensor | None = None,
-               segments: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, *, cache: KVCache | None = None,
+               lengths: Tensor | None = None, segments: Tensor | None = None) -> Tensor:
         """The residual stream after the last block and norm: (B, T, E).
 
-        cache      continue the sequences it holds; `tokens` are appended to it
-        lengths    (B,) with a cache: how many of each row's tokens are real, the rest is padding on the right
+        cache      the sequences to continue; `tokens` are appended to it
+        lengths    (B,) with a cache: how many of each row's tokens are real, the rest is padding
+                   on the right
         segments   (B, T) without a cache: document numbers; tokens see only their own document
-        Raises ValueError when the positions of equally long rows run past n_ctx; ragged rows are the caller's to count.
+        Raises ValueError if the positions of equally long rows run past n_ctx. For ragged rows the
+        caller has to check.
         """
         if self.tapped and torch.compiler.is_compiling():
-            return eagerly(self.hidden, tokens, cache=cache, lengths=lengths, segments=segments)
+            return run_eagerly(self.hidden, tokens, cache=cache, lengths=lengths,
+                               segments=segments)
         T = tokens.shape[1]
         positions = slice(0, T) if cache is None else cache.begin(T, lengths)
         if isinstance(positions, slice) and positions.stop > self.config.n_ctx:
-            raise ValueError(f"{positions.stop} tokens are more than model.n_ctx={self.config.n_ctx}")
+            raise ValueError(f"{positions.stop} tokens are more than model.n_ctx="
+                             f"{self.config.n_ctx}")
         x = self.embed(tokens)                                                      # (B, T, E)
-        context = Context(taps_of(self), segments=segments, cache=cache, backend=self.attention_backend)
+        context = Context(taps_of(self), segments=segments, cache=cache,
+                          backend=self.attention_backend)
         match self.config.position:
             case "rope":
-                context.rotation = self._at(self.rope, positions)
+                context.rotation = self._rows(self.rope, positions)
             case "learned":
-                x = x + self._at(self.embed_position.weight[None], positions)[0]
+                x = x + self._rows(self.embed_position.weight[None], positions)[0]
             case "sinusoidal":
-                x = x + self._at(self.sinusoids[None], positions)[0]
+                x = x + self._rows(self.sinusoids[None], positions)[0]
         x = context.taps("embed", x.to(self.compute_dtype))
         recompute = self.recompute and torch.is_grad_enabled()
         for block in self.blocks:
-            x = checkpoint(block, x, context, use_reentrant=False) if recompute else block(x, context)
+            if recompute:
+                x = checkpoint(block, x, context, use_reentrant=False)
+            else:
+                x = block(x, context)
         if cache is not None:
             cache.end()
         return context.taps("final", self.norm_final(x))
@@ -124,25 +163,28 @@ class GPT(nn.Module):
 
     @property
     def unembedding(self) -> Tensor:
-        """W_U (V, E): the head's matrix, or the embedding's when they are tied."""
+        """W_U (V, E): the head's matrix, or the embedding's if they are tied."""
         return self.embed.weight if self.lm_head is None else self.lm_head.weight
 
     def loss(self, tokens: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
-        """Cross-entropy in nats, *summed* over the (B, T) targets, so that accumulating equals one big batch."""
+        """Cross-entropy in nats, *summed* over the (B, T) targets, so that accumulating gradients
+        over micro-batches equals one big batch."""
         refuse(self, "logits", "are never held by the loss (call model(tokens))")
         x = self.hidden(tokens, segments=segments)
         return summed_cross_entropy(x.flatten(0, 1), self.unembedding, targets.flatten())
 
     @torch.no_grad()
     def losses(self, tokens: Tensor, targets: Tensor, segments: Tensor | None = None) -> Tensor:
-        """Cross-entropy in nats of each of the (B, T) targets: float32, for measuring, without gradients."""
+        """Cross-entropy in nats of each of the (B, T) targets, float32, without gradients."""
         refuse(self, "logits", "are never held by the loss (call model(tokens))")
         x = self.hidden(tokens, segments=segments)
-        return cross_entropies(x.flatten(0, 1), self.unembedding, targets.flatten()).view_as(targets)
+        losses = cross_entropies(x.flatten(0, 1), self.unembedding, targets.flatten())
+        return losses.view_as(targets)
 
     @torch.no_grad()
     def pack(self) -> "GPT":
-        """Lay out all weights for decoding one token at a time; the parameters must not change any more. Returns the model."""
+        """Lay out all weights for decoding one token at a time. The parameters must not change
+        afterwards. Returns the model."""
         for block in self.blocks:
             block.attn.pack()
             if block.mlp is not None:
@@ -151,16 +193,18 @@ class GPT(nn.Module):
         owner.weight.data = for_decoding(owner.weight)
         return self
 
-    def _at(self, table: Tensor, positions: slice | Tensor) -> Tensor:
-        """Rows of a table (N, C, …) at positions: (N, T, …); for ragged rows (N, B, T, …), heads left room for."""
+    def _rows(self, table: Tensor, positions: slice | Tensor) -> Tensor:
+        """Rows of a table (N, C, …) at positions: (N, T, …). For ragged rows, whose positions are
+        (B, T): (N, B, 1, T, …) for rope, with a place for heads, else (N, B, T, …)."""
         if isinstance(positions, slice):
             return table[:, positions]
-        rows = table[:, positions.clamp(max=self.config.n_ctx - 1)]                 # padding may point past the end
+        rows = table[:, positions.clamp(max=self.config.n_ctx - 1)]     # padding may run past C
         return rows[:, :, None] if self.config.position == "rope" else rows
 
 
 class Block(nn.Module):
-    """Attention reads from other positions, the MLP thinks at each; both add to the residual stream."""
+    """Attention reads from other positions, the MLP computes at each position; both add to the
+    residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -172,29 +216,32 @@ class Block(nn.Module):
         self.mlp = None if config.mlp == "none" else MLP(config)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        before = context.taps("resid_pre", x, self.layer)
+        before = context.taps("resid_pre", x, self.layer)                           # (B, T, E)
         x = before + self.attn(self.norm_attn(before), context)
         if self.mlp is not None:
-            x = x + context.taps("mlp_out", self.mlp(self.norm_mlp(before if self.parallel else x)), self.layer)
+            mlp_out = self.mlp(self.norm_mlp(before if self.parallel else x))
+            x = x + context.taps("mlp_out", mlp_out, self.layer)
         return context.taps("resid_post", x, self.layer)
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020), GELU, exact or by tanh (Hendrycks and Gimpel 2016), or ReLU² (So et al. 2021) between two matrices."""
+    """Two matrices with a nonlinearity between them: SwiGLU (Shazeer 2020), GELU, exact or by tanh
+    (Hendrycks and Gimpel 2016), or ReLU² (So et al. 2021)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        E, F_, bias = config.d_model, config.mlp_size, config.biases["mlp"]
-        self.kind = config.mlp
-        self.w_gate = Linear(E, F_, bias) if config.mlp == "swiglu" else None
-        self.w_up, self.w_down = Linear(E, F_, bias), Linear(F_, E, bias)
-        self.w_gate_up: tuple[Tensor, Tensor | None] | None = None          # the two as one, once `pack` has been called
+        d_model, d_mlp, bias = config.d_model, config.mlp_size, config.biases["mlp"]
+        self.nonlinearity = config.mlp
+        self.w_gate = Linear(d_model, d_mlp, bias) if config.mlp == "swiglu" else None
+        self.w_up, self.w_down = Linear(d_model, d_mlp, bias), Linear(d_mlp, d_model, bias)
+        self.w_gate_up: Joined | None = None                # both as one, after `pack`
 
     def forward(self, x: Tensor) -> Tensor:
-        match self.kind:
+        match self.nonlinearity:
             case "swiglu":
                 assert self.w_gate is not None
-                gate, up = joined(x, self.w_gate, self.w_up, packed=self.w_gate_up).chunk(2, dim=-1)
+                gate_up = apply_joined(x, self.w_gate, self.w_up, packed=self.w_gate_up)
+                gate, up = gate_up.chunk(2, dim=-1)                                 # (B, T, F)
                 h = F.silu(gate) * up
             case "gelu":
                 h = F.gelu(self.w_up(x))
@@ -202,12 +249,12 @@ class MLP(nn.Module):
                 h = F.gelu(self.w_up(x), approximate="tanh")
             case "relu2":
                 h = F.relu(self.w_up(x)).square()
-        return self.w_down(h)                                                       # (B, T, F) → (B, T, E)
+        return self.w_down(h)                                                       # (B, T, E)
 
     def pack(self) -> None:
-        """Lay the matrices out for decoding; the parameters must not change any more."""
+        """Lay the matrices out for decoding. The parameters must not change afterwards."""
         if self.w_gate is not None:
-            self.w_gate_up = joined_for_decoding(self.w_gate, self.w_up)
+            self.w_gate_up = join_for_decoding(self.w_gate, self.w_up)
         else:
             self.w_up.weight.data = for_decoding(self.w_up.weight)
         self.w_down.weight.data = for_decoding(self.w_down.weight)

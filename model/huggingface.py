@@ -1,70 +1,101 @@
-"""A model in Hugging Face's names and config.json, so that `AutoModelForCausalLM` opens a checkpoint as it is.
+"""A model in Hugging Face's names and config.json, so that `AutoModelForCausalLM` opens a
+checkpoint as it is.
 
-The exact ModelConfig is kept inside config.json under `gpt`, and is what our own loading reads. model/families.py holds the tables.
+The exact ModelConfig is kept inside config.json under `gpt`; our own loading reads only that.
+model/families.py holds the tables of names.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from errors import UserError
 from model.config import ModelConfig
-from model.families import FAMILIES, OWN, by_their_name, described, family, to_ours, to_theirs
+from model.families import (
+    OWN,
+    architecture_of,
+    by_their_name,
+    describe,
+    family,
+    to_ours,
+    to_theirs,
+)
 from model.gpt import GPT
 
 
-def hf_config(config: ModelConfig, begin: int, ends: Sequence[int]) -> dict:
+def hf_config(config: ModelConfig, begin: int, ends: Sequence[int]) -> dict[str, Any]:
     """The contents of config.json; `begin` and `ends` are the tokenizer's."""
     model_type = family(config)
     return {
-        "model_type": model_type, "architectures": [FAMILIES.get(model_type, OWN).architecture], **described(config, model_type),
-        "dtype": "float32", "bos_token_id": begin, "eos_token_id": one_or_all(ends), "pad_token_id": None, "gpt": config.model_dump()}
+        "model_type": model_type, "architectures": [architecture_of(model_type).architecture],
+        **describe(config, model_type), "dtype": "float32", "bos_token_id": begin,
+        "eos_token_id": one_or_all(ends), "pad_token_id": None, "gpt": config.model_dump()}
 
 
 def one_or_all(ids: Sequence[int]) -> int | list[int]:
-    """As Hugging Face writes tokens that end a text: one as a number."""
+    """End tokens as Hugging Face writes them: a single one as a number."""
     return ids[0] if len(ids) == 1 else list(ids)
 
 
-def hf_state(model: GPT, whole: Callable[[Tensor], Tensor] = lambda part: part) -> Iterator[tuple[str, Tensor]]:
-    """The parameters under Hugging Face's names, one after another; `whole` makes all of one that is shared out. An attention-only model
-    gets MLPs of one unit of zeros."""
-    config, of = model.config, FAMILIES.get(family(model.config), OWN)
+def hf_state(model: GPT, full: Callable[[Tensor], Tensor] = lambda part: part
+             ) -> Iterator[tuple[str, Tensor]]:
+    """The parameters under Hugging Face's names, one after another.
+
+    `full` gathers a parameter that is sharded. An attention-only model gets MLPs of one unit of
+    zeros.
+    """
+    config, architecture = model.config, architecture_of(family(model.config))
     parameters = dict(model.named_parameters())
-    for theirs, ours in by_their_name(parameters, of).items():
-        yield theirs, to_theirs([whole(parameters[name].detach()) for name in ours], ours[0], of, config.n_heads)
-    if config.mlp == "none" and of is not OWN:
+    for name, ours in by_their_name(parameters, architecture).items():
+        parts = [full(parameters[p].detach()) for p in ours]
+        yield name, to_theirs(parts, ours[0], architecture, config.n_heads)
+    if config.mlp == "none" and architecture is not OWN:
         yield from _empty_mlps(config).items()
 
 
-def load_hf_state(model: GPT, state: Mapping[str, Tensor], source: str, model_type: str | None = None,
-                  fill: Callable[[Tensor, Tensor], object] = lambda p, value: p.copy_(value)) -> None:
-    """Copy `state` into the model's parameters, tensor by tensor; a UserError where a name or a shape does not fit. `source` names it.
-    `model_type`: whose names these are, where not those that we would give. `fill` copies all of a parameter into it."""
-    config, of = model.config, FAMILIES.get(model_type or family(model.config), OWN)
+def load_hf_state(model: GPT, state: Mapping[str, Tensor], source: str,
+                  model_type: str | None = None,
+                  fill: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+    """Copy `state` into the model's parameters, tensor by tensor.
+
+    source      names it in errors
+    model_type  the family whose names these are; the one that we would save it as, unless given
+    fill        copies the full value of a parameter into it
+    Raises UserError if a name or a shape does not fit.
+    """
+    config, architecture = model.config, architecture_of(model_type or family(model.config))
     parameters = dict(model.named_parameters())
-    theirs = by_their_name(parameters, of)
-    given = {name for name in state if not (config.mlp == "none" and name in _empty_mlps(config))}
-    if different := sorted(given ^ set(theirs)):
-        raise UserError(f"{source}: its parameters are not those of its config ({', '.join(different[:3])}"
-                        f"{' …' if len(different) > 3 else ''})")
+    expected = by_their_name(parameters, architecture)
+    names = set(state)
+    if config.mlp == "none":
+        names -= set(_empty_mlps(config))
+    if different := sorted(names ^ set(expected)):
+        shown = ", ".join(different[:3]) + (" …" if len(different) > 3 else "")
+        raise UserError(f"{source}: its parameters are not those of its config ({shown})")
     with torch.no_grad():
-        for name, ours in theirs.items():
-            expected = to_theirs([torch.empty(parameters[p].shape, device="meta") for p in ours], ours[0], of, config.n_heads).shape
-            if expected != (value := state[name]).shape:
-                raise UserError(f"{source}: {name} is {tuple(value.shape)}, its config says {tuple(expected)}")
-            for p, part in zip(ours, to_ours(value, ours[0], len(ours), of, config.n_heads)):
+        for name, ours in expected.items():
+            empty = [torch.empty(parameters[p].shape, device="meta") for p in ours]
+            shape = to_theirs(empty, ours[0], architecture, config.n_heads).shape
+            value = state[name]
+            if value.shape != shape:
+                raise UserError(f"{source}: {name} is {tuple(value.shape)}, its config says "
+                                f"{tuple(shape)}")
+            parts = to_ours(value, ours[0], len(ours), architecture, config.n_heads)
+            for p, part in zip(ours, parts):
                 fill(parameters[p], part)
 
 
 def _empty_mlps(config: ModelConfig) -> dict[str, Tensor]:
+    """What stands in for the MLPs of an attention-only model, in Llama's names."""
     E = config.d_model
-    shapes = {"post_attention_layernorm": (E,), "mlp.gate_proj": (1, E), "mlp.up_proj": (1, E), "mlp.down_proj": (E, 1)}
+    shapes = {"post_attention_layernorm": (E,), "mlp.gate_proj": (1, E), "mlp.up_proj": (1, E),
+              "mlp.down_proj": (E, 1)}
     return {f"model.layers.{layer}.{part}.weight": torch.zeros(shape)
             for layer in range(config.n_layers) for part, shape in shapes.items()}
 
 
-if __name__ == "__main__":                      # the command of earlier versions
+if __name__ == "__main__":                                  # the command of earlier versions
     sys.exit("error: this command is now: python -m training.import_model DIR runs/NAME")

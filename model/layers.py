@@ -1,6 +1,7 @@
-"""What the network is made of: matrices, embeddings and norms, and how matrices are laid out for decoding."""
+"""The parts of the network: matrices, embeddings, norms. And how matrices that read the same input
+become one product."""
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Linear):
-    """A matrix, kept in float32 and used in the dtype of what it multiplies: no autocast, nothing hidden."""
+    """x wᵀ + b. The weight is kept in float32 and cast to the dtype of x at every use: no autocast,
+    nothing hidden."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool = False):
         super().__init__(n_in, n_out, bias=False)
@@ -24,31 +26,13 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def join(matrices: Sequence[Linear]) -> tuple[Tensor, Tensor | None]:
-    """Matrices that read the same input as one, and their biases."""
-    bias = None if matrices[0].bias is None else torch.cat([m.bias for m in matrices])
-    return torch.cat([m.weight for m in matrices]), bias
+def embedding(rows: int, size: int) -> nn.Embedding:
+    """An embedding whose values are set later. nn.Embedding draws them, which on the meta device
+    would load PyTorch's compiler: a second at every start."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
 
 
-def joined(x: Tensor, *matrices: Linear, packed: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
-    """Matrices that read the same input, applied as one product (…, sum of their outputs): one large one is faster than
-    several small ones, and each stays a parameter of its own. `packed`: what `join` makes of them, where it is at hand."""
-    if packed is None and matrices[0].weight.dtype == x.dtype != torch.float32:
-        # In 16 bits weights are here for this block alone, gathered by FSDP; a joined copy would be kept for the backward pass.
-        return torch.cat([matrix(x) for matrix in matrices], dim=-1)
-    return affine(x, *(join(matrices) if packed is None else packed))
-
-
-def joined_for_decoding(*matrices: Linear) -> tuple[Tensor, Tensor | None]:
-    """Joined matrices laid out for decoding."""
-    weight, bias = join(matrices)
-    return for_decoding(weight), bias
-
-
-def for_decoding(matrix: Tensor) -> Tensor:
-    """The same matrix with its memory turned: a product with one vector then reads it 1.5 times as fast on a CPU."""
-    return matrix.detach().mT.contiguous().mT
-
+# --- norms ------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
     """x / rms(x), times a gain per channel (Zhang and Sennrich 2019, eq. 4)."""
@@ -71,12 +55,48 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.gain.shape, self.gain.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        gain, bias = self.gain.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.gain.shape, gain, bias, self.eps)
 
 
 NORMS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 
-def embedding(rows: int, size: int) -> nn.Embedding:
-    """One whose values are still to come: to draw them on the meta device would load PyTorch's compiler, a second at every start."""
-    return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
+# --- several matrices as one ------------------------------------------------------------------
+
+class Joined(NamedTuple):
+    """Matrices that read the same input, stacked as one."""
+
+    weight: Tensor              # (sum of outputs, inputs)
+    bias: Tensor | None
+
+
+def join(*matrices: Linear) -> Joined:
+    bias = None if matrices[0].bias is None else torch.cat([m.bias for m in matrices])
+    return Joined(torch.cat([m.weight for m in matrices]), bias)
+
+
+def apply_joined(x: Tensor, *matrices: Linear, packed: Joined | None = None) -> Tensor:
+    """The outputs of several matrices, side by side: (…, inputs) → (…, sum of outputs).
+
+    One large product is faster than several small ones, and each matrix stays a parameter of its
+    own. `packed`: the matrices already joined, if they are.
+    """
+    if packed is None and matrices[0].weight.dtype == x.dtype != torch.float32:
+        # 16-bit weights were gathered by FSDP and are here only for this block. The backward pass
+        # would keep a joined copy of them.
+        return torch.cat([matrix(x) for matrix in matrices], dim=-1)
+    weight, bias = join(*matrices) if packed is None else packed
+    return affine(x, weight, bias)
+
+
+def join_for_decoding(*matrices: Linear) -> Joined:
+    """The matrices joined, and laid out for products with one vector."""
+    weight, bias = join(*matrices)
+    return Joined(for_decoding(weight), bias)
+
+
+def for_decoding(matrix: Tensor) -> Tensor:
+    """The same matrix, column-major in memory: a product with one vector then reads it 1.5 times
+    as fast on a CPU."""
+    return matrix.detach().mT.contiguous().mT

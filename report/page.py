@@ -1,48 +1,94 @@
-"""report.html of a run, from files that the run has left."""
+"""report.html of a run, from the files that the run left."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
 
 from data.config import DataConfig
-from induction.history import curve, model_transition, score_curves
+from induction.history import Record, curve, model_transition, score_curves
+from induction.metrics import ICL_SCORE, LOSS_FIRST, LOSS_SECOND
 from induction.scores import SCORES
-from report.snapshots import Snapshots
-from report.viewer import Passage, Snapshot, View, write_viewer
+from report.snapshots import SnapshotFolder, attention_patterns, spell, tokens_shown
+from report.viewer import Passage, PatternSnapshot, View, write_viewer
+from training.checkpoint import read_state
+from training.config import Config
+from training.loaded_run import LoadedRun, load_run
 
-CURVES = ("train/loss", "val/loss", "repeat/loss_first", "repeat/loss_second", "icl/score")
+CURVES = ("train/loss", "val/loss", LOSS_FIRST, LOSS_SECOND, ICL_SCORE)
 
 
-def write_report(folder: Path, config, records: list[dict], causal: dict[str, float] | None = None, *, name: str = "report.html",
-                 passages: list[Passage] | None = None, snapshots: Iterable[Snapshot] | None = None) -> Path | None:
-    """Write `folder`/`name` from a run's config and its records of metrics.jsonl; its path, None if the run kept no snapshots.
+class Pictures(NamedTuple):
+    """Texts, and the patterns of all heads on them at some steps."""
 
-    causal       what ablating each head alone costs, in nats
-    passages     texts other than those the run kept pictures of, with their `snapshots`
+    passages: list[Passage]
+    snapshots: Iterable[PatternSnapshot]        # oldest first
+
+
+def write_report(folder: Path, config: Config, records: list[Record],
+                 causal: dict[str, float] | None = None, *, name: str = "report.html",
+                 pictures: Pictures | None = None) -> Path | None:
+    """Write `folder`/`name` from a run's config and its records of metrics.jsonl. Returns its path,
+    or None if there is no snapshot to show.
+
+    causal      "L1H3" → rise in loss when only this head is mean-ablated, in nats
+    pictures    to show instead of those that the run kept while it trained
     """
-    saved, model = Snapshots(folder / "heads"), config.model
-    if snapshots is None and not len(saved):
-        return None                                         # stopped before the first look
-    moved = model_transition(records)
+    if pictures is None:
+        kept = SnapshotFolder(folder / "heads")
+        if len(kept) == 0:
+            return None                                     # stopped before the first measurement
+        pictures = Pictures(kept.passages, kept)
+    model, rise = config.model, model_transition(records)
+    layers = "1 layer" if model.n_layers == 1 else f"{model.n_layers} layers"
+    steps = records[-1]["step"] if records else 0
+    scores = {score: score_curves(records, score, model) for score in SCORES}
+    curves = {metric: curve(records, metric) for metric in CURVES}
     view = View(
-        title=config.run, subtitle=f"{model.n_layers} layer{'s'[:model.n_layers > 1]} × {model.n_heads} heads, "
-                                   f"{records[-1]['step'] if records else 0:,} steps",
+        title=config.run, subtitle=f"{layers} × {model.n_heads} heads, {steps:,} steps",
         n_layers=model.n_layers, n_heads=model.n_heads, n_kv_heads=model.kv_heads,
-        passages=saved.passages if passages is None else passages, snapshots=saved if snapshots is None else snapshots,
-        scores={name: found for name in SCORES if (found := score_curves(records, name, model)) is not None},
-        curves={name: found for name in CURVES if (found := curve(records, name)) is not None},
-        marks={"onset": moved.onset, "end": moved.end} if moved else {}, causal=causal or {}, notes=remarks(config.data))
+        passages=pictures.passages, snapshots=pictures.snapshots,
+        scores={score: values for score, values in scores.items() if values is not None},
+        curves={metric: values for metric, values in curves.items() if values is not None},
+        marks={"onset": rise.onset, "end": rise.end} if rise else {},
+        causal=causal or {}, notes=caveats(config.data))
     write_viewer(folder / name, view)
     return folder / name
 
 
-def remarks(data: DataConfig) -> list[str]:
+def pictures_at(run: LoadedRun, checkpoints: list[Path], ids: Tensor, title: str) -> Pictures:
+    """The patterns of a run's heads on token ids (T,) at some of its checkpoints. A text too long
+    to be shown is cut, and the title says so."""
+    fits, device = tokens_shown(run.config.model, len(ids)), run.model.embed.weight.device
+    if fits < len(ids):
+        title = f"{title}, its first {fits} tokens"
+    separator = run.tokenizer.begin if run.config.data.mask_documents else None
+
+    def snapshots() -> Iterator[PatternSnapshot]:
+        for checkpoint in checkpoints:
+            loaded = checkpoint == run.checkpoint
+            model = run.model if loaded else load_run(checkpoint, device=device).model
+            state = read_state(checkpoint)
+            patterns = attention_patterns(model, [ids[:fits].to(device)], separator)
+            yield PatternSnapshot(state["step"], state["tokens"], patterns)
+
+    return Pictures([Passage(title, spell(ids[:fits], run.tokenizer))], snapshots())
+
+
+def caveats(data: DataConfig) -> list[str]:
     """What a reader of this run's figures must know."""
-    said = []
-    if "repeats" in data.corpora and data.text_corpus:
-        said.append("Part of this run's rows were random tokens repeated. Its induction heads form because of these synthetic rows, "
-                    "and far sooner than on text alone.")
-    elif "repeats" in data.corpora:
-        said.append("This run saw nothing but random tokens repeated: a laboratory task, not language.")
-    if "repeats" in data.corpora and not data.repeats.held_out_periods:
-        said.append("No period was held out of its training by name (data.repeats.held_out_periods).")
-    return said
+    if "repeats" not in data.corpora:
+        return []
+    notes = []
+    if data.text_corpus:
+        notes.append("Some rows of this run's training data were repeated random tokens. Its "
+                     "induction heads form because of these synthetic rows, and much earlier than "
+                     "on text only.")
+    else:
+        notes.append("This run was trained only on repeated random tokens: a synthetic task, not "
+                     "language.")
+    if not data.repeats.held_out_periods:
+        notes.append("No period was explicitly held out of training "
+                     "(data.repeats.held_out_periods).")
+    return notes

@@ -1,4 +1,5 @@
-"""Patterns as pictures: pixels for wandb and for the movie, in milliseconds (a matplotlib figure takes a third of a second)."""
+"""Patterns as pixels, for wandb and the movie: in milliseconds, where a matplotlib figure takes a
+third of a second."""
 
 from collections.abc import Sequence
 from typing import BinaryIO
@@ -8,56 +9,66 @@ from PIL import Image, ImageDraw, ImageFont
 
 from model.taps import Head
 
-RAMP = np.array([(255, 255, 255), (203, 221, 240), (120, 170, 217), (44, 105, 176), (16, 46, 96)])          # light is little, at any hue
-INK, LINE, ABOVE = (40, 44, 52), (222, 225, 230), (246, 247, 249)
+# From no attention (white) to 1; lightness falls evenly.
+RAMP = np.array([(255, 255, 255), (203, 221, 240), (120, 170, 217), (44, 105, 176), (16, 46, 96)])
+INK, LINE, FUTURE = (40, 44, 52), (222, 225, 230), (246, 247, 249)
 SMALLEST = 96           # pixels of a pattern's side
-AXES = "down: query, across: key; darker: more attention"
+AXES = "rows: queries, columns: keys; darker: more attention"
 
 
 def shade(pattern: np.ndarray) -> np.ndarray:
-    """A pattern (T, T) uint8 → (T, T, 3) uint8. By its square root: attention spread over ten tokens is still to be seen."""
-    at = np.sqrt(pattern / 255.0) * (len(RAMP) - 1)
-    colour = np.stack([np.interp(at, np.arange(len(RAMP)), RAMP[:, c]) for c in range(3)], axis=-1)
-    colour[np.triu_indices(len(pattern), 1)] = ABOVE                                # keys that lie ahead
+    """A pattern (T, T) uint8 as colours (T, T, 3) uint8, by its square root: attention spread over
+    ten tokens stays visible."""
+    level = np.sqrt(pattern / 255.0) * (len(RAMP) - 1)
+    steps = np.arange(len(RAMP))
+    colour = np.stack([np.interp(level, steps, RAMP[:, c]) for c in range(3)], axis=-1)
+    colour[np.triu_indices(len(pattern), 1)] = FUTURE           # keys that the query does not see
     return colour.astype(np.uint8)
 
 
-def drawn(pattern: np.ndarray, side: int = SMALLEST) -> Image.Image:
-    """A pattern as an image of at least `side` pixels, every entry a square of whole ones; a larger one by its own size."""
+def pattern_image(pattern: np.ndarray, side: int = SMALLEST) -> Image.Image:
+    """A pattern as an image of about `side` pixels, each entry a square of whole pixels; a pattern
+    with more entries than that keeps its own size."""
     factor = max(1, round(side / len(pattern)))
-    return Image.fromarray(shade(pattern)).resize((factor * len(pattern),) * 2, Image.Resampling.NEAREST)
+    size = factor * len(pattern)
+    return Image.fromarray(shade(pattern)).resize((size, size), Image.Resampling.NEAREST)
 
 
 def mosaic(patterns: np.ndarray) -> np.ndarray:
-    """The patterns (L, H, T, T) uint8 of all heads, a row a layer, layer 0 below, each named: (height, width, 3) uint8."""
+    """The patterns (L, H, T, T) uint8 of all heads with their names, one row per layer, layer 0 at
+    the bottom: (height, width, 3) uint8."""
     L, H = patterns.shape[:2]
-    size, gap, label = drawn(patterns[0, 0]).width, 8, 16
-    picture = Image.new("RGB", (max(300, gap + H * (size + gap)), gap + L * (size + label + gap) + label), "white")
-    write = ImageDraw.Draw(picture)
-    write.text((gap, picture.height - label - 2), AXES, INK, ImageFont.load_default(11))
+    size, gap, label = pattern_image(patterns[0, 0]).width, 8, 16
+    width, height = gap + H * (size + gap), gap + L * (size + label + gap) + label
+    picture = Image.new("RGB", (max(300, width), height), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
+    draw.text((gap, height - label - 2), AXES, INK, font)
     for layer in range(L):
         for index in range(H):
             x, y = gap + index * (size + gap), gap + (L - 1 - layer) * (size + label + gap)
-            write.text((x, y), str(Head(layer, index)), INK, ImageFont.load_default(11))
-            picture.paste(drawn(patterns[layer, index]), (x, y + label))
-            write.rectangle((x - 1, y + label - 1, x + size, y + label + size), outline=LINE)
+            draw.text((x, y), str(Head(layer, index)), INK, font)
+            picture.paste(pattern_image(patterns[layer, index]), (x, y + label))
+            draw.rectangle((x - 1, y + label - 1, x + size, y + label + size), outline=LINE)
     return np.asarray(picture)
 
 
 def portrait(pattern: np.ndarray, title: str, side: int = 320) -> np.ndarray:
     """One head's pattern with a line of text above: (height, width, 3) uint8."""
-    image = drawn(pattern, side)
+    image = pattern_image(pattern, side)
     picture = Image.new("RGB", (image.width + 24, image.height + 60), "white")
-    write = ImageDraw.Draw(picture)
-    write.text((12, 10), title, INK, ImageFont.load_default(13))
-    write.text((12, image.height + 37), AXES, INK, ImageFont.load_default(11))
+    draw = ImageDraw.Draw(picture)
+    draw.text((12, 10), title, INK, ImageFont.load_default(13))
+    draw.text((12, image.height + 37), AXES, INK, ImageFont.load_default(11))
     picture.paste(image, (12, 32))
-    write.rectangle((11, 31, 12 + image.width, 32 + image.height), outline=LINE)
+    draw.rectangle((11, 31, 12 + image.width, 32 + image.height), outline=LINE)
     return np.asarray(picture)
 
 
-def movie(file: BinaryIO, frames: Sequence[np.ndarray], seconds: float = 8.0) -> None:
-    """Frames of one size → an endless GIF of about so many seconds, its last frame held for two."""
+def write_gif(file: BinaryIO, frames: Sequence[np.ndarray], seconds: float = 8.0) -> None:
+    """Frames of one size as an endless GIF of about so many seconds; its last frame stays for two
+    more."""
     images = [Image.fromarray(frame).quantize(64) for frame in frames]
-    times = [max(40, int(1000 * seconds / len(images)))] * (len(images) - 1) + [2000]
-    images[0].save(file, format="GIF", save_all=True, append_images=images[1:], duration=times, loop=0, optimize=True)
+    milliseconds = max(40, int(1000 * seconds / len(images)))
+    durations = [milliseconds] * (len(images) - 1) + [2000]
+    images[0].save(file, format="GIF", save_all=True, append_images=images[1:],
+                   duration=durations, loop=0, optimize=True)

@@ -1,8 +1,9 @@
-"""What every head looked at, step by step: small pictures of the patterns in runs/NAME/heads/, so that looking back needs no checkpoint.
+"""The attention patterns of all heads, kept step by step in runs/NAME/heads/, so that looking back
+needs no checkpoint.
 
-    passages.json               the texts that the heads were shown, token by token
-    000050.npz                  tokens: trained on so far; pattern_0, pattern_1 …: of each passage, (L, H, T (T + 1) / 2) uint8,
-                                the rows of the lower triangle, 255 for an attention of 1
+    passages.json   the texts that the heads were shown, token by token
+    000050.npz      tokens: seen by this step; pattern_0, pattern_1 …: one for each passage,
+                    (L, H, T (T + 1) / 2) uint8, the rows of the lower triangle, weight · 255
 """
 
 import contextlib
@@ -17,106 +18,189 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import documents
+from data.batches import document_ids
 from data.tokenizer import Tokenizer
 from errors import UserError, first_line
-from files import whole_file
+from files import atomic_write
+from induction.probes import Probes
+from induction.scores import Measured
 from model.config import ModelConfig
 from model.gpt import GPT
-from model.taps import taps
-from report.viewer import Passage, Snapshot
+from model.taps import heads_of, taps
+from report.pictures import mosaic, portrait
+from report.viewer import Passage, PatternSnapshot
 
-LONGEST = 128           # tokens of a passage that are kept while training: patterns grow with its square
-MOST = 64               # snapshots a run
-PAGE_BYTES = 40e6       # of patterns in a page; they are deflated to about a half, and written in base64
+MAX_TOKENS = 128        # of a passage that are kept while training: a pattern grows with its square
+MAX_SNAPSHOTS = 64      # of a run
+PAGE_BYTES = 40e6       # of patterns in a page; deflate halves them, then base64 adds a third
+STRONGEST = 3           # heads that get a picture of their own
+
+Table = tuple[list[str], list[list]]                # column names, rows
 
 
-def shown(config: ModelConfig, length: int) -> int:
+class PatternRecorder:
+    """Keeps the patterns of a model's heads while it trains, and draws them for wandb."""
+
+    def __init__(self, config: ModelConfig, probes: Probes, text: Tensor | None,
+                 tokenizer: Tokenizer, folder: Path, *, every: int, steps: int, step: int = 0,
+                 separator: int | None = None):
+        """text        (T,) token ids of held-out text, the second passage; None without text
+        folder      of the run; snapshots later than `step` are deleted, they will be made again
+        every       steps between two measurements of the heads, of `steps` in all
+        separator   the token that begins a document, if documents must not see each other
+        """
+        self.config, self.last_step, self.separator = config, steps, separator
+        n_tokens = tokens_shown(config, MAX_TOKENS)
+        example, title = probes.held_out.example(n_tokens)
+        self.ids = [example] if text is None else [example, text[:n_tokens]]
+        self.passages = [Passage(name, spell(ids, tokenizer))
+                         for name, ids in zip((title, "held-out text"), self.ids)]
+        self.snapshots = SnapshotFolder(folder / "heads")
+        self.snapshots.begin(self.passages, self.ids, step)
+        most = max_snapshots(config, [len(ids) for ids in self.ids])
+        self.every = every * -(-steps // (every * most))        # a multiple of `every`, rounded up
+
+    def due(self, step: int) -> bool:
+        """Whether a snapshot is taken after this step."""
+        return step % self.every == 0 or step == self.last_step
+
+    def save(self, model: GPT, step: int, tokens_seen: int) -> None:
+        """Take a snapshot of the model's patterns."""
+        patterns = attention_patterns(model, self.ids, self.separator)
+        self.snapshots.save(PatternSnapshot(step, tokens_seen, patterns))
+
+    def pictures(self, model: GPT, measured: Measured) -> dict[str, np.ndarray | Table]:
+        """What wandb shows: all patterns in one picture for each passage, the strongest heads one
+        by one, and the table of all scores."""
+        patterns = attention_patterns(model, self.ids, self.separator)
+        pictures: dict[str, np.ndarray | Table] = {}
+        for passage, pattern in zip(self.passages, patterns):
+            pictures[f"heads/patterns/{passage.title.split(',')[0]}"] = mosaic(pattern)
+        score = measured.scores["prefix_matching"]
+        strongest = sorted(heads_of(self.config), key=lambda head: -score[head])[:STRONGEST]
+        for rank, head in enumerate(strongest, 1):
+            title = f"{head}  prefix matching {score[head]:.2f}"
+            pictures[f"heads/strongest/{rank}"] = portrait(patterns[0][head], title)
+        pictures["heads/table"] = score_rows(self.config, measured)
+        return pictures
+
+
+def score_rows(config: ModelConfig, measured: Measured) -> Table:
+    """All scores as a table, one row per head."""
+    rows = [[str(head), *(round(values[head].item(), 4) for values in measured.scores.values())]
+            for head in heads_of(config)]
+    return ["head", *measured.scores], rows
+
+
+# --- patterns -------------------------------------------------------------------------------------
+
+def tokens_shown(config: ModelConfig, length: int) -> int:
     """How many of `length` tokens a page can show at once: 512 for 24 heads, fewer for more."""
     return min(length, int((24 * 512 ** 2 / (config.n_layers * config.n_heads)) ** 0.5))
 
 
-def snapshots_of(config: ModelConfig, lengths: list[int]) -> int:
-    """How many snapshots of passages of those lengths a page holds, at most MOST."""
-    a_snapshot = config.n_layers * config.n_heads * sum(T * (T + 1) / 2 for T in lengths)
-    return max(2, min(MOST, int(2 * PAGE_BYTES / a_snapshot)))
+def max_snapshots(config: ModelConfig, lengths: list[int]) -> int:
+    """How many snapshots of passages of those lengths a page can hold, at most MAX_SNAPSHOTS."""
+    snapshot_bytes = config.n_layers * config.n_heads * sum(T * (T + 1) / 2 for T in lengths)
+    return max(2, min(MAX_SNAPSHOTS, int(2 * PAGE_BYTES / snapshot_bytes)))
 
 
 @torch.no_grad()
-def patterns(model: GPT, passages: list[Tensor], separator: int | None = None) -> list[np.ndarray]:
-    """The patterns of all heads on passages (T,) of token ids: (L, H, T, T) uint8 each. `separator`: begins documents that must not see
-    each other."""
-    found = []
+def attention_patterns(model: GPT, passages: list[Tensor],
+                       separator: int | None = None) -> list[np.ndarray]:
+    """The patterns of all heads on passages (T,) of token ids: (L, H, T, T) uint8 each.
+
+    `separator`: the token that begins a document, if documents must not see each other.
+    """
+    patterns = []
     for passage in passages:
         with taps(model, "L*.pattern") as cache:
-            model.hidden(passage[None], segments=documents(passage[None], separator))
-        stacked = torch.stack([cache[f"L{layer}.pattern"][0] for layer in range(model.config.n_layers)])
-        found.append((stacked.float() * 255).round().byte().cpu().numpy())
-    return found
+            model.hidden(passage[None], segments=document_ids(passage[None], separator))
+        stacked = torch.stack([cache[f"L{layer}.pattern"][0]
+                               for layer in range(model.config.n_layers)])      # (L, H, T, T)
+        patterns.append((stacked.float() * 255).round().byte().cpu().numpy())
+    return patterns
 
 
-def spelled(ids: Tensor, tokenizer: Tokenizer) -> list[str]:
-    """Tokens as text, one by one; control characters and bytes that are no whole character as \\xNN."""
+def spell(ids: Tensor, tokenizer: Tokenizer) -> list[str]:
+    """Each token as text; control characters and bytes that are no whole character as \\xNN."""
     return [tokenizer.spelled(token) for token in ids.tolist()]
 
 
-class Snapshots:
-    """The folder runs/NAME/heads, written while training and read afterwards."""
+# --- on disk --------------------------------------------------------------------------------------
+
+class SnapshotFolder:
+    """The folder runs/NAME/heads, written during training and read afterwards."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def begin(self, passages: list[Passage], ids: list[Tensor], step: int) -> None:
-        """Note the passages, and forget what lies after `step`: it will be made again."""
+        """Write the passages, and delete snapshots later than `step`: they will be made again."""
         self.folder.mkdir(exist_ok=True)
         for path in self._files():
             if int(path.stem) > step:
                 path.unlink()
-        with whole_file(self.folder / "passages.json", "w") as file:
-            json.dump([{"title": p.title, "tokens": p.tokens, "ids": i.tolist()} for p, i in zip(passages, ids)], file)
+        entries = [{"title": passage.title, "tokens": passage.tokens, "ids": row.tolist()}
+                   for passage, row in zip(passages, ids)]
+        with atomic_write(self.folder / "passages.json", "w") as file:
+            json.dump(entries, file)
 
-    def save(self, snapshot: Snapshot) -> None:
-        rows: dict[str, Any] = {f"pattern_{n}": pattern[..., *np.tril_indices(pattern.shape[-1])]
-                                for n, pattern in enumerate(snapshot.patterns)}
-        with whole_file(self.folder / f"{snapshot.step:06d}.npz") as file:
-            np.savez_compressed(file, tokens=snapshot.tokens, **rows)
+    def save(self, snapshot: PatternSnapshot) -> None:
+        arrays: dict[str, Any] = {f"pattern_{n}": lower_triangles(pattern)
+                                  for n, pattern in enumerate(snapshot.patterns)}
+        with atomic_write(self.folder / f"{snapshot.step:06d}.npz") as file:
+            np.savez_compressed(file, tokens=snapshot.tokens, **arrays)
 
     @property
     def passages(self) -> list[Passage]:
         path = self.folder / "passages.json"
-        with _damaged(path):
-            return [Passage(p["title"], p["tokens"]) for p in json.loads(path.read_text("utf-8"))] if path.exists() else []
+        with report_damage(path):
+            if not path.exists():
+                return []
+            entries = json.loads(path.read_text("utf-8"))
+            return [Passage(entry["title"], entry["tokens"]) for entry in entries]
 
-    def __iter__(self) -> Iterator[Snapshot]:
+    def __iter__(self) -> Iterator[PatternSnapshot]:
         """Oldest first, one in memory at a time."""
         for path in self._files():
-            with _damaged(path), np.load(path, allow_pickle=False) as saved:
-                if (size := sum(member.file_size for member in saved.zip.infolist())) > 2 * PAGE_BYTES:     # asked before it is inflated
+            with report_damage(path), np.load(path, allow_pickle=False) as saved:
+                size = sum(member.file_size for member in saved.zip.infolist())
+                if size > 2 * PAGE_BYTES:                       # checked before it is inflated
                     raise ValueError(f"{size:,} bytes of patterns")
-                snapshot = Snapshot(int(path.stem), int(saved["tokens"]),
-                                    [_square(saved[f"pattern_{n}"]) for n in range(len(saved.files) - 1)])
+                patterns = [squares(saved[f"pattern_{n}"]) for n in range(len(saved.files) - 1)]
+                snapshot = PatternSnapshot(int(path.stem), int(saved["tokens"]), patterns)
             yield snapshot
 
     def __len__(self) -> int:
         return len(self._files())
 
     def _files(self) -> list[Path]:
-        return sorted((p for p in self.folder.glob("*.npz") if p.stem.isdigit()), key=lambda p: int(p.stem))
+        files = [path for path in self.folder.glob("*.npz") if path.stem.isdigit()]
+        return sorted(files, key=lambda path: int(path.stem))
 
 
 @contextlib.contextmanager
-def _damaged(path: Path) -> Iterator[None]:
+def report_damage(path: Path) -> Iterator[None]:
+    """A UserError for whatever a damaged or hostile file makes its reader raise."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, MemoryError, RecursionError,
-            zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, MemoryError,
+            RecursionError, zipfile.BadZipFile, zlib.error) as error:
+        damaged = path.parent if path.suffix == ".json" else path
         raise UserError(f"{path} is damaged ({first_line(error)})\n"
-                        f"  delete {path.parent if path.suffix == '.json' else path}: the report then goes without it") from None
+                        f"  delete {damaged}: the report is then written without it") from None
 
 
-def _square(rows: np.ndarray) -> np.ndarray:
-    """The rows of lower triangles (…, T (T + 1) / 2) as matrices (…, T, T)."""
+def lower_triangles(patterns: np.ndarray) -> np.ndarray:
+    """The rows of matrices (…, T, T) up to their diagonals, end to end: (…, T (T + 1) / 2). The
+    other half of a causal pattern is zeros."""
+    return patterns[..., *np.tril_indices(patterns.shape[-1])]
+
+
+def squares(rows: np.ndarray) -> np.ndarray:
+    """The inverse of `lower_triangles`: (…, T (T + 1) / 2) → (…, T, T)."""
     T = int((2 * rows.shape[-1]) ** 0.5)
-    pattern = np.zeros((*rows.shape[:-1], T, T), rows.dtype)
-    pattern[..., *np.tril_indices(T)] = rows
-    return pattern
+    patterns = np.zeros((*rows.shape[:-1], T, T), rows.dtype)
+    patterns[..., *np.tril_indices(T)] = rows
+    return patterns

@@ -1,4 +1,4 @@
-"""The JSON schema of a settings class, for editors: the comment behind each key is its description."""
+"""The JSON schema of a settings class, for editors: each key's comment is its description."""
 
 import ast
 import inspect
@@ -10,48 +10,60 @@ from typing import Any
 from settings.validate import Settings, settings_in
 
 
-def json_schema(kind: type[Settings]) -> dict:
-    """The JSON schema of `kind`; keys are described by the comments behind them in its source."""
-    schema = kind.model_json_schema(mode="validation")
-    for of in (kind, *_kinds_in(kind)):
-        part = schema["$defs"].get(of.__name__, schema)
-        part = next((one for one in part.get("anyOf", ()) if "properties" in one), part)
-        for key, comment in _comments(of).items():
-            keyed = part["properties"][key]
-            keyed["description"] = "; ".join([comment, *filter(None, [keyed.get("description")])])      # of its type besides
-    return _plain(schema)
+def json_schema(settings_class: type[Settings]) -> dict[str, Any]:
+    """The JSON schema of `settings_class`, with the comments of its source as descriptions."""
+    schema = settings_class.model_json_schema(mode="validation")
+    for described in (settings_class, *_settings_below(settings_class)):
+        definition = schema["$defs"].get(described.__name__, schema)
+        for alternative in definition.get("anyOf", ()):
+            if "properties" in alternative:
+                definition = alternative
+        for key, comment in _comments(described).items():
+            entry = definition["properties"][key]
+            if "description" in entry:                      # of its type
+                comment = f"{comment}; {entry['description']}"
+            entry["description"] = comment
+    return _simplified(schema)
 
 
-def _plain(schema: Any) -> Any:
-    """Without the titles that pydantic derives from names, and the defaults of whole parts, which stand at their keys."""
+def _simplified(schema: Any) -> Any:
+    """Without the titles that pydantic derives from names, and the defaults of whole parts.
+
+    The defaults of a part are given at its keys.
+    """
     match schema:
         case {"properties": dict(keys), **rest}:
-            return _plain(rest) | {"properties": {key: _plain(value) for key, value in keys.items()}}
+            properties = {key: _simplified(value) for key, value in keys.items()}
+            return _simplified(rest) | {"properties": properties}
         case dict():
-            return {k: _plain(v) for k, v in schema.items() if k != "title" and not (k == "default" and isinstance(v, dict))}
+            return {key: _simplified(value) for key, value in schema.items()
+                    if key != "title" and not (key == "default" and isinstance(value, dict))}
         case list():
-            return [_plain(one) for one in schema]
+            return [_simplified(item) for item in schema]
     return schema
 
 
-def _kinds_in(kind: type[Settings]) -> Iterator[type[Settings]]:
-    for field in kind.model_fields.values():
-        if below := settings_in(field.annotation):
-            yield below
-            yield from _kinds_in(below)
+def _settings_below(settings_class: type[Settings]) -> Iterator[type[Settings]]:
+    for field in settings_class.model_fields.values():
+        if inner := settings_in(field.annotation):
+            yield inner
+            yield from _settings_below(inner)
 
 
-def _comments(kind: type[Settings]) -> dict[str, str]:
-    """Key → the comment behind it, with the lines below that hold nothing but more of it."""
-    source = inspect.getsource(kind)
-    keys = {node.end_lineno: node.target.id for node in ast.walk(ast.parse(source))
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
-    found: dict[str, str] = {}
-    last, line = None, 0
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            key = keys.get(token.start[0]) or (last if token.start[0] == line + 1 else None)
-            if key:
-                found[key] = f"{found.get(key, '')} {token.string.removeprefix('#').strip()}".strip()
-            last, line = key, token.start[0]
-    return found
+def _comments(settings_class: type[Settings]) -> dict[str, str]:
+    """Key → the comment behind it and on the lines below it that hold only a comment."""
+    source = inspect.getsource(settings_class)
+    key_at_line = {node.end_lineno: node.target.id for node in ast.walk(ast.parse(source))
+                   if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comment_at_line = {token.start[0]: token.string.removeprefix("#").strip()
+                       for token in tokens if token.type == tokenize.COMMENT}
+    comments: dict[str, str] = {}
+    key = None
+    for line in range(1, source.count("\n") + 1):
+        key = key_at_line.get(line, key)
+        if line in comment_at_line and key:
+            comments[key] = f"{comments.get(key, '')} {comment_at_line[line]}".strip()
+        elif line not in key_at_line:
+            key = None
+    return comments

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +12,44 @@ from errors import UserError, first_line
 
 LARGEST_FILE = 2 ** 16          # bytes of a config file
 LONGEST_MAPPING = 1000          # keys of one mapping
+LONGEST_NUMBER = 100            # digits
 
 
 class _Yaml12(yaml.SafeLoader):
-    """PyYAML reads YAML 1.1, where 3e-4 is text, `no` is false and 017 is 15. This reads YAML 1.2's core schema."""
+    """Reads YAML 1.2's core schema.
 
+    PyYAML itself reads YAML 1.1, where 3e-4 is text, `no` is false and 017 is 15.
+    """
+
+    # Of PyYAML's rules for plain values only null and merge keys stay; the others are added below.
     yaml_implicit_resolvers = {
-        first: [(tag, regex) for tag, regex in resolvers if tag.rsplit(":", 1)[-1] in ("null", "merge")]
+        first: [(tag, regex) for tag, regex in resolvers
+                if tag.rsplit(":", 1)[-1] in ("null", "merge")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def construct_scalar(self, node):
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
         value = super().construct_scalar(node)
         if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
-            raise yaml.constructor.ConstructorError(None, None, f"{value!r} is no text that a file could be named by", node.start_mark)
+            raise _error(f"{value!r} contains characters that no file name can have", node)
         return value
 
-    def flatten_mapping(self, node):
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)
-        if len(node.value) > LONGEST_MAPPING:               # merges of merges grow without end
-            raise yaml.constructor.ConstructorError(None, None, f"more than {LONGEST_MAPPING} keys", node.start_mark)
+        if len(node.value) > LONGEST_MAPPING:               # nested merges grow exponentially
+            raise _error(f"more than {LONGEST_MAPPING} keys", node)
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         keys = [self.construct_object(key, deep=True) for key in nodes]
         for key, key_node in zip(keys, nodes):
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", key_node.start_mark)
+                raise _error(f"the key {key!r} appears twice", key_node)
         return super().construct_mapping(node, deep)
 
-    def construct_number(self, node):
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
         text = node.value.replace("_", "")
-        if len(text) > 100:
+        if len(text) > LONGEST_NUMBER:
             raise ValueError(f"a number of {len(text)} digits")
         if text[:2] in ("0x", "0o"):
             return int(text, 0)
@@ -51,10 +57,17 @@ class _Yaml12(yaml.SafeLoader):
             return int(text)
         except ValueError:
             number = float(text.replace(".inf", "inf").replace(".nan", "nan").lower())
-            return int(number) if "e" in text.lower() and number.is_integer() else number   # 1e6 steps are a whole number
+            if "e" in text.lower() and number.is_integer():
+                return int(number)                          # 1e6 steps are a whole number
+            return number
 
 
-_Yaml12.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+def _error(problem: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+_Yaml12.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(
+    r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Yaml12.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(
     r"^(?:0x[0-9a-fA-F]+|0o[0-7]+|[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
     r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"), list("-+.0123456789"))
@@ -68,32 +81,40 @@ def read_yaml(text: str, source: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{source}{line}: {error.problem or error}") from None
-    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError) as error:     # !!int x, !!bool x …
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError,
+            TypeError) as error:                # `!!int x` and `!!bool x` raise the last four
         raise UserError(f"{source}: not YAML ({first_line(error)})") from None
 
 
-def read_file(path: str | Path) -> dict:
-    """The mapping in a YAML file."""
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError if there is none."""
     try:
         if (size := Path(path).stat().st_size) > LARGEST_FILE:
-            raise UserError(f"{path}: {size:,} bytes are no config (at most {LARGEST_FILE:,})")
+            raise UserError(f"{path}: {size:,} bytes are too large for a config "
+                            f"(at most {LARGEST_FILE:,})")
         tree = read_yaml(Path(path).read_text("utf-8"), str(path))
     except FileNotFoundError:
-        folder = Path(path).parent
-        here = {p.name: p for p in folder.glob("*") if p.is_dir() or p.suffix == ".yaml"}
-        near = difflib.get_close_matches(Path(path).name, list(here), 1)
-        found = [here[near[0]]] if near else sorted(Path("configs").glob(f"**/{Path(path).stem}.yaml"))
-        fix = f"did you mean {found[0]}?" if found else "python train.py lists the configs"
+        neighbour = similar_file(Path(path))
+        fix = f"did you mean {neighbour}?" if neighbour else "python train.py lists the configs"
         raise UserError(f"{path}: no such file; {fix}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: a config is a mapping of keys to values, this is {type(tree).__name__}")
+        raise UserError(f"{path}: a config is a mapping of keys to values, "
+                        f"but this file holds a {type(tree).__name__}")
     return tree
 
 
-def override(tree: dict, assignments: Sequence[str]) -> list[str]:
-    """Set `key.path=value` assignments in `tree`, later ones winning; the paths that were set."""
+def similar_file(path: Path) -> Path | None:
+    """A file or folder with a similar name beside `path`, or a config of the same name."""
+    neighbours = {p.name: p for p in path.parent.glob("*") if p.is_dir() or p.suffix == ".yaml"}
+    if close := difflib.get_close_matches(path.name, list(neighbours), 1):
+        return neighbours[close[0]]
+    return min(Path("configs").glob(f"**/{path.stem}.yaml"), default=None)
+
+
+def override(tree: dict[str, Any], assignments: Sequence[str]) -> list[str]:
+    """Set `key.path=value` assignments in `tree`, later ones winning. Returns the paths set."""
     paths = []
     for assignment in assignments:
         path, equals, value = assignment.partition("=")

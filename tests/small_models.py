@@ -13,7 +13,7 @@ from model.config import ModelConfig
 from model.generate import Sampling, generate
 from model.gpt import GPT
 from model.kv_cache import KVCache
-from training.checkpoint import save_checkpoint, snapshot
+from training.checkpoint import checkpoint_contents, save_checkpoint
 
 
 def perturbed_model(**changes) -> GPT:
@@ -30,7 +30,7 @@ def perturbed_model(**changes) -> GPT:
 
 def checkpoint_of(model: GPT, folder: Path) -> Path:
     """Save a model with the byte tokenizer as step 3 in `folder`; its path."""
-    state = snapshot(model, {}, {"step": 3}, "", bytes_tokenizer(), copy=False)
+    state = checkpoint_contents(model, {}, {"step": 3}, "", bytes_tokenizer(), copy=False)
     return save_checkpoint(folder, state)
 
 

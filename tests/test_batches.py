@@ -34,12 +34,12 @@ def test_a_permutation_is_uniform_and_differs_by_key():
 def test_an_epoch_reads_each_window_once_and_the_next_in_another_order():
     stream = TokenStream([np.arange(n, n + 100, dtype=np.uint16) for n in range(0, 1000, 100)])
     windows = TextWindows(stream, 7, seed=3)
-    rows = windows.rows(np.arange(2 * windows.per_epoch))
+    rows = windows.rows(np.arange(2 * windows.windows_per_epoch))
     assert (np.diff(rows, axis=1) == 1).all()               # tokens in a row, across shard borders
     for epoch in np.split(rows, 2):
         starts = np.sort(epoch[:, 0])
         assert (np.diff(starts) == 7).all() and len(starts) == (1000 - 7) // 7
-    assert list(rows[:windows.per_epoch, 0]) != list(rows[windows.per_epoch:, 0])
+    assert list(rows[:windows.windows_per_epoch, 0]) != list(rows[windows.windows_per_epoch:, 0])
 
 
 def test_the_smallest_text_is_one_window():
@@ -60,7 +60,7 @@ def test_shares_of_any_number_of_processes_make_the_same_batch():
         for world_size in (1, 2, 3, 4):
             parts = [batches.share(step, rank, world_size).tokens for rank in range(world_size)]
             assert torch.equal(torch.cat(parts), whole.tokens)
-    ahead = list(batches.ahead(3, 7, torch.device("cpu")))
+    ahead = list(batches.prefetch(3, 7, torch.device("cpu")))
     assert len(ahead) == 4 and all(torch.equal(got.tokens, batches[3 + n].tokens) for n, got in enumerate(ahead))
 
 

@@ -1,5 +1,6 @@
 """model/budget.py and training/plan.py, compared with published sizes and with real models."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -23,7 +24,7 @@ from model.gpt import GPT
 from model.kv_cache import KVCache
 from training.config import OptimizerConfig, load_config
 from training.optimizer import Optimizer
-from training.plan import FREE, Cluster, Plan, devices_needed, fit_report, plans
+from training.plan import USABLE, Cluster, Plan, devices_needed, plan_report, plans
 
 
 def test_gpt3_has_its_published_size():
@@ -37,9 +38,9 @@ def test_gpt3_has_its_published_size():
 
 def test_a_pattern_of_4096_in_16_bits_takes_33_megabytes_a_head():
     sizes = pattern_bytes(ModelConfig(n_layers=32, n_heads=32, d_model=4096), 2, 4096)
-    assert sizes["one head"] == 2 ** 25
-    assert sizes["all heads and layers"] == 1024 * 2 ** 25
-    assert sizes["flash"] == 4096 * 4 * 1024
+    assert sizes.one_head == 2 ** 25
+    assert sizes.all_heads == 1024 * 2 ** 25
+    assert sizes.flash == 4096 * 4 * 1024
 
 
 def test_gpt2_has_its_published_size_with_its_biases():
@@ -131,7 +132,7 @@ def test_activations_are_those_that_autograd_saves(shape, dtype, monkeypatch):
             # W_U, which the loss already knows.
             plan = Plan(config, "adamw", 64, Cluster(1, 1e9, 1, 1, 1), "ddp", checkpointed)
             copies = 2 * two - four - 4 * 512 * 128
-            expected = 0 if checkpointed else plan.passing["copies of weights"]
+            expected = 0 if checkpointed else plan.pass_bytes["copies of weights"]
             assert copies == pytest.approx(expected, rel=0.01, abs=1000)
 
 
@@ -145,7 +146,7 @@ def test_state_is_what_the_optimizers_hold(kind):
     optimizer.step(1, 16)
     held = 4 * sum(value.numel() for name, value in optimizer.state_dict().items()
                    if ".step." not in name)
-    single, sharded = (Plan(config, kind, 256, Cluster(n, 1e9, 1, 1, 1), "fsdp", False).state
+    single, sharded = (Plan(config, kind, 256, Cluster(n, 1e9, 1, 1, 1), "fsdp", False).state_bytes
                        for n in (1, 8))
     weights = 4 * sum(p.numel() for p in model.parameters())
     assert single["optimizer"] == held and single["weights"] == single["gradients"] == weights
@@ -155,13 +156,15 @@ def test_state_is_what_the_optimizers_hold(kind):
 def test_what_fits_does_and_one_window_more_does_not():
     config = ModelConfig(n_layers=8, d_model=512, n_ctx=512, vocab_size=8192)
     for plan in plans(config, "muon", 512 * 512, Cluster(8, 2.5e9, 1e9, 1e12, 0.5)):
-        limit = FREE * plan.cluster.memory
-        assert plan.bytes(plan.room) <= limit < plan.bytes(plan.room + 1) and plan.share == 64
-        assert plan.micro_batch <= plan.room and plan.micro_batch * plan.accumulation == 64
+        limit = USABLE * plan.cluster.memory
+        fit = plan.windows_that_fit
+        assert plan.peak_bytes(fit) <= limit < plan.peak_bytes(fit + 1)
+        assert plan.windows_per_device == plan.micro_batch * plan.passes == 64
+        assert plan.micro_batch <= fit
         sent = 7 * 8 * plan.parameters.total()          # × 1/8: the steps of a ring
-        if plan.distributed == "fsdp":
-            sent *= plan.accumulation
-        assert plan.moved == sent // 8
+        if plan.strategy == "fsdp":
+            sent *= plan.passes
+        assert plan.sent_bytes == sent // 8
 
 
 def test_if_nothing_fits_the_number_of_devices_that_would_do_is_named():
@@ -171,13 +174,14 @@ def test_if_nothing_fits_the_number_of_devices_that_would_do_is_named():
     def cluster(devices: int, memory: float = 80e9) -> Cluster:
         return Cluster(devices, memory, 50e9, 989e12, 0.4)
 
-    assert not any(plan.room for plan in plans(config, "muon", 3145728, cluster(8)))
-    enough = devices_needed(config, "muon", 3145728, cluster(8))
+    assert not any(plan.windows_that_fit for plan in plans(config, "muon", 3145728, cluster(8)))
+    smallest = Plan(config, "muon", 3145728, cluster(8), "fsdp", True)
+    enough = devices_needed(smallest)
     for devices, fits in ((enough // 2, False), (enough, True)):
-        plan = Plan(config, "muon", 3145728, cluster(devices), "fsdp", True)
-        assert bool(plan.room) == fits
+        plan = replace(smallest, cluster=cluster(devices))
+        assert bool(plan.windows_that_fit) == fits
     # With 8 GB one gathered block is too large.
-    assert devices_needed(config, "muon", 3145728, cluster(8, memory=8e9)) is None
+    assert devices_needed(replace(smallest, cluster=cluster(8, memory=8e9))) is None
 
 
 def test_the_report_recommends_one_line_of_settings():
@@ -185,13 +189,13 @@ def test_the_report_recommends_one_line_of_settings():
 
     def report(devices: int, gigabytes: float) -> str:
         cluster = Cluster(devices, gigabytes * 1e9, 50e9, 989e12, 0.4)
-        return fit_report(config, "muon", 512 * 1024, cluster)
+        return plan_report(config, "muon", 512 * 1024, cluster)
 
     assert ("distributed=ddp train.checkpoint_activations=false train.micro_batch=32"
             in report(8, 24))
     assert ("distributed=fsdp train.checkpoint_activations=true train.micro_batch=1"
             in report(8, 1.1))
-    assert "nothing fits" in report(2, 1) and "16 such devices would do" in report(2, 1)
+    assert "nothing fits" in report(2, 1) and "16 such devices would be enough" in report(2, 1)
     assert "some wait for others (try train.batch_tokens=614400)" in report(200, 24)
 
 

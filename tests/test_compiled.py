@@ -34,7 +34,7 @@ def test_a_compiled_step_computes_what_the_model_computes(shape, batch_size, gra
     counters.clear()
     step = CompiledStep(model.pack())
     assert generated(model, True, batch_size, step) == expected
-    assert counters["stats"]["unique_graphs"] == len(step.known) == graphs
+    assert counters["stats"]["unique_graphs"] == len(step.compiled_for) == graphs
     with torch.inference_mode():
         caches = [step.new_cache(batch_size, 17), KVCache(model.config, batch_size, 17)]
         tokens = torch.randint(50, (batch_size, 12))

@@ -39,7 +39,7 @@ def test_decoding_is_the_end_of_prefill(case, dtype):
     case = Case(**{**case.__dict__, "dtype": dtype})
     q, k, v = tensors(case)
     (want, want_lse), (plain, _) = (reference_attention(q.to(d), k.to(d), v.to(d), window=case.window) for d in (torch.float64, q.dtype))
-    out, lse = decoding.decode(q, k, v, None, None, case.window, case.D ** -0.5, "tf32x3")
+    out, lse = decoding.decode(q, k, v, None, None, case.window, case.D ** -0.5)
     assert_as_good(out, want, plain)
     assert_as_good(lse, want_lse, want_lse.float())
     if case.T * case.groups <= FEW_QUERIES:             # what attention() takes for so few
@@ -62,7 +62,7 @@ def check_slots(data) -> None:
     if ordered:
         for row, position in enumerate(query_positions[:, -1].tolist()):
             k[row, :, max(0, position + 1):] = v[row, :, max(0, position + 1):] = torch.nan
-    out, lse = decoding.decode(q, k, v, query_positions, None if ordered else key_positions, case.window, case.D ** -0.5, "tf32x3")
+    out, lse = decoding.decode(q, k, v, query_positions, None if ordered else key_positions, case.window, case.D ** -0.5)
     want, want_lse = exact(q, k.nan_to_num(), v.nan_to_num(), query_positions, key_positions, case.window)
     assert_as_good(out, want, want.float(), str(case))
     assert_as_good(lse, want_lse, want_lse.float(), str(case))
@@ -86,7 +86,7 @@ def test_the_split_changes_only_rounding(monkeypatch, programs):
     case = Case(2, 600, 16, groups=2)
     q, k, v = tensors(case)
     monkeypatch.setattr(launch, "about", lambda device: launch.Device(programs, 0))
-    out, lse = decoding.decode(q, k, v, None, None, None, 0.25, "tf32x3")
+    out, lse = decoding.decode(q, k, v, None, None, None, 0.25)
     want, want_lse = reference_attention(q.double(), k.double(), v.double())
     assert torch.allclose(out.double(), want, atol=1e-6) and torch.allclose(lse.double(), want_lse, atol=1e-6)
 
@@ -103,13 +103,13 @@ def test_what_slots_hold_that_nobody_sees(monkeypatch, window):
     k[:, :, unseen] = v[:, :, unseen] = torch.nan
     for family in ("interpreter", "ampere") if DEVICE == "cpu" else (launch.family(q.device),):
         monkeypatch.setattr(launch, "family", lambda device, family=family: family)
-        got, _ = decoding.decode(q, k, v, at, positions, window, 0.25, "tf32x3")
+        got, _ = decoding.decode(q, k, v, at, positions, window, 0.25)
         assert torch.allclose(got.double(), want, atol=1e-6)
         assert torch.equal(decode(q, k, v, at, positions, window=window, backend="triton"), got)
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"backend": "reference"}, "auto, sdpa, triton"), ({"window": 0}, "at least 1"), ({"precision": "fp8"}, "tf32x3"),
+    ({"backend": "reference"}, "auto, sdpa, triton"), ({"window": 0}, "at least 1"), ({"precision": "fp8"}),
     ({"key_positions": torch.zeros(1, 5)}, "key_positions"), ({"k": torch.zeros(2, 3, 5, 8), "v": torch.zeros(2, 3, 5, 8)}, "divide"),
 ])
 def test_what_cannot_be_served_is_named(change, words):

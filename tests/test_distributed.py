@@ -196,36 +196,37 @@ EXCHANGES = """
 import torch, torch.distributed as dist
 from model.config import ModelConfig
 from model.gpt import GPT
-from training.distributed import join, over_whole_matrices
+from training.parallel import DataParallel, FullySharded
+from training.world import join
 from training.optimizer import orthogonalise
 world = join()
-for world.kind in ("ddp", "fsdp"):
+for parallel in (DataParallel(world), FullySharded(world)):
     for N, R, C in [(2, 8, 20), (4, 9, 9), (1, 5, 9), (5, 2, 7), (3, 33, 10)]:
         whole = torch.randn(N, R, C, generator=torch.Generator().manual_seed(N * R * C))
         rows = -(-R // world.size)
-        mine = slice(rows * world.rank, rows * world.rank + rows) if world.sharded else slice(None)
+        mine = slice(rows * world.rank, rows * world.rank + rows) if parallel.sharded else slice(None)
         calls = []
-        got = over_whole_matrices(lambda g: calls.append(len(g)) or orthogonalise(g), whole[:, mine], R, world)
-        assert torch.allclose(got, orthogonalise(whole)[:, mine], atol=1e-6), (world.kind, N, R, C)
+        got = parallel.map_matrices(lambda g: calls.append(len(g)) or orthogonalise(g), whole[:, mine], R)
+        assert torch.allclose(got, orthogonalise(whole)[:, mine], atol=1e-6), (parallel.name, N, R, C)
         assert sum(calls) <= -(-N // world.size), "each process computes its share alone"
 
 def send(state, bucket):
     exchanges.append(part)
     return torch.futures.collect_all([dist.all_reduce(bucket.buffer(), async_op=True).get_future()]).then(lambda done: bucket.buffer())
-for world.kind in ("ddp", "fsdp"):
+for parallel in (DataParallel(world), FullySharded(world)):
     with torch.device("meta"):
         model = GPT(ModelConfig(n_layers=2, d_model=32, n_ctx=16, vocab_size=50, mlp="none"))
-    world.place(model, torch.device("cpu"))
-    model.init_weights(0, world.fill)
-    loss, exchanges, exchanged = world.replicate(model, model.loss), [], []
-    if world.kind == "ddp":
+    parallel.place(model, torch.device("cpu"))
+    model.init_weights(0, parallel.fill)
+    loss, exchanges, exchanged = parallel.replicate(model, model.loss), [], []
+    if parallel.name == "ddp":
         loss.register_comm_hook(None, send)
     tokens = torch.arange(64).view(4, 16) % 50
-    for part in world.accumulate([0, 1, 2], model, loss):
+    for part in parallel.accumulate([0, 1, 2], model, loss):
         loss((tokens + part) % 50, tokens).backward()
-        if world.kind == "fsdp" and all(p.grad is not None for p in model.parameters()):    # a shard's gradient comes with the exchange
+        if parallel.sharded and all(p.grad is not None for p in model.parameters()):    # a shard's gradient comes with the exchange
             exchanges.append(part)
-    assert exchanges == [2], (world.kind, exchanges)
+    assert exchanges == [2], (parallel.name, exchanges)
 print("agreed")
 world.close()
 """

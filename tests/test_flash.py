@@ -45,7 +45,7 @@ def pointers(monkeypatch):
 def run(case: Case, q, k, v, grad) -> list[torch.Tensor]:
     """out, lse, dq, dk, dv by the kernels."""
     masks = case.masks()
-    rest = (masks["causal"], masks["window"], masks["segments"], case.scale or case.D ** -0.5, "tf32x3")
+    rest = (masks["causal"], masks["window"], masks["segments"], case.scale or case.D ** -0.5)
     out, lse = flash_attention(q, k, v, *rest)
     return [out, lse, *flash_attention_backward(grad, q, k, v, out, lse, *rest)]
 
@@ -163,9 +163,9 @@ def test_extreme_and_equal_scores(size):
 
 def test_no_keys_and_no_queries():
     q, none = torch.randn(1, 2, 3, 16, device=DEVICE), torch.randn(1, 1, 0, 16, device=DEVICE)
-    out, lse = flash_attention(q, none, none, False, None, None, 0.25, "tf32x3")
+    out, lse = flash_attention(q, none, none, False, None, None, 0.25)
     assert (out == 0).all() and (lse == -torch.inf).all()
-    grads = flash_attention_backward(out, q, none, none, out, lse, False, None, None, 0.25, "tf32x3")
+    grads = flash_attention_backward(out, q, none, none, out, lse, False, None, None, 0.25)
     assert (grads[0] == 0).all() and grads[1].shape == none.shape
     assert attention(q[:, :, :0], q[:, :1], q[:, :1], backend="triton").shape == (1, 2, 0, 16)
 
@@ -245,11 +245,11 @@ def test_a_tile_that_does_not_fit_gives_way_to_a_smaller_one(monkeypatch):
     case = Case(30, 30, 16, dtype="fp16")
     q, k, v, _ = case.tensors()
     out = attention(q, k, v, backend="triton", return_lse=True)[0].clone()
-    flash_attention(q, k, v, True, None, None, 0.25, "tf32x3")
+    flash_attention(q, k, v, True, None, None, 0.25)
     assert_as_good(out, *[r[0] for r in exact_and_plain(case, *case.tensors())])
     assert tried[0] > tried[-1] and tried.count(max(tried)) == 1                    # a size that failed is not tried again
     monkeypatch.setattr(launch, "SMALLER", ())
     monkeypatch.setattr(launch, "_too_large", set())
     monkeypatch.setattr(launch, "plans", {})
     with pytest.raises(ValueError, match="backend='sdpa'"):
-        flash_attention(q, k, v, True, None, None, 0.25, "tf32x3")
+        flash_attention(q, k, v, True, None, None, 0.25)

@@ -57,7 +57,7 @@ def run(case: Case, q, k, v, tile: Tile | None = None) -> tuple[torch.Tensor, to
     masks, scale = case.masks(), case.scale or case.D ** -0.5
     with launch.tile_for("forward_gluon", tile) if tile else nullcontext():
         launch_gluon(q, k, v, out, lse, masks_of(q, k, masks["causal"], masks["window"],
-                                                 masks["segments"], scale, "tf32x3"))
+                                                 masks["segments"], scale))
     size = out.untyped_storage().nbytes() // out.itemsize
     for memory, inside in ((out.as_strided((size,), (1,), 0), out), (around_lse, lse)):
         written, within = (int((~numbers.isnan()).sum()) for numbers in (memory, inside))
@@ -146,7 +146,7 @@ def test_queries_that_see_nothing():
     """The operator never has any. They get out 0 and lse −inf, as from `forward`."""
     q, k = (torch.randn(1, 1, length, 16).bfloat16().to(DEVICE) for length in (5, 3))
     out, lse = torch.empty_like(q), torch.empty(1, 1, 5, device=DEVICE)
-    launch_gluon(q, k, k, out, lse, masks_of(q, k, True, None, None, 0.25, "tf32x3"))
+    launch_gluon(q, k, k, out, lse, masks_of(q, k, True, None, None, 0.25))
     assert (out[:, :, :2] == 0).all() and (lse[:, :, :2] == -torch.inf).all()
     assert torch.equal(out[:, :, 2], k[:, :, 0]) and lse[:, :, 2:].isfinite().all()
 
@@ -247,8 +247,8 @@ def test_the_switch(monkeypatch):
                         lambda kernel, *_, **named: launched.append("forward_gluon"))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         q = torch.zeros(1, 1, 3, 16, dtype=dtype, device=DEVICE)
-        flash_attention(q, q, q, True, None, None, 0.25, "tf32x3")
+        flash_attention(q, q, q, True, None, None, 0.25)
     monkeypatch.setattr(launch, "family", lambda device: "blackwell")
-    flash_attention(q.half(), q.half(), q.half(), True, None, None, 0.25, "tf32x3")
+    flash_attention(q.half(), q.half(), q.half(), True, None, None, 0.25)
     assert launched == ["forward_gluon", "forward_gluon", "forward", "forward"]
     assert "forward_gluon" not in TILES["blackwell"]

@@ -16,7 +16,7 @@ from errors import UserError
 from model.families import family
 from training.checkpoint import find_checkpoint, load_model
 from training.import_model import import_model
-from training.run import config_of
+from training.resume import job_of
 
 # --- the same model --------------------------------------------------------------------------------------------------------------
 
@@ -178,7 +178,7 @@ def test_an_imported_run_is_trained_as_any_other(shared, workplace):
         assert torch.allclose(before(tokens), after(tokens), atol=1e-3) and not torch.equal(before(tokens), after(tokens))
     assert "heads/prefix_matching/L1H3" in records[2] and records[1]["train/loss"] > 3
     with pytest.raises(UserError, match="cannot be continued with another data"):
-        config_of("runs/theirs", ["data.files=[texts/b*.txt]", "train.steps=4"])
+        job_of("runs/theirs", ["data.files=[texts/b*.txt]", "train.steps=4"])
     went_on = command("train.py", "runs/theirs", "train.steps=4")
     assert went_on.returncode == 0 and max(metrics(Path("runs/theirs"))) == 4, went_on.stderr
 
@@ -202,11 +202,11 @@ def test_another_run_starts_from_an_imported_one(shared, workplace):
 
 def test_before_its_first_step_data_may_change_and_the_model_not(shared, workplace):
     import_model(shared / "gpt2", Path("runs/gpt2"))
-    config, _, changed = config_of("runs/gpt2", ["data.corpus=repeats", "data.repeats.period=[4, 8]", "optimizer.kind=muon"])
+    config, _, changed = job_of("runs/gpt2", ["data.corpus=repeats", "data.repeats.period=[4, 8]", "optimizer.kind=muon"])
     assert config.data.corpus == "repeats" and len(changed) == 3
     for change in ("data.tokenizer=bytes", "model.n_layers=2", "seed=1"):
         with pytest.raises(UserError, match=f"cannot be continued with another {change.split('=')[0]}"):
-            config_of("runs/gpt2", [change])
+            job_of("runs/gpt2", [change])
     for change in ("model.rope_base=5.0", "model.n_ctx=65"):
         with pytest.raises(UserError, match=r"only model.n_ctx|too long: at most 64"):
             import_model(shared / "gpt2", Path("runs/other"), [change])

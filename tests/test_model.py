@@ -91,8 +91,8 @@ def test_a_cache_keeps_its_addresses(shape):
             lambda: model(tokens, cache=cache, lengths=lengths),            # ragged rows
             lambda: model(tokens[:, :1], cache=cache),
             lambda: model(tokens, cache=cache, lengths=lengths),
-            lambda: cache.put([1], other),
-            lambda: cache.clear([0]),
+            lambda: cache.replace_rows([1], other),
+            lambda: cache.clear_rows([0]),
             lambda: model(tokens[:, :1], cache=cache),
             cache.reset,
             lambda: model(tokens, cache=cache),
@@ -100,10 +100,10 @@ def test_a_cache_keeps_its_addresses(shape):
             lambda: model(tokens[:, :1], cache=cache),
             cache.reset,
             lambda: model(tokens[:, :1], cache=cache),
-            lambda: cache.only([0, 2])):
+            lambda: cache.select_rows([0, 2])):
         change()
         assert addresses() == before
-    assert cache.only([2]) is not cache and cache.only([2]).keys[0].shape[0] == 1
+    assert cache.select_rows([2]) is not cache and cache.select_rows([2]).keys[0].shape[0] == 1
 
 
 def test_a_windowed_cache_stays_at_the_window():

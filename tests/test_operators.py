@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from kernels import flash
 from kernels.attention import attention, decode
 from kernels.decode import decode as decode_operator
-from kernels.head_statistics import head_statistics, induction_targets, tokens_before
-from kernels.head_statistics_triton import statistics
+from kernels.statistics import head_statistics, induction_targets, tokens_before
+from kernels.statistics_triton import statistics
 
 
 def qkv(T=20, H=2, K=1, D=16, grad=True):
@@ -21,14 +21,14 @@ def qkv(T=20, H=2, K=1, D=16, grad=True):
 def operators():
     q, k, v = qkv()
     plain, ids = [t.detach() for t in (q, k, v)], torch.randint(0, 5, (2, 20), device=DEVICE)
-    out, lse = flash.flash_attention(*plain, True, None, None, 0.25, "tf32x3")
-    masks = (True, 7, ids.sort(1)[0], 0.25, "tf32x3")
+    out, lse = flash.flash_attention(*plain, True, None, None, 0.25)
+    masks = (True, 7, ids.sort(1)[0], 0.25)
     positions = torch.arange(20, device=DEVICE).expand(2, 20)
     return {
         "forward": (flash.flash_attention, (q, k, v, *masks)),
         "backward": (flash.flash_attention_backward, (out, *plain, out, lse, *masks)),
-        "decode": (decode_operator, (plain[0][:, :, :1], *plain[1:], positions[:, -1:], positions, 7, 0.25, "tf32x3")),
-        "head_statistics": (statistics, (*plain[:2], lse, ids, tokens_before(ids), induction_targets(ids), 7, None, 0.25, "tf32x3")),
+        "decode": (decode_operator, (plain[0][:, :, :1], *plain[1:], positions[:, -1:], positions, 7, 0.25)),
+        "head_statistics": (statistics, (*plain[:2], lse, ids, tokens_before(ids), induction_targets(ids), 7, None, 0.25)),
     }
 
 

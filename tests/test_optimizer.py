@@ -8,7 +8,7 @@ import torch
 from model.config import ModelConfig
 from model.gpt import GPT
 from training.config import OptimizerConfig
-from training.optimizer import Muon, Optimizer, learning_rate, momentum, orthogonalise
+from training.optimizer import Muon, Optimizer, lr_scale, momentum, orthogonalise
 
 
 def small_model(**changes) -> GPT:
@@ -19,7 +19,7 @@ def small_model(**changes) -> GPT:
 
 def test_schedules():
     def scale(step, **changes):
-        return learning_rate(OptimizerConfig(**({"warmup_steps": 10} | changes)), step, 110)
+        return lr_scale(OptimizerConfig(**({"warmup_steps": 10} | changes)), step, 110)
 
     for schedule in ("constant", "linear", "cosine"):
         assert [scale(step, schedule=schedule) for step in (1, 5, 10)] == [0.1, 0.5, 1.0]
@@ -33,10 +33,10 @@ def test_schedules():
     assert scale(90, schedule="linear", decay_share=0.2) == 1
     assert scale(101, schedule="linear", decay_share=0.2) == pytest.approx(0.5)
     # A warm-up longer than the run is cut.
-    assert learning_rate(OptimizerConfig(warmup_steps=1000), 5, 5) == 1
+    assert lr_scale(OptimizerConfig(warmup_steps=1000), 5, 5) == 1
     for warmup in (0, 3, 7, 9):
         config = OptimizerConfig(warmup_steps=warmup)
-        assert all(0 < learning_rate(config, step, 7) <= 1 for step in range(1, 8))
+        assert all(0 < lr_scale(config, step, 7) <= 1 for step in range(1, 8))
 
 
 def test_momentum_rises_from_085():
@@ -55,7 +55,7 @@ def test_groups_partition_the_parameters_and_only_matrices_decay(kind, changes):
     optimizer = Optimizer(model, OptimizerConfig(kind=kind, weight_decay=0.1), 10)
     names = {p: name for name, p in model.named_parameters()}
     optimized = []
-    for part_name, part in optimizer.parts.items():
+    for part_name, part in optimizer.optimizers.items():
         for group in part.param_groups:
             for p in group["params"]:
                 optimized.append(id(p))
@@ -109,7 +109,7 @@ def test_the_gradient_is_the_mean_and_is_clipped(clip):
     def remember_gradients(*_) -> None:
         used.update({p: p.grad.clone() for p in model.parameters()})
 
-    optimizer.parts["adam"].register_step_pre_hook(remember_gradients)
+    optimizer.optimizers["adam"].register_step_pre_hook(remember_gradients)
     norm = optimizer.step(1, 64)
     expected = torch.cat([gradient.flatten() for gradient in mean]).norm()
     assert norm.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -18,7 +18,7 @@ def test_batches_of_a_trillion_tokens_are_the_same_on_any_number_of_processes():
 
 def test_an_epoch_reads_every_window_of_many_shards_once():
     windows = TextWindows(order.corpus(10 ** 8, 500), 512, seed=1)
-    assert order.epoch_is_whole(windows) == windows.per_epoch == (10 ** 8 - 512) // 512
+    assert order.epoch_is_whole(windows) == windows.windows_per_epoch == (10 ** 8 - 512) // 512
     windows.starts = lambda n: TextWindows.starts(windows, n // 2 * 2)
     with pytest.raises(AssertionError, match="never read"):
         order.epoch_is_whole(windows)

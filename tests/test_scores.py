@@ -20,8 +20,8 @@ from induction.scores import (
     qk_trace,
 )
 from kernels.attention import attention
-from kernels.head_statistics import head_statistics
 from kernels.reference import attention_pattern
+from kernels.statistics import head_statistics
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.taps import heads_of, taps

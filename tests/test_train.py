@@ -13,7 +13,7 @@ from commands import ROOT, command, fails, start
 from conftest import TINY, metrics
 from faults.lab import same_bits, weights
 
-from training.checkpoint import find_checkpoint, load_model, whole_checkpoints
+from training.checkpoint import find_checkpoint, list_checkpoints, load_model
 
 
 def train(*arguments, cwd=None, **options):
@@ -21,7 +21,7 @@ def train(*arguments, cwd=None, **options):
 
 
 def test_a_run_holds_what_the_readme_says(trained):
-    assert [p.name for p in whole_checkpoints(trained / "checkpoints")] == ["000008", "000012"]
+    assert [p.name for p in list_checkpoints(trained / "checkpoints")] == ["000008", "000012"]
     assert (trained / "checkpoints" / "latest").resolve().name == "000012"
     assert (trained / "checkpoints" / "best").exists()
     checkpoint = find_checkpoint(trained)
@@ -87,9 +87,9 @@ def test_micro_batches_precision_masks_and_background_saving_run(workplace):
         assert record["train/loss"] == pytest.approx(metrics(Path("runs/b"))[step]["train/loss"], rel=1e-4)
     assert train("tiny.yaml", "checkpoint.background=true", "checkpoint.steps=[1, 5, 99]", "run=c").returncode == 0
     assert same_bits(Path("runs/c/checkpoints/000012"), Path("runs/b/checkpoints/000012"))
-    assert {p.name for p in whole_checkpoints(Path("runs/c/checkpoints"))} >= {"000001", "000005", "000008", "000012"}
+    assert {p.name for p in list_checkpoints(Path("runs/c/checkpoints"))} >= {"000001", "000005", "000008", "000012"}
     done = train("tiny.yaml", "train.precision=bf16", "data.mask_documents=true", "optimizer.kind=adamw", "checkpoint.every=0", "run=d")
-    assert done.returncode == 0 and "bfloat16" in done.stdout and not whole_checkpoints(Path("runs/d/checkpoints"))
+    assert done.returncode == 0 and "bfloat16" in done.stdout and not list_checkpoints(Path("runs/d/checkpoints"))
 
 
 @pytest.mark.long
@@ -114,7 +114,7 @@ def test_a_console_that_is_gone_does_not_end_training(workplace):
 def test_a_checkpoint_notes_the_validation_loss_of_its_own_step_and_best_is_the_lowest(workplace):
     assert train("tiny.yaml", "train.steps=20", "checkpoint.keep=9").returncode == 0        # evaluated at 6, 12, 18 and 20
     noted = {p.name: json.loads((p / "training_state/state.json").read_text())["val_loss"]
-             for p in whole_checkpoints(Path("runs/tiny/checkpoints"))}
+             for p in list_checkpoints(Path("runs/tiny/checkpoints"))}
     measured = {f"{step:06d}": record.get("val/loss") for step, record in metrics(Path("runs/tiny")).items()}
     assert noted == {name: measured[name] for name in ("000004", "000008", "000012", "000016", "000020")}
     best = min(("000012", "000020"), key=measured.get)
@@ -160,7 +160,7 @@ def test_a_loss_that_is_no_number_stops_the_run_at_the_last_good_checkpoint(work
     done = train("tiny.yaml", "optimizer.kind=adamw", "optimizer.lr=1e19", "optimizer.clip=0", "optimizer.warmup_steps=0",
                  "checkpoint.every=1", "train.steps=40", "model.zero_init=false")
     fails(done, "at step", "batch", "optimizer.lr")
-    for checkpoint in whole_checkpoints(Path("runs/tiny/checkpoints")):
+    for checkpoint in list_checkpoints(Path("runs/tiny/checkpoints")):
         assert all(torch.isfinite(value).all() for value in weights(checkpoint).values())
 
 

@@ -16,7 +16,7 @@ from kernels.decode import decode
 from kernels.flash import flash_attention, flash_attention_backward
 from kernels.flash_gluon import launch_gluon
 from kernels.tiles import masks_of
-from kernels.head_statistics_triton import statistics
+from kernels.statistics_triton import statistics
 
 def tensors(T, dtype, H=4, K=2, S=None, offset=0):
     def one(heads, length):
@@ -25,7 +25,7 @@ def tensors(T, dtype, H=4, K=2, S=None, offset=0):
     return one(H, T), one(K, S or T), one(K, S or T)
 
 def flash(q, k, v, window=None):
-    return lambda: flash_attention(q, k, v, True, window, None, 0.25, "tf32x3")
+    return lambda: flash_attention(q, k, v, True, window, None, 0.25)
 
 half, single = torch.bfloat16, torch.float32
 q, k, v = tensors(130, half)
@@ -35,12 +35,12 @@ calls = {
     "one row": flash(q[:1, :1], k[:1, :1], v[:1, :1]), "a window": flash(q, k, v, 20), "another window": flash(q, k, v, 50),
     "float32": flash(*tensors(130, single)), "float32, off by 4 bytes": flash(*tensors(130, single, offset=1)),
     "strides that 16 does not divide": flash(*(t[..., ::2] for t in tensors(130, single))),
-    "Gluon": lambda: launch_gluon(q, k, v, torch.empty_like(q), lse, masks_of(q, k, True, 20, None, 0.25, "tf32x3")),
-    "backward": lambda: flash_attention_backward(q, q, k, v, q, lse, True, None, None, 0.25, "tf32x3"),
-    "a cache": lambda: decode(q[:, :, :1], k, v, None, None, None, 0.25, "tf32x3"),
-    "a longer cache": lambda: decode(q[:, :, :1], *tensors(0, half, S=500)[1:], None, None, None, 0.25, "tf32x3"),
-    "positions": lambda: decode(q[:, :, :1], k, v, ids[:, :1], None, None, 0.25, "tf32x3"),
-    "statistics": lambda: statistics(q, k, lse, ids, ids, ids, None, None, 0.25, "tf32x3"),
+    "Gluon": lambda: launch_gluon(q, k, v, torch.empty_like(q), lse, masks_of(q, k, True, 20, None, 0.25)),
+    "backward": lambda: flash_attention_backward(q, q, k, v, q, lse, True, None, None, 0.25),
+    "a cache": lambda: decode(q[:, :, :1], k, v, None, None, None, 0.25),
+    "a longer cache": lambda: decode(q[:, :, :1], *tensors(0, half, S=500)[1:], None, None, None, 0.25),
+    "positions": lambda: decode(q[:, :, :1], k, v, ids[:, :1], None, None, 0.25),
+    "statistics": lambda: statistics(q, k, lse, ids, ids, ids, None, None, 0.25),
 }
 
 def plain(value):
@@ -105,7 +105,7 @@ from kernels.ahead_of_time import TARGETS, device
 from kernels.decode import decode
 from kernels.flash import flash_attention, flash_attention_backward, forward
 from kernels.flash_gluon import launch_gluon
-from kernels.head_statistics_triton import statistics
+from kernels.statistics_triton import statistics
 from kernels.launch import launch
 from kernels.tiles import masks_of
 
@@ -123,7 +123,7 @@ with device("sm_90"):
     triton.runtime.driver.set_active(Driver())
     for T in (130, 130):                        # the second time as planned at the first
         q, k = (torch.zeros(2, T, heads, 128, dtype=torch.bfloat16).transpose(1, 2) for heads in (4, 2))
-        ids, rest = torch.zeros(2, T, dtype=torch.long), (True, 7, None, 0.25, "tf32x3")
+        ids, rest = torch.zeros(2, T, dtype=torch.long), (True, 7, None, 0.25)
         out, lse = flash_attention(q, k, k, *rest)
         flash_attention_backward(q, q, k, k, out, lse, *rest)
         launch_gluon(q, k, k, out, lse, masks_of(q, k, *rest))

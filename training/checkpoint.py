@@ -1,13 +1,16 @@
-"""Checkpoints: a Hugging Face model directory each, whole or not there at all, and never unpickled.
+"""Checkpoints: each is a Hugging Face model directory, complete or absent, and nothing in it is
+ever unpickled.
 
     runs/NAME/checkpoints/000500/
-      model.safetensors  config.json  generation_config.json  tokenizer.json  tokenizer_config.json
+      model.safetensors  config.json  generation_config.json
+      tokenizer.json  tokenizer_config.json
       training_state/optimizer.safetensors  state.json  config.yaml
-      manifest.json                                       the SHA-256 of every file above, written last
+      manifest.json                     the SHA-256 of every file above, written last
     runs/NAME/checkpoints/latest → 000500,  best → …
 
-Processes that share a model each write the tensors that fall to them: model-00001-of-00004.safetensors …, with Hugging Face's index beside
-them, and the optimizer's likewise. However many wrote, any number can read.
+Processes that share a model each write some of its tensors: model-00001-of-00004.safetensors …,
+with Hugging Face's index beside them, and likewise the optimizer's. Any number of processes can
+read what any number wrote.
 """
 
 import contextlib
@@ -19,7 +22,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -34,58 +37,72 @@ from model.config import ModelConfig
 from model.gpt import GPT
 from model.huggingface import hf_config, hf_state, load_hf_state, one_or_all
 from settings.validate import validate
-from training.distributed import ALONE, World, whole_tensor
+from training.parallel import ONE_PROCESS, Parallel, full_tensor
 
+FileContent = bytes | dict[str, Tensor]
+
+# --- writing ----------------------------------------------------------------------------------
 
 class Tensors(NamedTuple):
     """Named tensors on the CPU, divided among the processes that write them."""
 
     mine: dict[str, Tensor]
-    bytes: int                      # of everyone's
-    owner: dict[str, int]           # by rank
+    total_bytes: int                # of all processes' tensors
+    writer: dict[str, int]          # the rank that writes each tensor
 
 
-class Snapshot(NamedTuple):
+class Contents(NamedTuple):
     """Everything a checkpoint holds, copied out of the running model."""
 
     model_config: ModelConfig
     model: Tensors
     optimizer: Tensors
-    state: dict
+    state: dict[str, Any]
     config_yaml: str
     tokenizer: Tokenizer
 
 
-def snapshot(model: GPT, optimizer: dict[str, Tensor], state: dict, config_yaml: str, tokenizer: Tokenizer, copy: bool,
-             world: World = ALONE) -> Snapshot:
-    """What to save. `copy`: its tensors stay as they are now while training goes on."""
-    def keep(tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
-        mine, owner, load = {}, {}, [0] * (world.size if world.sharded else 1)
-        for name, t in tensors:                             # one at a time, so that no process ever holds them all
-            owner[name] = load.index(min(load))             # each to whoever has least
-            load[owner[name]] += t.nbytes
-            if owner[name] == world.rank:
-                mine[name] = t.to("cpu", copy=copy).contiguous()
-        return Tensors(mine, sum(load), owner)
+def checkpoint_contents(model: GPT, optimizer: dict[str, Tensor], state: dict[str, Any],
+                        config_yaml: str, tokenizer: Tokenizer, *, copy: bool,
+                        parallel: Parallel = ONE_PROCESS) -> Contents:
+    """What `save_checkpoint` writes. With `copy`, tensors keep their values while training goes on.
 
-    return Snapshot(model.config, keep(hf_state(model, whole_tensor)),
-                    keep((name, whole_tensor(t)) for name, t in optimizer.items()), state, config_yaml, tokenizer)
+    Sharded tensors are gathered one at a time, so that no process ever holds all of them.
+    """
+    world = parallel.world
+
+    def divide(tensors: Iterable[tuple[str, Tensor]]) -> Tensors:
+        mine: dict[str, Tensor] = {}
+        writer: dict[str, int] = {}
+        load = [0] * (world.size if parallel.sharded else 1)
+        for name, tensor in tensors:
+            writer[name] = load.index(min(load))            # the process with the least to write
+            load[writer[name]] += tensor.nbytes
+            if writer[name] == world.rank:
+                mine[name] = tensor.to("cpu", copy=copy).contiguous()
+        return Tensors(mine, sum(load), writer)
+
+    return Contents(model.config, divide(hf_state(model, full_tensor)),
+                    divide((name, full_tensor(t)) for name, t in optimizer.items()),
+                    state, config_yaml, tokenizer)
 
 
-def save_checkpoint(folder: Path, what: Snapshot, world: World = ALONE) -> Path:
-    """Write `folder`/STEP under a temporary name, flush it to the disk, rename it, point `latest` at it; its path."""
-    path = folder / f"{what.state['step']:06d}"
-    if any(world.gather((path / "manifest.json").exists(), saving=True)):           # continued from just here
-        return path
+def save_checkpoint(folder: Path, contents: Contents, parallel: Parallel = ONE_PROCESS) -> Path:
+    """Write `folder`/STEP under a temporary name, flush it to the disk, rename it, and point
+    `latest` at it. Returns its path; a UserError says which checkpoint is intact."""
+    world = parallel.world
+    path = folder / f"{contents.state['step']:06d}"
+    if any(world.gather((path / "manifest.json").exists(), saving=True)):
+        return path                                         # the run continued from this step
     temporary = folder / f".partial-{path.name}"
-    newest = whole_checkpoints(folder)
-    intact = f"{newest[-1]} is intact" if newest else "there is no earlier checkpoint"
+    checkpoints = list_checkpoints(folder)
+    newest = f"{checkpoints[-1]} is intact" if checkpoints else "there is no earlier checkpoint"
+    advice = f"{newest}; make room, then continue with: python train.py {folder.parent}"
 
     @contextlib.contextmanager
-    def all_or_nothing():
+    def all_or_nothing() -> Iterator[None]:
         try:
-            with world.together(saving=True), explain_disk_errors(
-                    f"saving {path}", f"{intact}; make room, then continue with: python train.py {folder.parent}"):
+            with world.together(saving=True), explain_disk_errors(f"saving {path}", advice):
                 yield
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -94,106 +111,91 @@ def save_checkpoint(folder: Path, what: Snapshot, world: World = ALONE) -> Path:
     with all_or_nothing():
         if world.first:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()                               # no parents: a run that was deleted does not come back in part
+            # No parents: a run that was deleted does not come back in part.
+            temporary.mkdir()
             (temporary / "training_state").mkdir()
     with all_or_nothing():
-        files = _files(what, world)
+        files = _files_of(contents, parallel)
         for name, content in files.items():
             _write(temporary / name, content)
-        written = {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)} for name in files}
-    everyones = world.gather(written, saving=True)
+        written = {name: {"bytes": (temporary / name).stat().st_size,
+                          "sha256": sha256(temporary / name)} for name in files}
+    manifest: dict[str, Any] = {}
+    for entries in world.gather(written, saving=True):
+        manifest |= entries
     with all_or_nothing():
         if world.first:
-            _write(temporary / "manifest.json", _json({name: noted for ones in everyones for name, noted in ones.items()}))
+            _write(temporary / "manifest.json", _json(manifest))
             sync_folder(temporary)
-            shutil.rmtree(path, ignore_errors=True)         # one without a manifest was never whole
+            shutil.rmtree(path, ignore_errors=True)     # without a manifest it was never complete
             os.rename(temporary, path)
             sync_folder(folder)
-            point_at_newest(folder)
+            point_latest_at_newest(folder)
     return path
 
 
-def _files(what: Snapshot, world: World) -> dict[str, bytes | dict[str, Tensor]]:
-    """What this process writes of a checkpoint, by name."""
-    def tensors(stem: str, divided: Tensors) -> dict[str, dict[str, Tensor]]:
-        writers = max(divided.owner.values(), default=0) + 1
-        names = [f"{stem}.safetensors"] if writers == 1 else [f"{stem}-{n + 1:05d}-of-{writers:05d}.safetensors" for n in range(writers)]
-        if writers > 1 and stem == "model" and world.first:
+def _files_of(contents: Contents, parallel: Parallel) -> dict[str, FileContent]:
+    """The files that this process writes, by name."""
+    files: dict[str, FileContent] = {}
+    if parallel.world.first:
+        tokenizer, model_config = contents.tokenizer, contents.model_config
+        files = {
+            "config.json": _json(hf_config(model_config, tokenizer.begin, tokenizer.ends)),
+            "generation_config.json": _json({
+                "eos_token_id": one_or_all(tokenizer.ends), "bos_token_id": tokenizer.begin,
+                "pad_token_id": tokenizer.ends[0], "do_sample": True}),
+            "tokenizer.json": tokenizer.json.encode(),
+            "tokenizer_config.json": _json(
+                tokenizer.config | {"model_max_length": model_config.n_ctx}),
+            "training_state/state.json": _json(contents.state),
+            "training_state/config.yaml": contents.config_yaml.encode(),
+        }
+    for stem, tensors in (("model", contents.model),
+                          ("training_state/optimizer", contents.optimizer)):
+        names = _file_names(stem, writers=max(tensors.writer.values(), default=0) + 1)
+        if parallel.world.rank < len(names):
+            files[names[parallel.world.rank]] = tensors.mine
+        if stem == "model" and len(names) > 1 and parallel.world.first:
             files["model.safetensors.index.json"] = _json({
-                "metadata": {"total_size": divided.bytes}, "weight_map": {name: names[n] for name, n in divided.owner.items()}})
-        return {names[world.rank]: divided.mine} if world.rank < writers else {}
-
-    tokenizer = what.tokenizer
-    files: dict[str, bytes | dict[str, Tensor]] = {
-        "config.json": _json(hf_config(what.model_config, tokenizer.begin, tokenizer.ends)),
-        "generation_config.json": _json({"eos_token_id": one_or_all(tokenizer.ends), "bos_token_id": tokenizer.begin,
-                                         "pad_token_id": tokenizer.ends[0], "do_sample": True}),
-        "tokenizer.json": tokenizer.json.encode(),
-        "tokenizer_config.json": _json(tokenizer.config | {"model_max_length": what.model_config.n_ctx}),
-        "training_state/state.json": _json(what.state),
-        "training_state/config.yaml": what.config_yaml.encode(),
-    } if world.first else {}
-    return files | tensors("model", what.model) | tensors("training_state/optimizer", what.optimizer)
+                "metadata": {"total_size": tensors.total_bytes},
+                "weight_map": {name: names[rank] for name, rank in tensors.writer.items()}})
+    return files
 
 
-def _write(path: Path, content: bytes | dict[str, Tensor]) -> None:
-    """Bytes or named tensors, flushed to the disk."""
+def _file_names(stem: str, writers: int) -> list[str]:
+    """The safetensors file of each writer."""
+    if writers == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{n:05d}-of-{writers:05d}.safetensors" for n in range(1, writers + 1)]
+
+
+def _write(path: Path, content: FileContent) -> None:
+    """Write bytes or named tensors and flush them to the disk."""
     if isinstance(content, dict):
         try:
             save_file(content, path, metadata={"format": "pt"})
-            path.chmod(0o644)                               # it is made readable by its owner alone
-        except SafetensorError as error:                    # it hides the system's error in its text
-            raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from None
+            path.chmod(0o644)               # safetensors makes it readable by its owner only
+        except SafetensorError as error:            # it hides the system's error in its text
+            disk_full = "os error 28" in str(error)
+            raise OSError(errno.ENOSPC if disk_full else errno.EIO, str(error)) from None
     else:
         path.write_bytes(content)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
-def point(link: Path, target: Path) -> None:
-    """Make the symbolic link `link` name `target`, in one step."""
-    temporary = link.with_name(f".{link.name}.partial")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
-    os.replace(temporary, link)
-    sync_folder(link.parent)
+def _json(value: object) -> bytes:
+    return json.dumps(value, indent=1, ensure_ascii=False).encode()
 
 
-def point_at_newest(folder: Path) -> None:
-    """Make `latest` name the newest whole checkpoint, whatever it named before."""
-    if whole := whole_checkpoints(folder):
-        _note_dangling(folder / "latest", whole[-1])
-        point(folder / "latest", whole[-1])
+# --- the checkpoints of a run -----------------------------------------------------------------
 
-
-def _note_dangling(link: Path, newest: Path) -> None:
-    if link.is_symlink() and not (link / "manifest.json").exists():
-        print(f"note: {link} names {os.readlink(link)}, which is no whole checkpoint; the newest is {newest}", file=sys.stderr)
-
-
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a run's folder, oldest first. One without a manifest was never finished."""
-    return sorted((p for p in folder.glob("*") if re.fullmatch(r"\d{6,}", p.name) and (p / "manifest.json").exists()),
-                  key=lambda p: int(p.name))
-
-
-def prune(folder: Path, keep: int, listed: list[int]) -> None:
-    """Delete all but the newest `keep`, the listed steps and the best (lowest validation loss), which `best` points at."""
-    whole, losses = whole_checkpoints(folder), dict[Path, float]()
-    for path in whole:
-        with contextlib.suppress(UserError):                    # a damaged one is no reason to stop training
-            if (loss := read_state(path).get("val_loss")) is not None:
-                losses[path] = loss
-    best = min(losses, key=lambda path: losses[path], default=None)
-    if best:
-        point(folder / "best", best)
-    else:
-        (folder / "best").unlink(missing_ok=True)
-    for path in whole[:-keep]:
-        if path != best and int(path.name) not in listed:
-            doomed = path.with_name(f".partial-{path.name}")        # no longer a checkpoint before the first file goes
-            os.rename(path, doomed)
-            shutil.rmtree(doomed)
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a run's folder, oldest first. One without a manifest was never
+    finished."""
+    checkpoints = [path for path in folder.glob("*")
+                   if re.fullmatch(r"\d{6,}", path.name) and (path / "manifest.json").exists()]
+    return sorted(checkpoints, key=lambda path: int(path.name))
 
 
 def find_checkpoint(where: str | Path) -> Path:
@@ -201,54 +203,114 @@ def find_checkpoint(where: str | Path) -> Path:
     path = Path(where)
     if (path / "manifest.json").exists() and (path / "config.json").exists():
         return path.resolve()
-    if path.is_symlink() and path.parent.name == "checkpoints":         # latest or best, which name nothing any more
-        path = path.parent
+    if path.is_symlink() and path.parent.name == "checkpoints":
+        path = path.parent                          # `latest` or `best` with its target deleted
     if not path.exists():
-        near = sorted(p.name for p in path.parent.glob("*") if p.is_dir())[:8] if path.parent.is_dir() else []
-        raise UserError(f"{where}: no such run or checkpoint" + (f"; there are {', '.join(near)} in {path.parent}" if near else ""))
+        near: list[str] = []
+        if path.parent.is_dir():
+            near = sorted(p.name for p in path.parent.glob("*") if p.is_dir())[:8]
+        hint = f"; there are {', '.join(near)} in {path.parent}" if near else ""
+        raise UserError(f"{where}: no such run or checkpoint{hint}")
     folder = path if path.name == "checkpoints" else path / "checkpoints"
-    whole = whole_checkpoints(folder)
-    if not whole:
-        raise UserError(f"{where}: holds no checkpoint (train first, or name runs/NAME or runs/NAME/checkpoints/STEP)")
-    _note_dangling(folder / "latest", whole[-1])
-    return whole[-1]
+    checkpoints = list_checkpoints(folder)
+    if not checkpoints:
+        raise UserError(f"{where}: holds no checkpoint (train first, or name runs/NAME or "
+                        "runs/NAME/checkpoints/STEP)")
+    _warn_if_dangling(folder / "latest", checkpoints[-1])
+    return checkpoints[-1]
 
 
-def read_state(checkpoint: Path) -> dict:
-    """step, tokens, seconds, val_loss and what else was noted when the checkpoint was saved."""
-    verify(checkpoint, ["training_state/state.json"])
-    with _damaged(checkpoint, "training_state/state.json"):
-        match json.loads((checkpoint / "training_state/state.json").read_text("utf-8")):
-            case {"step": int(), "tokens": int(), "seconds": int() | float(), "data": {"hash": str()} as data} as state:
+def point(link: Path, target: Path) -> None:
+    """Make the symbolic link `link` point at `target`, in one step."""
+    temporary = link.with_name(f".{link.name}.partial")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    os.replace(temporary, link)
+    sync_folder(link.parent)
+
+
+def point_latest_at_newest(folder: Path) -> None:
+    """Make `latest` point at the newest complete checkpoint, whatever it pointed at before."""
+    checkpoints = list_checkpoints(folder)
+    if checkpoints:
+        _warn_if_dangling(folder / "latest", checkpoints[-1])
+        point(folder / "latest", checkpoints[-1])
+
+
+def _warn_if_dangling(link: Path, newest: Path) -> None:
+    if link.is_symlink() and not (link / "manifest.json").exists():
+        print(f"note: {link} points at {os.readlink(link)}, which is not a complete checkpoint; "
+              f"the newest is {newest}", file=sys.stderr)
+
+
+def prune(folder: Path, keep: int, listed: list[int]) -> None:
+    """Delete all checkpoints but the newest `keep`, the `listed` steps, and the best one (lowest
+    validation loss), which `best` points at."""
+    checkpoints = list_checkpoints(folder)
+    losses: dict[Path, float] = {}
+    for path in checkpoints:
+        with contextlib.suppress(UserError):        # a damaged one is no reason to stop training
+            loss = read_state(path).get("val_loss")
+            if loss is not None:
+                losses[path] = loss
+    best = min(losses, key=lambda path: losses[path], default=None)
+    if best:
+        point(folder / "best", best)
+    else:
+        (folder / "best").unlink(missing_ok=True)
+    for path in checkpoints[:-keep]:
+        if path != best and int(path.name) not in listed:
+            # Renamed first: it is no checkpoint any more before its first file goes.
+            doomed = path.with_name(f".partial-{path.name}")
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+
+
+# --- reading ----------------------------------------------------------------------------------
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """step, tokens, seconds, data, val_loss …: the notes saved with the checkpoint."""
+    name = "training_state/state.json"
+    verify(checkpoint, [name])
+    with _explain_damage(checkpoint, name):
+        match json.loads((checkpoint / name).read_text("utf-8")):
+            case {"step": int(), "tokens": int(), "seconds": int() | float(),
+                  "data": {"hash": str()} as data} as state:
                 if isinstance(data.get("folder", ""), str):
                     return state
-        raise ValueError("it does not say step, tokens, seconds and data")
+        raise ValueError("it does not contain step, tokens, seconds and data")
 
 
 def load_model(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer]:
-    """The model and tokenizer of a checkpoint; a UserError where it is damaged."""
+    """The model and tokenizer of a checkpoint. Raises UserError if it is damaged."""
     verify(checkpoint)
-    with _damaged(checkpoint, "config.json"):
-        config = validate(ModelConfig, json.loads((checkpoint / "config.json").read_text("utf-8"))["gpt"], str(checkpoint / "config.json"))
+    with _explain_damage(checkpoint, "config.json"):
+        described = json.loads((checkpoint / "config.json").read_text("utf-8"))
+        config = validate(ModelConfig, described["gpt"], str(checkpoint / "config.json"))
         with torch.device("meta"):
             model = GPT(config)
+        # Compared before anything of that size is allocated.
         needed = 4 * sum(p.numel() for p in model.parameters())
-        there = sum((checkpoint / name).stat().st_size for name in _tensor_files(_manifest(checkpoint), "model"))
-        if needed > there:                                  # asked before anything of that size is allocated
-            raise ValueError(f"it describes {needed:,} bytes of parameters, model.safetensors has {there:,}")
-    _fill(model.allocate("cpu"), checkpoint)
+        files = _tensor_files(_manifest(checkpoint), "model")
+        available = sum((checkpoint / name).stat().st_size for name in files)
+        if needed > available:
+            raise ValueError(f"it describes {needed:,} bytes of parameters, model.safetensors has "
+                             f"{available:,}")
+    model.allocate("cpu")
+    _load_parameters(model, checkpoint, ONE_PROCESS)
     return model.to(device).eval(), load_tokenizer(checkpoint / "tokenizer.json")
 
 
-def load_weights(model: GPT, checkpoint: Path, world: World = ALONE) -> None:
-    """Fill a model with the parameters of a checkpoint, after every file has passed its SHA-256."""
-    with world.together():
-        verify(checkpoint, world=world)
-    _fill(model, checkpoint, world)
+def load_weights(model: GPT, checkpoint: Path, parallel: Parallel = ONE_PROCESS) -> None:
+    """Fill a model with the weights of a checkpoint, after every file has passed its SHA-256."""
+    with parallel.world.together():
+        verify(checkpoint, parallel=parallel)
+    _load_parameters(model, checkpoint, parallel)
 
 
-def _fill(model: GPT, checkpoint: Path, world: World = ALONE) -> None:
-    load_hf_state(model, _load_tensors(checkpoint, "model"), str(checkpoint / "model.safetensors"), fill=world.fill)
+def _load_parameters(model: GPT, checkpoint: Path, parallel: Parallel) -> None:
+    state = _load_tensors(checkpoint, "model")
+    load_hf_state(model, state, str(checkpoint / "model.safetensors"), fill=parallel.fill)
 
 
 def load_optimizer(checkpoint: Path) -> dict[str, Tensor]:
@@ -257,53 +319,60 @@ def load_optimizer(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def _load_tensors(checkpoint: Path, stem: str) -> dict[str, Tensor]:
-    """The tensors of `stem`.safetensors, whoever wrote them. They stay in the files until they are read."""
+    """The tensors of `stem`.safetensors, however many processes wrote it. They stay in the files
+    until they are read."""
     state: dict[str, Tensor] = {}
     for name in _tensor_files(_manifest(checkpoint), stem):
-        with _damaged(checkpoint, name):
+        with _explain_damage(checkpoint, name):
             state |= load_file(checkpoint / name)
     return state
 
 
 def _tensor_files(names: Iterable[str], stem: str) -> list[str]:
-    """Of a manifest's `names`, `stem`.safetensors, or stem-00001-of-….safetensors of each process that wrote."""
-    return [name for name in names if re.fullmatch(re.escape(stem) + r"(-\d+-of-\d+)?\.safetensors", name)]
+    """Those of a manifest's `names` that are `stem`.safetensors, or a writer's part of it."""
+    pattern = re.escape(stem) + r"(-\d+-of-\d+)?\.safetensors"
+    return [name for name in names if re.fullmatch(pattern, name)]
 
 
-def _manifest(checkpoint: Path) -> dict[str, dict]:
-    with _damaged(checkpoint, "manifest.json"):
+def _manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    with _explain_damage(checkpoint, "manifest.json"):
         return dict(json.loads((checkpoint / "manifest.json").read_text("utf-8")))
 
 
-def verify(checkpoint: Path, names: Iterable[str] = (), world: World = ALONE) -> None:
-    """Raise a UserError unless every file, or those of `names`, is there with the bytes it was saved with. Several processes share the
-    reading."""
-    with _damaged(checkpoint, "manifest.json"):
+def verify(checkpoint: Path, names: Iterable[str] = (), parallel: Parallel = ONE_PROCESS) -> None:
+    """Raise a UserError unless every file, or those of `names`, has the bytes it was saved with.
+
+    Several processes share the reading.
+    """
+    world = parallel.world
+    with _explain_damage(checkpoint, "manifest.json"):
         manifest = _manifest(checkpoint)
         if missing := {"config.json", "tokenizer.json", *names} - manifest.keys():
             raise ValueError(f"it does not list {', '.join(sorted(missing))}")
         if not _tensor_files(manifest, "model"):
             raise ValueError("it does not list model.safetensors")
         for name in list(names or manifest)[world.rank::world.size]:
-            path, noted = checkpoint / name, manifest[name]
+            path, expected = checkpoint / name, manifest[name]
             if ".." in Path(name).parts or Path(name).is_absolute():
-                raise ValueError(f"it lists {name}, which lies elsewhere")
-            with _damaged(checkpoint, name):
-                if path.stat().st_size != noted["bytes"]:
-                    raise ValueError(f"{path.stat().st_size} bytes of {noted['bytes']}")
-                if sha256(path) != noted["sha256"]:
+                raise ValueError(f"it lists {name}, which is outside the checkpoint")
+            with _explain_damage(checkpoint, name):
+                if path.stat().st_size != expected["bytes"]:
+                    raise ValueError(f"{path.stat().st_size} bytes of {expected['bytes']}")
+                if sha256(path) != expected["sha256"]:
                     raise ValueError("its SHA-256 is not the manifest's")
 
 
 @contextlib.contextmanager
-def _damaged(checkpoint: Path, name: str) -> Iterator[None]:
+def _explain_damage(checkpoint: Path, name: str) -> Iterator[None]:
+    """Turn what a damaged file raises into a UserError that says how to go on."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
-        before = [p for p in whole_checkpoints(checkpoint.parent) if checkpoint.name.isdigit() and int(p.name) < int(checkpoint.name)]
-        fix = f"to go on from {before[-1]}, delete {checkpoint}" if before else "no earlier checkpoint is there to go on from"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+            SafetensorError) as error:
+        earlier = [path for path in list_checkpoints(checkpoint.parent)
+                   if checkpoint.name.isdigit() and int(path.name) < int(checkpoint.name)]
+        if earlier:
+            fix = f"to go on from {earlier[-1]}, delete {checkpoint}"
+        else:
+            fix = "there is no earlier checkpoint to go on from"
         raise UserError(f"{checkpoint / name} is damaged ({error})\n  {fix}") from None
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, indent=1, ensure_ascii=False).encode()

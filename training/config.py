@@ -1,10 +1,13 @@
-"""The whole YAML file as one frozen typed object. `python -m training.config > configs/schema.json` writes its schema for editors."""
+"""The whole YAML file as one frozen typed object.
+
+`python -m training.config > configs/schema.json` writes its schema for editors.
+"""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import isqrt
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -12,70 +15,85 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from data.config import DataConfig
 from model.config import ModelConfig
 from settings.schema import json_schema
-from settings.validate import Settings, validate
+from settings.validate import Conflicts, Settings, validate
 from settings.yaml12 import override, read_file
 
 Every = Annotated[NonNegativeInt, Field(description="steps between two; 0: never")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 NonNegative = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Tokens = Annotated[int, Field(gt=0, le=2 ** 28)]
 
 
 class TrainConfig(Settings):
     steps: PositiveInt = 1000
-    batch_tokens: Annotated[int, Field(gt=0, le=2 ** 28)] = 4096        # tokens per update, over all micro-batches and processes
-    micro_batch: PositiveInt | None = None      # windows per forward pass; null: what fits
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"         # of activations; weights are float32. auto: bf16 on CUDA
+    batch_tokens: Tokens = 4096                 # tokens per update, over all micro-batches and
+                                                # processes
+    micro_batch: PositiveInt | None = None      # windows per forward pass; null: as many as fit
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+                                                # of activations; weights are float32. auto: bf16 on
+                                                # CUDA
     compile: bool | Literal["auto"] = "auto"    # auto: on CUDA
-    checkpoint_activations: bool = False        # keep each block's input alone and compute the rest again: less memory, a third more work
-    attention: Literal["auto", "reference", "sdpa", "triton"] = "auto"  # auto: our Triton kernels on CUDA, PyTorch's elsewhere
-    device: str = "auto"                        # cuda, cpu, mps; auto: the first there is
-    profile: bool = False                       # write what a few early steps spend their time on, as trace.json
+    checkpoint_activations: bool = False        # keep only each block's input and recompute the
+                                                # rest: less memory, a third more compute
+    attention: Literal["auto", "reference", "sdpa", "triton"] = "auto"
+                                                # auto: our Triton kernels on CUDA, PyTorch's
+                                                # elsewhere
+    device: str = "auto"                        # cuda, cpu, mps; auto: the first that is available
+    profile: bool = False                       # write a trace of a few early steps, as trace.json
 
 
 class OptimizerConfig(Settings):
     kind: Literal["muon", "adamw"] = "muon"     # muon: matrices by Muon, the rest by AdamW
-    lr: PositiveFloat = 0.02                    # of the matrices under muon, of everything under adamw
+    lr: PositiveFloat = 0.02                    # of the matrices under muon, of everything under
+                                                # adamw
     adam_lr: PositiveFloat = 0.004              # of embeddings, head and gains under muon
     weight_decay: NonNegative = 0.0             # of matrices only
     warmup_steps: NonNegativeInt = 50
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    decay_share: Share = 1.0                    # the last share of the steps after warm-up over which the rate falls
-    final_lr: Share = 0.0                       # what the rate falls to, as a share of its height
-    clip: NonNegative = 1.0                     # longest gradient; 0: any
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    momentum_warmup_steps: NonNegativeInt = 300         # Muon's momentum rises from 0.85
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = [0.9, 0.95]
+    decay_share: Share = 1.0                    # fraction of the steps after warm-up, at the end,
+                                                # in which the learning rate falls
+    final_lr: Share = 0.0                       # what the learning rate falls to, as a fraction of
+                                                # its peak
+    clip: NonNegative = 1.0                     # largest gradient norm; 0: no limit
+    momentum: Beta = 0.95
+    momentum_warmup_steps: NonNegativeInt = 300     # Muon's momentum rises from 0.85
+    betas: list[Beta] = [0.9, 0.95]
 
-    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+    def conflicts(self) -> Conflicts:
         if len(self.betas) != 2:
-            yield ("betas",), f"optimizer.betas={self.betas} must be two numbers, for example [0.9, 0.95]"
+            yield ("betas",), (f"optimizer.betas={self.betas} must be two numbers, "
+                               "for example [0.9, 0.95]")
 
 
 class EvalConfig(Settings):
     every: Every = 100
-    tokens: Annotated[int, Field(gt=0, le=2 ** 28)] = 131072    # of the validation text, always the same ones
+    tokens: Tokens = 131072                     # of the validation text, always the same ones
 
 
 class CheckpointConfig(Settings):
     every: Every = 250
-    keep: PositiveInt = 3                       # the newest k; the best and the listed steps stay besides
+    keep: PositiveInt = 3                       # the newest so many, in addition to the best one
+                                                # and those in `steps`
     steps: list[PositiveInt] = []               # further steps to save and to keep
-    background: bool = False                    # write while training goes on
+    background: bool = False                    # write while training continues
 
 
 class HeadsConfig(Settings):
-    every: Every = 50                           # measure what every head attends to
-    images_every: Every = 500                   # of those, show patterns as images in wandb
+    every: Every = 50                           # measure what each head attends to
+    images_every: Every = 500                   # also show patterns as images in wandb
 
 
 class LogConfig(Settings):
     every: PositiveInt = 10
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"    # auto: online with a key, else offline
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+                                                # auto: online with a key, else offline
     project: str = "induction"
 
 
 class Config(Settings):
-    run: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "run"     # → runs/NAME
+    run: Name = "run"                           # → runs/NAME
     seed: Annotated[int, Field(ge=0, lt=2 ** 63)] = 0
     init_from: str | None = None                # a run or checkpoint whose weights to start from
     model: ModelConfig = ModelConfig()
@@ -86,42 +104,58 @@ class Config(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     heads: HeadsConfig = HeadsConfig()
     log: LogConfig = LogConfig()
-    distributed: Literal["auto", "ddp", "fsdp"] = "auto"        # how torchrun's processes share a model; auto: fsdp where ddp does not fit
+    distributed: Literal["auto", "ddp", "fsdp"] = "auto"
+                                                # how torchrun's processes share a model; auto: fsdp
+                                                # if ddp does not fit
 
     @property
     def windows_per_step(self) -> int:
         return self.train.batch_tokens // self.model.n_ctx
 
-    def conflicts(self) -> Iterator[tuple[tuple[str, ...], str]]:
+    def conflicts(self) -> Conflicts:
         tokens, n_ctx = self.train.batch_tokens, self.model.n_ctx
+        windows, micro_batch = self.windows_per_step, self.train.micro_batch
         if tokens % n_ctx:
-            yield ("train.batch_tokens", "model.n_ctx"), (f"train.batch_tokens={tokens} must be a multiple of model.n_ctx={n_ctx} "
-                                       f"(try {max(1, round(tokens / n_ctx)) * n_ctx})")
-        elif (micro := self.train.micro_batch) and (windows := self.windows_per_step) % micro:
-            near = min(divisors(windows), key=lambda m: abs(m - micro))
+            nearest = max(1, round(tokens / n_ctx)) * n_ctx
+            yield ("train.batch_tokens", "model.n_ctx"), (
+                f"train.batch_tokens={tokens} must be a multiple of model.n_ctx={n_ctx} "
+                f"(try {nearest})")
+        elif micro_batch and windows % micro_batch:
+            _, nearest = min((abs(divisor - micro_batch), divisor) for divisor in divisors(windows))
             yield ("train.micro_batch", "train.batch_tokens", "model.n_ctx"), (
-                f"train.micro_batch={micro} must divide the {windows} windows of train.batch_tokens={tokens} (try {near})")
-        longest, held_out = self.data.repeats.period[-1], self.data.repeats.held_out_periods
-        if held_out and all(2 * period >= n_ctx for period in held_out):
+                f"train.micro_batch={micro_batch} must divide the {windows} windows of "
+                f"train.batch_tokens={tokens} (try {nearest})")
+        yield from self._repeats_conflicts()
+        model_size, tokenizer_size = self.model.vocab_size, self.data.tokenizer.vocab_size
+        if model_size and tokenizer_size and model_size < tokenizer_size:
+            yield ("model.vocab_size", "data.tokenizer.vocab_size"), (
+                f"model.vocab_size={model_size} is smaller than "
+                f"data.tokenizer.vocab_size={tokenizer_size} (leave it out)")
+
+    def _repeats_conflicts(self) -> Conflicts:
+        n_ctx, period = self.model.n_ctx, self.data.repeats.period
+        held_out = self.data.repeats.held_out_periods
+        if held_out and all(2 * length >= n_ctx for length in held_out):
             yield ("data.repeats.held_out_periods", "model.n_ctx"), (
-                f"data.repeats.held_out_periods={held_out}: none fits twice behind the first token of model.n_ctx={n_ctx} "
-                f"(shortest to name: 3, longest {(n_ctx - 1) // 2})")
-        if "repeats" in self.data.corpora and 2 * longest > n_ctx:
-            yield ("data.repeats.period", "model.n_ctx"), (f"data.repeats.period={self.data.repeats.period} does not fit twice into "
-                                      f"model.n_ctx={n_ctx} (longest: {n_ctx // 2})")
-        if self.model.vocab_size and self.data.tokenizer.vocab_size and self.model.vocab_size < self.data.tokenizer.vocab_size:
-            yield ("model.vocab_size", "data.tokenizer.vocab_size"), (f"model.vocab_size={self.model.vocab_size} is smaller than "
-                                      f"data.tokenizer.vocab_size={self.data.tokenizer.vocab_size} (leave it out)")
+                f"data.repeats.held_out_periods={held_out}: none fits twice behind the first token "
+                f"of model.n_ctx={n_ctx} (shortest allowed: 3, longest: {(n_ctx - 1) // 2})")
+        if "repeats" in self.data.corpora and 2 * period[-1] > n_ctx:
+            yield ("data.repeats.period", "model.n_ctx"), (
+                f"data.repeats.period={period} does not fit twice into model.n_ctx={n_ctx} "
+                f"(longest: {n_ctx // 2})")
 
 
 def divisors(n: int) -> list[int]:
-    """All that divide n, ascending."""
+    """All divisors of n, ascending."""
     small = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
     return sorted({*small, *(n // d for d in small)})
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The config in a YAML file with `key.path=value` overrides; a UserError lists all that is wrong with it."""
+    """The config in a YAML file with `key.path=value` overrides.
+
+    Raises UserError with all mistakes in it.
+    """
     tree = read_file(path)
     return validate(Config, tree, str(path), override(tree, overrides))
 
@@ -132,15 +166,26 @@ def dump_config(config: Config) -> str:
 
 
 def differences(a: Config, b: Config) -> list[str]:
-    """`key.path: a → b` for every value that differs; where `a` was not told the value, it says so."""
-    def flat(tree: object, path: str) -> dict[str, object]:
-        if not isinstance(tree, dict):
-            return {path: tree}
-        return {k: v for key, value in tree.items() for k, v in flat(value, f"{path}.{key}" if path else key).items()}
+    """`key.path: a → b` for every value that differs, with a note if a's value is a default."""
+    left, right = flatten(a.model_dump()), flatten(b.model_dump())
+    explicit = flatten(a.model_dump(exclude_unset=True))
+    lines = []
+    for key in {**left, **right}:
+        if left.get(key) != right.get(key):
+            note = " (by default)" if key in left and key not in explicit else ""
+            lines.append(f"{key}: {left.get(key)!r}{note} → {right.get(key)!r}")
+    return lines
 
-    left, right, told = (flat(tree, "") for tree in (a.model_dump(), b.model_dump(), a.model_dump(exclude_unset=True)))
-    return [f"{key}: {left.get(key)!r}{' (by default)' if key in left and key not in told else ''} → {right.get(key)!r}"
-            for key in {**left, **right} if left.get(key) != right.get(key)]
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict: key path → value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 if __name__ == "__main__":                      # python -m training.config > configs/schema.json

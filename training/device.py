@@ -1,10 +1,12 @@
-"""Where a model is trained, in which numbers, and how much of a batch fits at a time."""
+"""The device a model is trained on, its number formats, and how much of a batch fits at a time."""
 
 import ctypes
 import os
+import resource
+import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,17 +17,24 @@ from model.compiled import keep_apart_by_cpu
 from model.config import ModelConfig
 from model.gpt import GPT
 from training.config import Config, divisors
-from training.distributed import ALONE, World
+from training.parallel import ONE_PROCESS, DataParallel, FullySharded, Parallel
 from training.plan import Cluster, Plan
+from training.world import World
 
-CPU_TOKENS = 16384          # a micro-batch on the CPU: larger ones leave its caches without saving overhead
+CPU_TOKENS = 16384      # of a micro-batch on the CPU: larger ones leave its caches and gain nothing
 
 
-def choose_device(name: str, key: str = "train.device=", local_rank: int = 0) -> torch.device:
-    """The device of that name, or the first there is; `key` is what a user wrote before the name. Each process of a machine takes
-    the GPU of its `local_rank`."""
+def choose_device(name: str, option: str = "train.device=", local_rank: int = 0) -> torch.device:
+    """The device of that name; "auto" is the first there is.
+
+    `option` is what the user wrote before the name, for the error. Each process of a machine takes
+    the GPU of its `local_rank`. Raises UserError if the device is not there.
+    """
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+        else:
+            name = "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{local_rank}"
     try:
@@ -33,38 +42,37 @@ def choose_device(name: str, key: str = "train.device=", local_rank: int = 0) ->
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{key}{name} is not available here ({reason if len(reason) < 80 else 'no such device'}); try {key}auto") from None
+        if len(reason) >= 80:
+            reason = "no such device"
+        raise UserError(f"{option}{name} is not available here ({reason}); "
+                        f"try {option}auto") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what tensors give back: the next step asks for the same sizes, and a page that was returned to the system
-    costs a fault to have again (docs/experiments.md: 3 to 7% of a training step on a CPU)."""
-    with suppress(OSError, AttributeError):                     # glibc alone has it, and numbers these options so in malloc.h
+    """Let the C library keep the memory that tensors free: the next step asks for the same sizes.
+
+    A page returned to the system costs a page fault to get back (docs/experiments.md: 3 to 7% of a
+    training step on a CPU).
+    """
+    with suppress(OSError, AttributeError):         # only glibc has mallopt; numbers from malloc.h
         mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, mmap_threshold = -1, -3
-        mallopt(mmap_threshold, 32 * 2 ** 20)                   # the largest it takes
+        mallopt(mmap_threshold, 32 * 2 ** 20)       # the largest value it accepts
         mallopt(trim_threshold, 2 ** 31 - 1)
 
 
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of activations. bf16 needs no more than fp32's range; fp16 is for GPUs that lack bf16."""
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+def peak_memory_gb(device: torch.device) -> float:
+    """The most memory that this process has held on its device, in GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def choose_attention(name: str, device: torch.device, d_head: int) -> str:
-    """The attention backend of that name, refused where a first step would fail."""
-    if name == "triton":
-        try:
-            use_triton("train.attention", name, torch.empty(1, 1, 0, d_head, device=device))
-        except ValueError as error:
-            raise UserError(f"{error}\n  train.attention=auto") from None
-    return name
-
+# --- hardware ---------------------------------------------------------------------------------
 
 class Hardware(NamedTuple):
     """What a model is trained on."""
@@ -74,16 +82,8 @@ class Hardware(NamedTuple):
     attention: str                  # backend of kernels.attention
 
 
-def choose_hardware(config: Config, world: World = ALONE) -> Hardware:
-    """What `config` asks for and is there; a UserError where it is not, or the processes could not share a batch evenly."""
-    windows, n_ctx = config.windows_per_step, config.model.n_ctx
-    if windows % world.size:
-        nearest = max(1, round(windows / world.size)) * world.size * n_ctx
-        raise UserError(f"train.batch_tokens={config.train.batch_tokens} is {windows} windows, which {world.size} processes cannot share "
-                        f"evenly (try train.batch_tokens={nearest})")
-    if (micro := config.train.micro_batch) and windows // world.size % micro:
-        raise UserError(f"train.micro_batch={micro} must divide the {windows // world.size} windows of each of {world.size} processes "
-                        "(leave it out: what fits is taken)")
+def choose_hardware(config: Config, world: World = ONE_PROCESS.world) -> Hardware:
+    """The hardware that `config` asks for. Raises UserError if it is not there."""
     device = choose_device(config.train.device, local_rank=world.local_rank)
     if device.type == "cpu":
         keep_freed_memory()
@@ -91,56 +91,108 @@ def choose_hardware(config: Config, world: World = ALONE) -> Hardware:
                     choose_attention(config.train.attention, device, config.model.head_size))
 
 
-def choose_distribution(config: Config, model: ModelConfig, device: torch.device, world: World) -> str | None:
-    """ddp or fsdp for several processes; auto: ddp where one window fits beside everything that is held."""
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of activations. bf16 has the range of fp32; fp16 is for GPUs that lack bf16."""
+    if name == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        name = "bf16" if has_bf16 else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+def choose_attention(name: str, device: torch.device, d_head: int) -> str:
+    """The attention backend of that name. Raises UserError where its first call would fail."""
+    if name == "triton":
+        try:
+            use_triton("train.attention", name, torch.empty(1, 1, 0, d_head, device=device))
+        except ValueError as error:
+            raise UserError(f"{error}\n  train.attention=auto") from None
+    return name
+
+
+# --- how much fits ----------------------------------------------------------------------------
+
+def check_shares(config: Config, world: World) -> None:
+    """Raise a UserError if the processes cannot share a batch evenly."""
+    windows, tokens = config.windows_per_step, config.train.batch_tokens
+    if windows % world.size:
+        nearest = max(1, round(windows / world.size)) * world.size * config.model.n_ctx
+        raise UserError(f"train.batch_tokens={tokens} is {windows} windows, which {world.size} "
+                        f"processes cannot share evenly (try train.batch_tokens={nearest})")
+    micro_batch = config.train.micro_batch
+    if micro_batch and windows // world.size % micro_batch:
+        raise UserError(f"train.micro_batch={micro_batch} must divide the {windows // world.size} "
+                        f"windows of each of {world.size} processes (leave it out: the largest "
+                        "that fits is taken)")
+
+
+def choose_parallel(config: Config, model: ModelConfig, device: torch.device,
+                    world: World) -> Parallel:
+    """How the processes share the model; auto is DDP if one window fits beside the whole model."""
     if world.size == 1:
-        return None
-    if config.distributed != "auto":
-        return config.distributed
-    fits = device.type != "cuda" or windows_that_fit(config, model, device, world, "ddp") > 0
-    return "ddp" if all(world.gather(fits)) else "fsdp"
+        return Parallel(world)
+    strategy = config.distributed
+    if strategy == "auto":
+        fits = device.type != "cuda" or windows_that_fit(config, model, device, world, "ddp") > 0
+        strategy = "ddp" if all(world.gather(fits)) else "fsdp"
+    return DataParallel(world) if strategy == "ddp" else FullySharded(world)
 
 
-def choose_micro_batch(config: Config, model: GPT, world: World = ALONE) -> int:
-    """Windows per forward pass: the largest divisor of a process's share of the batch that fits everywhere."""
+def choose_micro_batch(config: Config, model: GPT, parallel: Parallel = ONE_PROCESS) -> int:
+    """Windows of a forward pass: the largest divisor of a process's share that fits everywhere."""
     if config.train.micro_batch:
         return config.train.micro_batch
-    device, windows = model.embed.weight.device, config.windows_per_step // world.size
+    device, world = model.embed.weight.device, parallel.world
     if device.type == "cuda":
-        fits = windows_that_fit(config, model.config, device, world, world.kind or "ddp") * 2 // model.compute_dtype.itemsize
+        strategy: Literal["ddp", "fsdp"] = "fsdp" if parallel.sharded else "ddp"
+        fit = windows_that_fit(config, model.config, device, world, strategy)
+        fit = fit * 2 // model.compute_dtype.itemsize
     else:
-        fits = CPU_TOKENS // config.model.n_ctx
-    fits = max(1, min(world.gather(fits)))
-    return max(m for m in divisors(windows) if m <= fits)
+        fit = CPU_TOKENS // config.model.n_ctx
+    fit = max(1, min(world.gather(fit)))
+    return max(n for n in divisors(config.windows_per_step // world.size) if n <= fit)
 
 
-def windows_that_fit(config: Config, model: ModelConfig, device: torch.device, world: World, distributed: str) -> int:
-    """How many windows of 16-bit activations a GPU holds beside its part of the training state, by arithmetic."""
+def windows_that_fit(config: Config, model: ModelConfig, device: torch.device, world: World,
+                     strategy: Literal["ddp", "fsdp"]) -> int:
+    """How many windows of 16-bit activations fit on a GPU beside its part of the training state.
+    By arithmetic: nothing is run."""
     memory = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    cluster = Cluster(world.size, memory, bandwidth=1, flops=1, mfu=1)          # how long it takes is not asked
-    return Plan(model, config.optimizer.kind, config.train.batch_tokens, cluster, distributed, config.train.checkpoint_activations).room
+    # The speed of the cluster does not matter here.
+    cluster = Cluster(world.size, memory, bandwidth=1, flops=1, mfu=1)
+    plan = Plan(model, config.optimizer.kind, config.train.batch_tokens, cluster, strategy,
+                config.train.checkpoint_activations)
+    return plan.windows_that_fit
 
 
-def check_memory(model: GPT, device: torch.device, world: World = ALONE) -> None:
-    """Raise a UserError where the weights, their gradients and two moments of each alone are more than there is memory."""
-    count, machines = sum(p.numel() for p in model.parameters()), world.size // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needed, there = 4 * 4 * count, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * machines
+def check_memory(model: GPT, device: torch.device, world: World = ONE_PROCESS.world) -> None:
+    """Raise a UserError if weights, gradients and two moments of each exceed the memory."""
+    count = sum(p.numel() for p in model.parameters())
+    needed = 4 * 4 * count                          # float32
     if device.type == "cuda":
-        there = torch.cuda.mem_get_info(device)[1] * world.size
-    if needed > there:
-        raise UserError(f"{count:,} parameters take {needed / 1e9:,.0f} GB to train, {device} has {there / 1e9:,.0f} GB\n"
-                        "  make the model smaller; python -m training.plan CONFIG says what takes it")
+        available = torch.cuda.mem_get_info(device)[1] * world.size
+    else:
+        machines = world.size // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * machines
+    if needed > available:
+        raise UserError(f"{count:,} parameters need {needed / 1e9:,.0f} GB to train, {device} has "
+                        f"{available / 1e9:,.0f} GB\n  make the model smaller; python -m "
+                        "training.plan CONFIG shows what needs the memory")
 
 
-def training_loss(model: GPT, compile: bool | str, world: World = ALONE) -> Callable[..., Tensor]:
-    """`model.loss`, compiled where that pays. Alone and with fixed shapes, so that nothing else can change its kernels; a sharded model
-    block by block, since the compiler cannot see through the gathering between them."""
+def training_loss(model: GPT, compile: bool | Literal["auto"],
+                  parallel: Parallel = ONE_PROCESS) -> Callable[..., Tensor]:
+    """`model.loss`, compiled if that pays, such that its backward pass averages gradients.
+
+    It is compiled on its own and with fixed shapes, so that nothing else can change its kernels.
+    A sharded model is compiled block by block: the compiler cannot see through the gathering of
+    weights between blocks.
+    """
     loss = model.loss
     if compile is True or (compile == "auto" and model.embed.weight.device.type == "cuda"):
         keep_apart_by_cpu()
-        if world.sharded:
+        if parallel.sharded:
             for block in model.blocks:
                 block.compile(dynamic=False)
         else:
             loss = torch.compile(model.loss, dynamic=False)
-    return world.replicate(model, loss)
+    return parallel.replicate(model, loss)

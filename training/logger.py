@@ -1,4 +1,4 @@
-"""Where measurements go: one line on the console, one in metrics.jsonl, the same keys in wandb."""
+"""Where metrics go: a line on the console, a line of metrics.jsonl, the same keys in wandb."""
 
 import contextlib
 import errno
@@ -20,33 +20,39 @@ from urllib.parse import urlparse
 import numpy as np
 
 from errors import UserError
-from files import whole_file
+from files import atomic_write
 from training.config import LogConfig
 
 WANDB_SECONDS = 15              # the longest that starting an online run may take
-LINE_SECONDS = 5                # between two progress lines in a log file; a terminal's line is rewritten in place
+LINE_SECONDS = 5                # between two lines in a log file; a terminal's is rewritten
 
+
+# --- metrics.jsonl ----------------------------------------------------------------------------
 
 class Metrics:
-    """metrics.jsonl: a line per logged step, each written whole and flushed; continuing drops what lies ahead."""
+    """metrics.jsonl: a line per logged step. Each is written in one piece, unbuffered."""
 
     def __init__(self, path: Path, step: int):
-        """`step`: the one the run continues from; later lines belong to updates that will be made again."""
+        """Opens the file to go on from `step`: lines of later steps are dropped, since those
+        updates will be made again."""
         self.path = path
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.writelines(line for line, record in _records(path) if record["step"] <= step)
-        self.file = open(path, "ab", buffering=0)   # noqa: SIM115  one write a line, so that a kill cannot tear it
+        # One write per line, so that a kill cannot tear it.
+        self.file = open(path, "ab", buffering=0)               # noqa: SIM115
 
-    def read(self) -> list[dict]:
+    def read(self) -> list[dict[str, Any]]:
         """All records so far, oldest first."""
         return read_metrics(self.path)
 
-    def write(self, record: dict[str, float | list[float]]) -> None:
-        line = (json.dumps({k: _finite(v) for k, v in record.items()}) + "\n").encode()
-        if os.fstat(self.file.fileno()).st_nlink == 0:          # it would take every line and keep none
-            raise FileNotFoundError(errno.ENOENT, "was deleted while it was written", str(self.path))
+    def write(self, record: dict[str, Any]) -> None:
+        values = {name: _finite(value) for name, value in record.items()}
+        line = (json.dumps(values) + "\n").encode()
+        if os.fstat(self.file.fileno()).st_nlink == 0:          # it would keep none of its lines
+            raise FileNotFoundError(errno.ENOENT, "was deleted while it was written",
+                                    str(self.path))
         written = self.file.write(line)
-        if written != len(line):                    # a disk that is full takes a part: take that back
+        if written != len(line):                # a full disk takes a part of it: take that back
             self.file.truncate(self.file.seek(0, os.SEEK_END) - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -54,14 +60,16 @@ class Metrics:
         self.file.close()
 
 
-def read_metrics(path: Path) -> list[dict]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, oldest first."""
     return [record for _, record in _records(path)]
 
 
-def _records(path: Path) -> Iterator[tuple[bytes, dict]]:
-    """Whole lines and what they say; a line torn by a kill is left out."""
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Each line with its record. A line torn by a kill is left out."""
+    if not path.exists():
+        return
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
             record = json.loads(line)
             record["step"] + 0
@@ -71,11 +79,22 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict]]:
             yield line, record
 
 
+def _finite(value: Any) -> Any:
+    """A number, or a list of numbers, with None for what is not finite: JSON has no nan."""
+    if isinstance(value, list):
+        return [_finite(number) for number in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# --- console ----------------------------------------------------------------------------------
+
 class Console:
-    """The progress line: rewritten on a terminal, now and then a line of its own in a log file."""
+    """The progress line: rewritten on a terminal, a new line every few seconds in a log file."""
 
     def __init__(self, first: int, last: int, silent: bool = False):
-        """Of steps `first` + 1 to `last`. `silent`: another process speaks for this one."""
+        """For steps `first` + 1 to `last`. `silent`: another process prints for this one."""
         self.first, self.last, self.silent = first, last, silent
         self.started = self.printed = time.monotonic()
         self.terminal = sys.stdout.isatty()
@@ -85,75 +104,99 @@ class Console:
         if not self.terminal and now - self.printed < LINE_SECONDS and step < self.last:
             return
         self.printed = now
-        left = (now - self.started) / max(1, step - self.first) * (self.last - step)
-        parts = [f"step {step:>{len(str(self.last))}}/{self.last}", f"train/loss {metrics['train/loss']:.4f}",
+        seconds_a_step = (now - self.started) / max(1, step - self.first)
+        parts = [f"step {step:>{len(str(self.last))}}/{self.last}",
+                 f"train/loss {metrics['train/loss']:.4f}",
                  f"train/tokens_per_second {short(metrics['train/tokens_per_second'])}"]
         if "train/mfu" in metrics:
             parts.append(f"train/mfu {metrics['train/mfu']:.2f}")
-        parts.append(f"{_clock(left)} left")
-        line = "  ".join(parts)
-        self._print(line, "" if self.terminal else "\n")
+        parts.append(f"{_clock(seconds_a_step * (self.last - step))} left")
+        self._print("  ".join(parts), "" if self.terminal else "\n")
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self._print(text, "\n")
 
     def _print(self, text: str, end: str) -> None:
         if self.silent:
             return
-        with contextlib.suppress(BrokenPipeError):              # nobody reads any more (`| head`): no reason to stop training
+        with contextlib.suppress(BrokenPipeError):      # `| head` has read enough: train on
             print(f"\r\033[K{text}" if self.terminal else text, end=end, flush=True)
 
 
-class Wandb:
-    """A wandb run, or nothing: training never waits for it and never fails because of it."""
+def short(n: float) -> str:
+    """A number with its unit: 12.3k, 4.56M."""
+    if n >= 1e6:
+        return f"{n / 1e6:.2f}M"
+    return f"{n / 1e3:.1f}k" if n >= 1e3 else f"{n:.0f}"
 
-    def __init__(self, log: LogConfig, folder: Path, name: str, config: dict, say: Callable[[str], None]):
-        self.run: Any = None                        # wandb.Run
-        self.say, mode = say, log.wandb
-        if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+# --- wandb ------------------------------------------------------------------------------------
+
+class Wandb:
+    """A wandb run, or none. Training never waits for it and never fails because of it."""
+
+    def __init__(self, log: LogConfig, folder: Path, name: str, config: dict[str, Any],
+                 say: Callable[[str], None]):
+        self.run: Any = None                    # a wandb.Run
+        self.say = say
+        if log.wandb == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
             return
         if importlib.util.find_spec("wandb") is None:
-            if mode != "auto":
-                raise UserError(f"log.wandb={mode}, but wandb is not installed (pip install wandb, or log.wandb=disabled)")
+            if log.wandb != "auto":
+                raise UserError(f"log.wandb={log.wandb}, but wandb is not installed "
+                                "(pip install wandb, or log.wandb=disabled)")
             return
-        online = mode == "online" or (mode == "auto" and os.environ.get("WANDB_MODE", "online") == "online" and _has_key())
+        online = log.wandb == "online"
+        if log.wandb == "auto":
+            online = os.environ.get("WANDB_MODE", "online") == "online" and _has_key()
         if online and not _reachable():
             say("wandb      its server cannot be reached: logging offline")
             online = False
-        if not online:                              # both must be set before the import, or telemetry is posted even so
+        if not online:
+            # Both must be set before the import, or telemetry is posted all the same.
             os.environ |= {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
         os.environ.setdefault("WANDB_SILENT", "true")
+        options: dict[str, Any] = {
+            "dir": str(folder), "project": log.project, "name": name, "config": config,
+            "id": _wandb_id(folder, name), "resume": "allow"}
+        if online and self._init("online", options):
+            return
+        self._init("offline", options)
+
+    def _init(self, mode: Literal["online", "offline"], options: dict[str, Any]) -> bool:
+        """Start a wandb run; False, with a message, if that failed."""
         import wandb
-        id_file = folder / "wandb" / "id.json"
-        id_file.parent.mkdir(exist_ok=True)
-        if not id_file.exists():
-            with whole_file(id_file, "w") as file:
-                json.dump({"id": f"{name}-{secrets.token_hex(4)}"}, file)
-        options: dict[str, Any] = {"dir": str(folder), "project": log.project, "name": name, "config": config,
-                   "id": json.loads(id_file.read_text())["id"], "resume": "allow"}
-        ways: list[Literal["online", "offline"]] = ["online", "offline"] if online else ["offline"]
-        for way in ways:
-            settings = wandb.Settings(console="off", x_transaction_log_flush_interval=1.0)
-            if way == "online":                     # offline only wandb's own process is waited for, which a busy machine makes slow
-                settings.init_timeout = WANDB_SECONDS
-            try:
-                self.run = wandb.init(mode=way, settings=settings, **options)
-                self.run.define_metric("*", step_metric="step")
-                for group in ("heads", "repeat", "icl", "phase"):           # formation is a matter of tokens
-                    self.run.define_metric(f"{group}/*", step_metric="tokens")
-                return
-            except Exception as error:              # a service that is down has many exceptions
-                wandb.teardown()                    # or the next try finds the run in use
-                say(f"wandb      {way}: {str(error).splitlines()[0][:150]}; metrics.jsonl has everything")
+        settings = wandb.Settings(console="off", x_transaction_log_flush_interval=1.0)
+        if mode == "online":
+            # Offline only wandb's own process is waited for, which a busy machine makes slow.
+            settings.init_timeout = WANDB_SECONDS
+        try:
+            self.run = wandb.init(mode=mode, settings=settings, **options)
+            self.run.define_metric("*", step_metric="step")
+            for group in ("heads", "repeat", "icl", "phase"):       # they form as tokens go by
+                self.run.define_metric(f"{group}/*", step_metric="tokens")
+            return True
+        except Exception as error:              # a service that is down raises many exceptions
+            wandb.teardown()                    # or the next try finds the run in use
+            reason = str(error).splitlines()[0][:150]
+            self.say(f"wandb      {mode}: {reason}; metrics.jsonl has everything")
+            return False
 
     @property
     def where(self) -> str:
-        """Where a person finds it."""
+        """The run's page, or the command that uploads it."""
         return self.run.url or f"wandb sync {Path(self.run.dir).parent}"
 
-    def log(self, record: dict) -> None:
-        """Numbers; lists of numbers over evenly spaced places; pictures (height, width, 3) uint8; (columns, rows) of tables; pages."""
+    def log(self, record: dict[str, Any]) -> None:
+        """Log numbers; lists of numbers over evenly spaced places; pictures (height, width, 3)
+        uint8; tables as (columns, rows); HTML pages by their path."""
         if self.run is not None:
             try:
                 self.run.log({name: _as_wandb(value) for name, value in record.items()})
@@ -167,19 +210,29 @@ class Wandb:
             except Exception as error:
                 self._give_up(f"did not finish ({error})")
 
-    def _give_up(self, what: str) -> None:
+    def _give_up(self, problem: str) -> None:
         import wandb
         self.run = None
-        self.say(f"wandb      {what}: metrics.jsonl has everything")
-        with contextlib.suppress(Exception):        # or it tries again when Python ends, with a traceback
+        self.say(f"wandb      {problem}: metrics.jsonl has everything")
+        with contextlib.suppress(Exception):    # or it tries again at exit, with a traceback
             wandb.teardown()
 
 
-def _as_wandb(value):
+def _wandb_id(folder: Path, name: str) -> str:
+    """The id of the run in wandb: made once, so that a continued run stays one run."""
+    id_file = folder / "wandb" / "id.json"
+    id_file.parent.mkdir(exist_ok=True)
+    if not id_file.exists():
+        with atomic_write(id_file, "w") as file:
+            json.dump({"id": f"{name}-{secrets.token_hex(4)}"}, file)
+    return json.loads(id_file.read_text())["id"]
+
+
+def _as_wandb(value: Any) -> Any:
     import wandb
     match value:
         case list():
-            edges = np.arange(len(value) + 1) - len(value) / 2          # offsets around 0, a bin each
+            edges = np.arange(len(value) + 1) - len(value) / 2      # offsets around 0, a bin each
             return wandb.Histogram(np_histogram=(np.array(value), edges))
         case tuple():
             return wandb.Table(columns=value[0], data=value[1])
@@ -200,37 +253,28 @@ def _has_key() -> bool:
 
 
 def _host() -> str:
-    return urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return urlparse(url).hostname or ""
 
 
 def _reachable() -> bool:
-    """Whether something answers there. Asked first because wandb itself asks for over 20 s. A proxy answers for the host behind it."""
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")):
+    """Whether wandb's server answers. wandb itself would try for over 20 s.
+
+    Behind a proxy the answer is yes: the proxy answers for the host.
+    """
+    proxies = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")
+    if any(os.environ.get(name) for name in proxies):
         return True
     url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    connect = http.client.HTTPConnection if url.scheme == "http" else http.client.HTTPSConnection
+    plain = url.scheme == "http"
+    connect = http.client.HTTPConnection if plain else http.client.HTTPSConnection
     try:
         connection = connect(_host(), url.port, timeout=3)
         connection.request("HEAD", "/")
         connection.getresponse()
         connection.close()
         return True
-    except ssl.SSLError:                            # it is there; which certificates it needs, wandb knows better
+    except ssl.SSLError:            # it is there; wandb knows better which certificates it needs
         return True
     except (OSError, http.client.HTTPException):
         return False
-
-
-def _finite(value: float | list[float]) -> float | list | None:
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else None      # JSON has no nan
-
-
-def short(n: float) -> str:
-    return f"{n / 1e6:.2f}M" if n >= 1e6 else f"{n / 1e3:.1f}k" if n >= 1e3 else f"{n:.0f}"
-
-
-def _clock(seconds: float) -> str:
-    seconds = int(seconds)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}" if seconds >= 3600 else f"{seconds // 60}:{seconds % 60:02d}"

@@ -13,7 +13,7 @@ from conftest import metrics
 from data.shards import Shards
 from errors import UserError
 from settings.yaml12 import read_file
-from training.checkpoint import load_model, load_optimizer, verify, whole_checkpoints
+from training.checkpoint import list_checkpoints, load_model, load_optimizer, verify
 
 BREAKER = Path(__file__).with_name("breaker.py")
 
@@ -74,7 +74,7 @@ def wait_for_a_line(run: Path, process: subprocess.Popen) -> None:
 
 def check_files(run: Path, shards: Path | None = None) -> None:
     """Assert that every file of a broken run is complete, or that no reader accepts it."""
-    for checkpoint in whole_checkpoints(run / "checkpoints"):
+    for checkpoint in list_checkpoints(run / "checkpoints"):
         verify(checkpoint)
         state = json.loads((checkpoint / "training_state/state.json").read_text())
         assert state["step"] == int(checkpoint.name)
@@ -123,7 +123,7 @@ def check_same_run(run: Path, undisturbed: Path) -> None:
 
     Metrics, weights, optimizer state, snapshots and report.
     """
-    last = whole_checkpoints(undisturbed / "checkpoints")[-1].name
+    last = list_checkpoints(undisturbed / "checkpoints")[-1].name
     assert metrics(run) == metrics(undisturbed)
     assert same_bits(run / "checkpoints" / last, undisturbed / "checkpoints" / last)
     assert (run / "checkpoints/latest").resolve().name == last

@@ -1,4 +1,4 @@
-"""Writes docs/reliability.md from what the tests counted: faults injected and survived."""
+"""Write docs/reliability.md: the faults, and how often each was injected and survived."""
 
 import os
 import platform
@@ -10,89 +10,92 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-RESUMED = (
-    "every checkpoint, shard, snapshot and line of metrics.jsonl on the disk is complete and "
-    "correct; continued, the run ends with the metrics, weights, optimizer state, snapshots and "
-    "report of an undisturbed run, bit for bit")
-CHECKS = {                      # fault → what its test asserts
+RESUMED = ("no checkpoint, shard, snapshot or line of metrics.jsonl on the disk is wrong; when the "
+           "run is continued, it ends with the metrics, weights, optimizer state, snapshots and "
+           "report of an undisturbed run, bit for bit")
+CHECKS = {                                  # fault → what its test asserts
     "kill -9": RESUMED,
-    "SIGTERM": "the run saves, prints how to continue and exits with 0 (before training it ends "
-               "at once); " + RESUMED,
-    "SIGINT": "as SIGTERM",
-    "disk full": "an error of two lines names the cause, exit code 2, no incomplete file remains; "
-                 "with room again, as above",
-    "read-only folder": "an error of two lines names the cause, exit code 2, nothing is left "
-                        "behind",
-    "folder deleted": "a deleted run ends with an error of two lines and no part of it reappears; "
-                      "deleted shards are read to the end",
+    "SIGTERM": "training saves, prints how to resume and exits with status 0 (before training "
+               "starts, it ends at once); " + RESUMED,
+    "SIGINT": "as for SIGTERM",
+    "disk full": "an error of two lines, exit status 2, no half-written file; with free space "
+                 "again, the run continues as for kill -9",
+    "read-only folder": "an error of two lines, exit status 2, nothing left behind",
+    "folder deleted": "a deleted run ends with an error of two lines and is not partly created "
+                      "again; deleted shards that are open are read to the end",
     "clock and file times jump back": "the same run, bit for bit",
-    "two trainers on one run": "the second is refused and the first goes on; the lock of a killed "
-                               "trainer is free",
-    "wandb's process killed": "training goes on and ends as if undisturbed, without a traceback",
-    "wandb's server unreachable": "training ends within seconds as if undisturbed; all steps are "
-                                  "in wandb's offline files",
-    "damaged checkpoint": "refused by name, and the previous checkpoint is named",
-    "damaged shard": "refused by name",
-    "another run's files": "refused by name",
+    "two trainers on one run": "the second is refused and does not disturb the first; the lock of "
+                               "a killed trainer is free",
+    "wandb's process killed": "training ends as if undisturbed, without a traceback",
+    "wandb's server unreachable": "training ends within seconds as if undisturbed; wandb's offline "
+                                  "files have all steps",
+    "damaged checkpoint": "an error that names the damaged file and the previous checkpoint",
+    "damaged shard": "an error that names the damaged file",
+    "another run's files": "an error that names the file or the run",
     "latest points nowhere": "the newest complete checkpoint is used, and a note says so",
-    "damaged config": "a run, or a clear error with exit code 2 that leaves no run behind",
-    "untrusted checkpoint": "refused in two lines, within 40 s and 1.2 GB, and nothing is executed",
-    "untrusted config": "as before",
-    "untrusted corpus": "as before",
-    "untrusted shards": "as before",
-    "untrusted snapshot": "as before",
+    "damaged config": "a run, or a clear error with exit status 2 that leaves no run behind",
+    "untrusted checkpoint": "an error of two lines, within 20 s of processor time and 1.2 GB of "
+                            "memory; no code from the file is executed",
+    "untrusted config": "as for an untrusted checkpoint",
+    "untrusted corpus": "as for an untrusted checkpoint",
+    "untrusted shards": "as for an untrusted checkpoint",
+    "untrusted snapshot": "as for an untrusted checkpoint",
     "long run": "after warm-up, resident memory grows by at most 2% and the number of open files "
-                "not at all; checkpoint.keep is respected; no line is missing",
+                "does not grow; checkpoint.keep is respected; metrics.jsonl has every line",
 }
 
 PAGE = """# Faults: what was broken, and what survived
 
-Written by `make test-faults` on {date} from what the tests counted.
+This page lists every fault that the tests inject into real commands, how often each was survived,
+and what is guaranteed as a result.
+
+`make test-faults` wrote this page on {date} from the counts of the tests.
 {machine}
 
-**{injected:,} faults were injected, {configs:,} of them damaged configs; {survived:,} were
-survived as promised.**{failed}
+**{injected:,} faults were injected, {configs:,} of them damaged configs.
+{survived:,} were survived, with the guarantees below.**{failed}
 
-Each test starts the real `train.py` (or `sample.py`, `heads.py`, `data.prepare`) and breaks it. A
-named moment is hit exactly: a wrapper ends the process at the n-th call that marks the moment
-(`tests/faults/breaker.py`); the tested code is not changed. n is drawn from a fixed seed;
-`FAULT_SEED=2 make test-faults` draws others. Damaged configs are drawn by hypothesis.
+Each test starts the real `train.py` (or `sample.py`, `heads.py`, `data.prepare`) and breaks it. The
+moment of a fault is exact: a wrapper ends the process at the n-th call that marks a moment
+(`tests/faults/breaker.py`), without changing the tested code. A fixed seed chooses n;
+`FAULT_SEED=2 make test-faults` chooses others. Hypothesis generates the damaged configs.
 
 | fault | at | injected | survived |
 |---|---|--:|--:|
 {rows}
 
-What survival means:
+What "survived" means:
 
 {meanings}
 
-## What is promised
+## What is guaranteed
 
-- On a CPU in float32, with the same number of threads, the same versions and the same data: a run
-  that is stopped at any moment by any signal, and continued with `python train.py runs/NAME`,
-  equals a run that was not stopped, bit for bit. This holds for every metric except those of the
-  clock and of memory, every weight, the optimizer state, the snapshots of the heads and the report.
-- A checkpoint exists completely or not at all. If it is damaged later, its SHA-256 gives it away:
-  the error names the file and the previous checkpoint. Nothing is deleted to get around it.
-- A full or read-only disk ends a run with an error of two lines and exit code 2, and nothing that
-  was saved is lost.
-- wandb cannot stop a run, and cannot delay it by more than half a minute. metrics.jsonl has
-  everything.
-- Reading a file never runs code, and nothing is unpickled.
+- A run that is stopped at any moment, by any signal, and continued with `python train.py runs/NAME`
+  equals the run that was not stopped, bit for bit: all metrics except those of time and memory, all
+  weights, the optimizer state, the head snapshots and the report. This holds on a CPU in float32
+  with the same number of threads, the same versions and the same data.
+- A checkpoint exists completely or not at all. If it is damaged later, it is refused because of its
+  SHA-256. The error names the file and the previous checkpoint. Nothing is deleted to work around
+  it.
+- A full or read-only disk ends a run with an error of two lines and exit status 2. Nothing that was
+  saved is lost.
+- wandb cannot stop a run, and cannot delay it by more than half a minute. metrics.jsonl is
+  complete.
+- No file that is read can run code. No file is unpickled.
 
-## What is not promised
+## What is not guaranteed
 
 - On a GPU, or with another number of threads, a continued run gets the same batches but not the
   same bits.
-- Files are flushed before they are renamed, but no test cut the power, and no disk claimed to have
-  flushed what it had not.
-- kill -9 of wandb's trainer may lose the last second of wandb's own offline file.
-- A wandb server that dies in the middle of an online run was not tried.
-- The manifest guards against accidents: it cannot detect every file damaged by someone who also
-  rewrites the manifest. Bounds on sizes guard against the rest.
-- A run's config.yaml is a config: continuing a stranger's run reads the files, and writes the data
-  folder, that it names.
-- Several machines, network file systems and Windows were not tried.
+- Files are flushed before they are renamed, but these tests did not cut the power and did not use a
+  disk that reports a flush it has not done.
+- kill -9 of a trainer that logs to wandb may lose the last second of wandb's offline file.
+- A wandb server that fails in the middle of an online run was not tested.
+- Someone who damages a file and also rewrites its manifest may go unnoticed, because the manifest
+  protects against accidents. Limits on sizes protect against the rest.
+- A run's config.yaml is a config. If you continue a run that someone sent you, the files that it
+  names are read and the data folder that it names is written.
+- Several machines, network file systems and Windows were not tested.
 """
 
 
@@ -120,9 +123,10 @@ def write_page(path: Path, outcomes: list[Outcome]) -> None:
     configs = sum(count[0] for (fault, _), count in counts.items() if fault == "damaged config")
     failed = ""
     if survived < injected:
-        failed = f" The table says which {injected - survived} were not."
+        failed = f" The table shows which {injected - survived} were not."
     tested = {fault for fault, _ in counts}
-    meanings = [textwrap.fill(f"- **{fault}**: {check}.", 100, subsequent_indent="  ")
+    meanings = [textwrap.fill(f"- **{fault}**: {check}.", 100, subsequent_indent="  ",
+                              break_on_hyphens=False)
                 for fault, check in CHECKS.items() if fault in tested]
     path.write_text(PAGE.format(
         date=time.strftime("%Y-%m-%d"), machine=machine(),

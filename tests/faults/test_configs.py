@@ -19,8 +19,8 @@ from model.gpt import GPT
 from train import train
 from training.config import Config
 from training.device import check_memory, choose_hardware, choose_micro_batch
-from training.distributed import ALONE
-from training.run import config_of
+from training.parallel import ONE_PROCESS
+from training.resume import job_of
 
 FILES = {"tiny": TINY} | {path.stem: yaml.safe_load(path.read_text()) for path in sorted(ROOT.glob("configs/**/*.yaml"))}
 JUNK = [None, True, False, -1, 0, 1, 3, 7, 2 ** 20, 2 ** 31, 2 ** 40, 2 ** 63, 10 ** 30, -10 ** 30, 0.5, -0.5, 1e-320, 1e300, -1e300,
@@ -113,12 +113,12 @@ def outcome(text: bytes) -> str:
     Path("damaged.yaml").write_bytes(text)
     shutil.rmtree("runs", ignore_errors=True)
     try:
-        config, folder, changed = config_of("damaged.yaml", ["train.steps=1"])
-        if not small(config):
-            before_training(config)
+        job = job_of("damaged.yaml", ["train.steps=1"])
+        if not small(job.config):
+            before_training(job.config)
             return "valid"
-        train(config, folder, changed, ALONE)
-        assert (folder / "config.yaml").exists() and (folder / "metrics.jsonl").exists()
+        train(job, ONE_PROCESS.world)
+        assert (job.folder / "config.yaml").exists() and (job.folder / "metrics.jsonl").exists()
         return "trained"
     except OSError as error:                                    # of a file with a name: errors.run_command says which
         assert error.filename
@@ -198,7 +198,7 @@ def test_run_names_and_targets_cannot_leave_their_folder(folder, fault):
     shutil.rmtree("runs", ignore_errors=True)
     for name in ("../out", "/tmp/out", "..", "a/b", "."):
         with fault("damaged config", "in the test's process"), pytest.raises(UserError, match="run="):
-            config_of("damaged.yaml", [f"run={name}"])
+            job_of("damaged.yaml", [f"run={name}"])
     with fault("damaged config", "in a process of its own"):
         fails(command("train.py", "a" * 5000), "name too long")
     assert not Path("runs").exists()

@@ -9,7 +9,7 @@ from commands import command, fails, succeeds
 from conftest import metrics
 
 from faults.lab import Lab, same_bits
-from training.checkpoint import find_checkpoint, verify, whole_checkpoints
+from training.checkpoint import find_checkpoint, list_checkpoints, verify
 
 full = pytest.mark.faults           # only with `make test-faults`
 DAMAGE = ["flip", "truncate", "remove"]
@@ -131,7 +131,7 @@ def test_unfinished_files_of_a_killed_run_are_repaired(lab: Lab, fault):
         (folder / "000012/manifest.json").unlink()          # never finished
         (run / "report.html").unlink()
         lab.train("runs/left")
-        assert [path.name for path in whole_checkpoints(folder)] == ["000008", "000012"]
+        assert [path.name for path in list_checkpoints(folder)] == ["000008", "000012"]
         assert not list(folder.glob(".partial*"))
         assert find_checkpoint(run).name == "000012"
         assert same_bits(folder / "000012", lab.undisturbed / "checkpoints/000012")

@@ -19,7 +19,7 @@ from faults.lab import (
     count_lines,
     wait_for_a_line,
 )
-from training.checkpoint import whole_checkpoints
+from training.checkpoint import list_checkpoints
 
 COUNTS = {                  # how often each moment comes in a run of 12 steps with 3 checkpoints
     "a step": 24, "preparing the data": 40, "writing a checkpoint": 27,
@@ -110,7 +110,7 @@ def test_a_signal_saves_and_says_how_to_continue(lab: Lab, fault, number):
         assert f"python train.py runs/{run.name}" in output
         check_files(run)
         # With checkpoint.every=0 nothing else would have saved.
-        saved = int(whole_checkpoints(run / "checkpoints")[-1].name)
+        saved = int(list_checkpoints(run / "checkpoints")[-1].name)
         assert saved == count_lines(run) > 0
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import read_records
 
 from faults.lab import Lab, check_files
-from training.checkpoint import whole_checkpoints
+from training.checkpoint import list_checkpoints
 
 SMALL = ["model={n_layers: 2, n_heads: 2, d_model: 16, n_ctx: 32}", "data.tokenizer=bytes",
          "train.batch_tokens=128", "optimizer.kind=adamw", "optimizer.lr=0.001",
@@ -26,7 +26,7 @@ class Sample(NamedTuple):
 
 def take_sample(run: Path, process: int) -> Sample:
     status = Path(f"/proc/{process}/status").read_text()
-    checkpoints = whole_checkpoints(run / "checkpoints")
+    checkpoints = list_checkpoints(run / "checkpoints")
     return Sample(step=int(checkpoints[-1].name) if checkpoints else 0,
                   memory=int(status.split("VmRSS:")[1].split()[0]),
                   files=len(os.listdir(f"/proc/{process}/fd")))
@@ -58,7 +58,7 @@ def test_a_long_run_stays_as_small_as_it_began(lab: Lab, fault, steps, every):
         files_before = statistics.median(sample.files for sample in first)
         files_after = statistics.median(sample.files for sample in last)
         assert files_after <= files_before, samples
-        kept = [int(path.name) for path in whole_checkpoints(run / "checkpoints")]
+        kept = [int(path.name) for path in list_checkpoints(run / "checkpoints")]
         assert kept[-3:] == [steps - 2 * every, steps - every, steps]
         assert len(kept) <= 4                               # the fourth is the best
         records = read_records(run)

@@ -19,8 +19,8 @@ from faults.lab import (
     count_lines,
     wait_for_a_line,
 )
-from files import only_one
-from training.checkpoint import load_model, read_state, whole_checkpoints
+from files import exclusive_lock
+from training.checkpoint import list_checkpoints, load_model, read_state
 
 full = pytest.mark.faults           # only with `make test-faults`
 
@@ -61,7 +61,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(lab: Lab, fault, write, mome
         fails(done, "No space left", message, "make room", f"python train.py runs/{run.name}")
         assert not list(run.rglob("*partial*"))
         check_files(run)
-        for checkpoint in whole_checkpoints(run / "checkpoints"):
+        for checkpoint in list_checkpoints(run / "checkpoints"):
             load_model(checkpoint)
         (run / "filler").unlink()                           # make room
         lab.resume(run.name)
@@ -169,7 +169,7 @@ def test_one_preparation_at_a_time(lab: Lab, fault):
     (lab / "out").mkdir()
     prepare = ("-m data.prepare", "tiny.yaml", "data.folder=out")
     with fault("two trainers on one run", "two that prepare the same data"):
-        with only_one(lab / "out/.lock", "mine"):
+        with exclusive_lock(lab / "out/.lock", "mine"):
             fails(command(*prepare, cwd=lab.folder), "being prepared by another process")
     succeeds(command(*prepare, cwd=lab.folder))
 

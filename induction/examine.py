@@ -1,0 +1,152 @@
+"""Measures the heads of a run on disk, for heads.py and for studies of several runs."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from data.batches import Batch
+from errors import UserError
+from induction.ablation import Progress, ablate_each_head
+from induction.history import Record, condition_of, model_transition
+from induction.probes import Probes, probes_of
+from induction.scores import (
+    Measured,
+    attention_scores,
+    composition,
+    copying_eigenvalues,
+    measure,
+    qk_trace,
+)
+from induction.token_rows import TokenRows
+from induction.verdict import (
+    PreviousTokenHeads,
+    SetAblation,
+    Verdict,
+    ablate_set,
+    induction_heads,
+    judge,
+    previous_token_heads,
+)
+from induction.watch import as_metrics
+from model.gpt import GPT
+from model.taps import Head
+from training.loaded_run import LoadedRun, load_run
+
+PROBE_ROWS = 64         # four times as many as during training
+BATCH = 16              # rows in one forward pass
+
+
+def probes_for(run: LoadedRun) -> Probes:
+    """The probes of a run, on its model's device, with more rows than during training.
+
+    Raises UserError if the model's context is too short for any.
+    """
+    n_ctx = run.config.model.n_ctx
+    probes = probes_of(run.config.data, n_ctx, run.tokenizer, run.config.seed, most=PROBE_ROWS)
+    if probes is None:
+        raise UserError(f"{run.folder}: model.n_ctx={n_ctx} is too short to repeat anything "
+                        "(at least 7 tokens)")
+    return probes.to(run.model.embed.weight.device)
+
+
+def measure_checkpoints(run: LoadedRun, probes: Probes) -> list[Record]:
+    """What the trainer would have logged at every checkpoint that is kept."""
+    records = []
+    for checkpoint in run.checkpoints():
+        loaded = load_run(checkpoint, device=run.model.embed.weight.device)
+        measured = measure(loaded.model, probes.held_out, probes.unrepeated)
+        records.append({"step": loaded.step, "tokens": loaded.state["tokens"]}
+                       | as_metrics(loaded.model.config, measured))
+    return records
+
+
+class HeadScores(NamedTuple):
+    """A table of heads."""
+
+    scores: dict[str, Tensor]           # name → (L, H)
+    ablated: dict[Head, float]          # rise in loss, in nats, when only this head is mean-ablated
+
+
+class KeyComposition(NamedTuple):
+    """From the weights: the earlier head whose output a head's keys read most."""
+
+    head: Head
+    earlier: Head
+    k: float                            # K-composition, above chance
+    qk_trace: float                     # in standard deviations
+
+
+class ProbeExamination(NamedTuple):
+    """What repeated random tokens show about a model's heads."""
+
+    table: HeadScores
+    measured: Measured
+    ablation: SetAblation | None                # this and the next two: None without such heads
+    previous_token: PreviousTokenHeads | None
+    composition: KeyComposition | None
+
+
+def examine_on_probe(model: GPT, probes: Probes, progress: Progress = iter) -> ProbeExamination:
+    """Score every head, ablate each head, and ablate the induction heads together; `progress` wraps
+    what is ablated one by one."""
+    probe = probes.held_out
+    measured = measure(model, probe, probes.unrepeated)
+    scores = measured.scores | {"copying_eigenvalues": copying_eigenvalues(model)}
+    table = HeadScores(scores, ablate_each_head(model, probe.batch, probe.second_copy, progress))
+    heads = induction_heads(model, measured)
+    if not heads:
+        return ProbeExamination(table, measured, None, None, None)
+    return ProbeExamination(
+        table, measured, ablate_set(model, heads, probes, progress=progress),
+        previous_token_heads(model, measured, heads, probes), key_composition(model, heads[0]))
+
+
+def key_composition(model: GPT, head: Head) -> KeyComposition | None:
+    """The earlier head that composes most with the keys of `head`; None in the first layer."""
+    strengths: dict[Head, float] = {}
+    for layer in range(head.layer):
+        k = composition(model, layer, head.layer).k[head.index]             # (H earlier,)
+        strengths |= {Head(layer, index): strength for index, strength in enumerate(k.tolist())}
+    if not strengths:
+        return None
+    earlier = max(strengths, key=lambda other: strengths[other])
+    trace = qk_trace(model, earlier.layer, head.layer)[head.index, earlier.index].item()
+    return KeyComposition(head, earlier, strengths[earlier], trace)
+
+
+def examine_on_rows(model: GPT, rows: TokenRows, progress: Progress = iter) -> HeadScores:
+    """The same on the user's rows; heads are ablated on the first BATCH rows only."""
+    device = model.embed.weight.device
+    tokens, queries = rows.tokens[:BATCH], rows.queries[:BATCH]
+    batch = Batch(tokens[:, :-1], tokens[:, 1:]).to(device)
+    ablated = ablate_each_head(model, batch, queries[:, 1:].to(device), progress)
+    return HeadScores(score_rows(model, rows), ablated)
+
+
+def score_rows(model: GPT, rows: TokenRows) -> dict[str, Tensor]:
+    """Scores averaged over all queries of all rows, BATCH rows at a time."""
+    device = model.embed.weight.device
+    totals: dict[str, Tensor] = {}
+    for n in range(0, len(rows.tokens), BATCH):
+        tokens, queries = rows.tokens[n:n + BATCH], rows.queries[n:n + BATCH]
+        weight = (queries.sum() / rows.queries.sum()).double()
+        scores = attention_scores(model, tokens.to(device), queries.to(device)).scores
+        for name, values in scores.items():
+            totals[name] = totals.get(name, 0) + values * weight
+    return totals
+
+
+def judge_run(run: LoadedRun) -> Verdict:
+    """The verdict on a run."""
+    data, shape, steps = run.config.data, run.config.model, run.config.train.steps
+    shortest, longest = data.repeats.period
+    fixed_period = "repeats" in data.corpora and shortest == longest
+    finished = run.step >= steps
+    name = run.folder.name
+    if not finished:
+        name += f" (at step {run.step:,} of {steps:,})"
+    # One layer cannot form induction heads, unless its keys are smeared; a single period can be
+    # learned by position. An unfinished run shows nothing yet.
+    control = shape.n_layers == 1 and not shape.smear and not fixed_period and finished
+    return judge(name, condition_of(run.config), control, run.model, probes_for(run),
+                 model_transition(run.records()), run.validation(64))

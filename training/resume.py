@@ -1,0 +1,147 @@
+"""Continuing a run: which config it goes on with, and the weights and optimizer state it goes on
+from."""
+
+import shutil
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data.dataset import Dataset
+from data.load_tokenizer import load_tokenizer
+from errors import UserError
+from files import exclusive_lock
+from model.gpt import GPT
+from training.checkpoint import (
+    list_checkpoints,
+    load_optimizer,
+    load_weights,
+    point_latest_at_newest,
+    prune,
+    read_state,
+)
+from training.config import Config, differences, load_config
+from training.optimizer import Optimizer
+from training.parallel import Parallel
+
+# A run cannot be continued with another value of these: before its first step (an imported model),
+# and after it.
+FIXED_BEFORE_TRAINING = ("run:", "seed:", "init_from:", "model.", "data.tokenizer.")
+FIXED = ("run:", "seed:", "init_from:", "model.", "data.", "optimizer.kind:")
+
+
+class Job(NamedTuple):
+    """What a command line asks to train."""
+
+    config: Config
+    folder: Path                # the run directory
+    changes: list[str]          # how the config differs from the one the run began with
+
+
+class Progress(NamedTuple):
+    """How far a run has come."""
+
+    step: int = 0               # completed updates
+    tokens: int = 0             # trained on
+    seconds: float = 0.0        # of training
+    data_folder: str | None = None          # the shards it reads
+
+
+def job_of(target: str, overrides: list[str]) -> Job:
+    """The job that a command line names: a YAML file, or the directory of a run to continue.
+
+    Raises UserError if the run cannot be continued with the overrides, or if another run has the
+    same name.
+    """
+    if not Path(target).is_dir():
+        config = load_config(target, overrides)
+        folder = Path("runs") / config.run
+        if (folder / "config.yaml").exists():
+            changes = differences(load_config(folder / "config.yaml"), config)
+            if changes:
+                shown = "; ".join(changes[:3] if len(changes) <= 3 else [*changes[:3], "…"])
+                raise UserError(f"{folder} holds a run of another config ({shown})\n"
+                                f"  continue it with: python train.py {folder}   "
+                                "or begin another with: run=NEW")
+        return Job(config, folder, [])
+
+    folder = Path(target)
+    saved = folder / "config.yaml"
+    if not saved.exists():
+        raise UserError(f"{target} holds no config.yaml, so it is not a run "
+                        "(runs/NAME continues one, configs/NAME.yaml starts one)")
+    config = load_config(saved, overrides)
+    changes = differences(load_config(saved), config)
+    fixed = FIXED if newest_progress(folder).step else FIXED_BEFORE_TRAINING
+    if impossible := [change for change in changes if change.startswith(fixed)]:
+        raise UserError(f"{target} cannot be continued with another {'; '.join(impossible[:3])}\n"
+                        "  start a run from its weights instead: python train.py CONFIG run=NEW "
+                        f"init_from={target} data.tokenizer={target}/checkpoints/latest")
+    return Job(config, folder, changes)
+
+
+def newest_progress(folder: Path) -> Progress:
+    """How far the newest checkpoint of a run had come."""
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    return _progress(read_state(checkpoints[-1])) if checkpoints else Progress()
+
+
+def _progress(state: dict[str, Any]) -> Progress:
+    return Progress(state["step"], state["tokens"], state["seconds"], state["data"].get("folder"))
+
+
+def only_trainer(folder: Path) -> AbstractContextManager[None]:
+    """Hold the lock of a run directory. Raises UserError if another process trains the run."""
+    return exclusive_lock(folder / ".lock",
+                    f"{folder} is being trained by another process\n"
+                    "  wait for it, stop it, or begin another run with: run=NEW")
+
+
+def resume(config: Config, folder: Path, model: GPT, optimizer: Optimizer, data: Dataset,
+           parallel: Parallel) -> Progress:
+    """Load the run's newest checkpoint into the model and the optimizer; how far it had come.
+
+    Without a checkpoint nothing changes. One of an imported model holds only weights. Raises
+    UserError if the checkpoint is damaged, or if it does not belong to this config and this data.
+    """
+    world = parallel.world
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    progress = Progress()
+    if checkpoints:
+        newest = checkpoints[-1]
+        state = read_state(newest)
+        progress = _progress(state)
+        if progress.step == 0:
+            if load_tokenizer(newest / "tokenizer.json").hash != data.tokenizer.hash:
+                raise world.error(
+                    f"{folder} was imported with another tokenizer, its weights mean other tokens\n"
+                    f"  use its own: data.tokenizer={folder}/checkpoints/latest")
+            load_weights(model, newest, parallel)
+        else:
+            if state["data"]["hash"] != data.identity["hash"]:
+                raise world.error(
+                    f"{folder} was trained on other data, which was in {progress.data_folder}\n"
+                    "  bring that back, or begin another run with: run=NEW")
+            load_weights(model, newest, parallel)
+            saved = load_config(newest / "training_state" / "config.yaml")
+            if other := [change for change in differences(config, saved)
+                         if change.startswith(FIXED)]:
+                raise world.error(
+                    f"{newest} belongs to another run ({'; '.join(other[:3])})\n"
+                    "  delete it to go on from the one before, or begin another run with: run=NEW")
+            optimizer.load_state_dict(load_optimizer(newest))
+    world.barrier()                     # all have read what is about to be pruned
+    if world.first:
+        clean_up(folder / "checkpoints", config)
+    return progress
+
+
+def clean_up(checkpoints: Path, config: Config) -> None:
+    """Finish what a kill interrupted: checkpoints half written or half deleted, links, pruning.
+
+    Call it only after the newest checkpoint has been verified. If that one is damaged, the earlier
+    ones must stay.
+    """
+    for unfinished in checkpoints.glob(".partial-*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    point_latest_at_newest(checkpoints)
+    prune(checkpoints, config.checkpoint.keep, config.checkpoint.steps)
