@@ -6,9 +6,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from errors import ArgumentParser, UserError, run_command
+
 from tqdm import tqdm
 
-from errors import ArgumentParser, UserError, run_command
 from files import atomic_write, explain_disk_errors, must_be_writable
 from induction.examine import (
     examine_on_probe,

@@ -11,10 +11,11 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from errors import ArgumentParser, UserError, first_line, run_command
+
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
-from errors import ArgumentParser, UserError, first_line, run_command
 from model.compiled import CompiledStep
 from model.generate import Sampling, generate
 from model.gpt import GPT

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from math import log
 from pathlib import Path
 
+from errors import ArgumentParser, UserError, run_command
+
 import torch
 
 from data.batches import Batch
 from data.dataset import Dataset
 from data.load_tokenizer import load_tokenizer
 from data.tokenizer import Tokenizer
-from errors import ArgumentParser, UserError, run_command
 from induction.history import best_head_history
 from induction.probes import probes_of
 from induction.scores import icl_score

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from itertools import product
 
+from errors import ArgumentParser, UserError, run_command
+
 import torch
 import torch.nn.functional as F
 
 from bench import results
-from errors import ArgumentParser, UserError, run_command
 
 GPU = torch.cuda.is_available()
 if not GPU:

@@ -30,8 +30,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.gpu_page import page
 from errors import ArgumentParser, UserError, run_command
+
+from bench.gpu_page import page
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 9 * 60

@@ -12,12 +12,13 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from errors import ArgumentParser, run_command
+
 import torch
 
 from bench import results
 from bench.results import DEVICE, DTYPE, GPU
 from bench.side import Side
-from errors import ArgumentParser, run_command
 from files import atomic_write, explain_disk_errors, must_be_writable
 from kernels.attention import attention
 from kernels.statistics import head_statistics

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
+from errors import ArgumentParser, run_command
+
 import torch
 
 from bench import results
 from bench.results import DEVICE, GPU
-from errors import ArgumentParser, run_command
 from kernels import ahead_of_time
 from kernels.attention import attention
 from kernels.flash import flash_attention, flash_attention_backward

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
+from errors import ArgumentParser, UserError, run_command
+
 import numpy as np
 import torch
 
@@ -19,7 +21,6 @@ from bench import results
 from data.batches import Batches, RepeatRows, TextWindows, permute, random_key
 from data.config import MixtureEntry, RepeatsConfig
 from data.shards import TokenStream
-from errors import ArgumentParser, UserError, run_command
 
 BUCKETS = 1000
 WORLD_SIZES = (1, 8, 1000, 1024)        # 1000 does not divide a step's windows

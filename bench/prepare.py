@@ -19,11 +19,12 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+from errors import ArgumentParser, run_command
+
 from bench import results
 from data.byte_bpe import train_bpe
 from data.corpus import stdlib_files
 from data.encode import usable_cores
-from errors import ArgumentParser, run_command
 
 ROOT = Path(__file__).parent.parent
 PEER = """

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from errors import ArgumentParser, run_command
+
 import torch
 
 from bench import results
 from data.dataset import Dataset
-from errors import ArgumentParser, run_command
 from induction.probes import probes_of
 from induction.watch import HeadWatch
 from report.snapshots import PatternRecorder

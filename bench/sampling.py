@@ -19,13 +19,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from errors import ArgumentParser, run_command
+
 import torch
 
 from bench import results
 from bench.results import DEVICE, DTYPE, GPU
 from bench.side import Side, at_once
 from data.byte_bpe import bytes_tokenizer
-from errors import ArgumentParser, run_command
 from model.compiled import CompiledStep
 from model.config import ModelConfig
 from model.generate import Sampling, generate

@@ -17,8 +17,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bench import results
 from errors import ArgumentParser, UserError, run_command
+
+from bench import results
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ["train.py", "sample.py", "heads.py", "-m data.prepare", "-m training.plan",

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from errors import ArgumentParser, UserError, run_command
+
 from files import atomic_write
 from induction.examine import judge_run
 from induction.history import Record, best_head_history, curve, icl_transition

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from errors import ArgumentParser, run_command
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,6 @@ from bench.baseline import PlainGPT, Recipe
 from data.batches import Batch
 from data.corpus import pydoc_topics, stdlib_files
 from data.dataset import Dataset
-from errors import ArgumentParser, run_command
 from files import atomic_write
 from model.gpt import GPT
 from training.config import Config, load_config

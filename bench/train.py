@@ -16,6 +16,8 @@ from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from errors import ArgumentParser, run_command
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,6 @@ from bench import results
 from bench.baseline import PlainGPT, Recipe
 from bench.results import DEVICE, DTYPE, GPU
 from bench.side import Side, at_once
-from errors import ArgumentParser, run_command
 from kernels.attention import attention
 from model.budget import flops_per_token
 from model.compiled import keep_apart_by_cpu

@@ -17,13 +17,14 @@ from fractions import Fraction
 from math import lcm
 from typing import NamedTuple, Protocol
 
+from errors import UserError
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.config import MixtureEntry, RepeatsConfig
 from data.shards import TokenStream
-from errors import UserError
 
 
 class Batch(NamedTuple):

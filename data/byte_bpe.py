@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from functools import cached_property
 from itertools import pairwise
 
+from errors import UserError, first_line
+
 import numpy as np
 import tiktoken
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
 from data.tokenizer import Tokenizer, byte_letters
-from errors import UserError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 DOWNLOAD_SECONDS = 60

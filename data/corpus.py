@@ -19,8 +19,9 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import NamedTuple
 
-from data.config import DataConfig, HubConfig
 from errors import UserError, first_line
+
+from data.config import DataConfig, HubConfig
 
 PIECE_BYTES = 16 * 1024
 LARGEST_RATIO = 200             # of text to compressed text; prose has 3 to 5, logs some 20, a bomb 1000

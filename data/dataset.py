@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from errors import UserError
+
 import numpy as np
 
 from data.batches import Batch, Batches, RepeatRows, TextWindows, as_batch
@@ -9,7 +11,6 @@ from data.config import DataConfig, MixtureEntry
 from data.load_tokenizer import make_tokenizer
 from data.prepare import prepare
 from data.shards import Shards
-from errors import UserError
 
 
 class Dataset:

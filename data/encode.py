@@ -13,12 +13,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
+from errors import UserError
+
 import numpy as np
 
 from data.corpus import Piece
 from data.load_tokenizer import load_tokenizer
 from data.tokenizer import Tokenizer
-from errors import UserError
 
 BATCH_BYTES = 2 ** 18           # what a process is given at a time
 

@@ -9,12 +9,13 @@ import json
 from functools import cached_property
 from pathlib import Path
 
+from errors import UserError, first_line
+
 import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
 from data.tokenizer import Tokenizer, byte_letters, valid_stretches
-from errors import UserError, first_line
 
 SPACE = "▁"                     # how a space is written in pieces over characters
 NEVER_TEXT = {0xC0, 0xC1, *range(0xF5, 0x100)}              # bytes that UTF-8 never has: Pythia has no token for them

@@ -4,11 +4,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from errors import UserError
+
 from data.byte_bpe import bytes_tokenizer, named_encoding, read_byte_bpe, train_bpe
 from data.config import TokenizerConfig
 from data.hf_tokenizer import HuggingFaceTokenizer
 from data.tokenizer import Tokenizer
-from errors import UserError
 
 LARGEST_FILE = 2 ** 28          # bytes of a tokenizer.json: o200k's has some 2 ** 24
 

@@ -13,6 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from errors import ArgumentParser, UserError, run_command
+
 import numpy as np
 from tqdm import tqdm
 
@@ -21,7 +23,6 @@ from data.corpus import TextCorpus
 from data.encode import Encoded, encode_in_order, is_validation, usable_cores
 from data.load_tokenizer import load_tokenizer, make_tokenizer
 from data.shards import FORMAT, Shards
-from errors import ArgumentParser, UserError, run_command
 from files import atomic_write, exclusive_lock, explain_disk_errors, sha256
 from settings.validate import Settings, validate
 from settings.yaml12 import override, read_file

@@ -14,10 +14,11 @@ from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 
+from errors import UserError
+
 import numpy as np
 
 from data.load_tokenizer import load_tokenizer
-from errors import UserError
 from files import sha256
 
 FORMAT = 1

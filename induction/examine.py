@@ -2,10 +2,11 @@
 
 from typing import NamedTuple
 
+from errors import UserError
+
 from torch import Tensor
 
 from data.batches import Batch
-from errors import UserError
 from induction.ablation import Progress, ablate_each_head
 from induction.history import Record, condition_of, model_transition
 from induction.probes import Probes, probes_of

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from errors import UserError
+
 import torch
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
-from errors import UserError
 from training.loaded_run import LoadedRun
 
 

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from errors import UserError
+
 import torch
 from torch import Tensor
 
-from errors import UserError
 from model.config import ModelConfig
 
 Settings = dict[str, Any]                               # keys and values of a config.json

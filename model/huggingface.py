@@ -9,10 +9,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from errors import UserError
+
 import torch
 from torch import Tensor
 
-from errors import UserError
 from model.config import ModelConfig
 from model.families import (
     OWN,

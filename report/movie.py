@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from errors import UserError
+
 import numpy as np
 
-from errors import UserError
 from files import atomic_write
 from induction.history import Curve, Record, curve, score_curves
 from induction.metrics import LOSS_FIRST, LOSS_SECOND

@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from errors import UserError, first_line
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.batches import document_ids
 from data.tokenizer import Tokenizer
-from errors import UserError, first_line
 from files import atomic_write
 from induction.probes import Probes
 from induction.scores import Measured

@@ -9,9 +9,9 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
 from errors import UserError
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 MOST_MISTAKES = 40              # listed for one file
 Size = Annotated[int, Field(gt=0, le=2 ** 20)]      # one dimension; over a million must be a typo

@@ -6,9 +6,9 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from errors import UserError, first_line
+
+import yaml
 
 LARGEST_FILE = 2 ** 16          # bytes of a config file
 LONGEST_MAPPING = 1000          # keys of one mapping

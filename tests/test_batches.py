@@ -3,6 +3,8 @@
 from collections import Counter
 from math import floor
 
+from errors import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,6 @@ from data.batches import Batches, Quotas, RepeatRows, TextWindows, permute, repe
 from data.config import MixtureEntry, RepeatsConfig
 from data.dataset import Dataset
 from data.shards import TokenStream
-from errors import UserError
 
 BYTES = np.arange(256)
 

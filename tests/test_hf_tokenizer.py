@@ -3,13 +3,14 @@
 import json
 import random
 
+from errors import UserError
+
 import pytest
 from theirs import CORPUS, FORMS, make_tokenizer
 from tokenizers import Tokenizer, models
 
 from data.hf_tokenizer import read_tokenizer
 from data.load_tokenizer import load_tokenizer
-from errors import UserError
 
 POOL = ["the", " quick", "  ", "    ", "\n", "\n\n", "\t", " \n ", "fox", "don't", "we'VE", "12345", "naïve", "é", "e\u0301", "ﬁ", "東京",
         "🙂", "Å", "\u200b", "\x00", "<", ">", "|", "▁", " ", "def f(x):", "—", "<0x41>", "\r\n", "Ω", "ß"]

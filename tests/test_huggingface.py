@@ -4,11 +4,12 @@ import json
 import subprocess
 import sys
 
+from errors import UserError
+
 import pytest
 import torch
 from small_models import checkpoint_of, continue_one, perturbed_model
 
-from errors import UserError
 from model.families import OWN_TYPE, family, obstacles
 from model.huggingface import load_hf_state
 from training.checkpoint import find_checkpoint, load_model

@@ -6,13 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+from errors import UserError
+
 import pytest
 import torch
 from commands import command, fails
 from conftest import metrics
 from theirs import LLAMA3, MODELS, YARN, make_theirs
 
-from errors import UserError
 from model.families import family
 from training.checkpoint import find_checkpoint, load_model
 from training.import_model import import_model

@@ -11,6 +11,8 @@ import threading
 import time
 from pathlib import Path
 
+from errors import UserError
+
 import numpy as np
 import pytest
 from commands import command, fails, start
@@ -23,7 +25,6 @@ from data.config import DataConfig
 from data.corpus import PIECE_BYTES, TextCorpus
 from data.prepare import is_validation, prepare
 from data.shards import Shards, TokenStream
-from errors import UserError
 
 
 def data_config(**changes) -> DataConfig:

@@ -4,13 +4,14 @@ import json
 import re
 from collections.abc import Iterator
 
+from errors import UserError
+
 import pytest
 import yaml
 from commands import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from errors import UserError
 from settings.schema import json_schema
 from settings.validate import validate
 from settings.yaml12 import override, read_file, read_yaml

@@ -3,6 +3,8 @@
 import random
 from pathlib import Path
 
+from errors import UserError
+
 import numpy as np
 import pytest
 import tiktoken
@@ -13,7 +15,6 @@ from hypothesis import strategies as st
 from data.byte_bpe import END_OF_TEXT, bytes_tokenizer, named_encoding, train_bpe
 from data.config import TokenizerConfig
 from data.load_tokenizer import load_tokenizer, make_tokenizer
-from errors import UserError
 
 TEXT = ["The cat sat on the mat.\n\n    def f(x):\n        return x + 1  # don't\n", "Ünïcödé 漢字 🙂\t\r\n 12345"] * 50
 POOL = "ab c\n\t  'll \r\n don't 123 éü漢字🙂 \u00a0\u2003 <|endoftext|>x _=() \n\n   if   The cat"

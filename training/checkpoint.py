@@ -24,6 +24,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from errors import UserError
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -31,7 +33,6 @@ from torch import Tensor
 
 from data.load_tokenizer import load_tokenizer
 from data.tokenizer import Tokenizer
-from errors import UserError
 from files import explain_disk_errors, sha256, sync_folder
 from model.config import ModelConfig
 from model.gpt import GPT

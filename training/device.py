@@ -8,10 +8,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Literal, NamedTuple
 
+from errors import UserError
+
 import torch
 from torch import Tensor
 
-from errors import UserError
 from kernels.attention import use_triton
 from model.compiled import keep_apart_by_cpu
 from model.config import ModelConfig

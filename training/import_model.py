@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from errors import ArgumentParser, UserError, first_line, run_command
+
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.hf_tokenizer import HuggingFaceTokenizer, read_tokenizer
-from errors import ArgumentParser, UserError, first_line, run_command
 from files import explain_disk_errors
 from model.config import ModelConfig
 from model.families import FAMILIES, by_their_name, family, read_description, to_theirs

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from errors import UserError
+
 import torch
 
 from data.batches import Batch
 from data.dataset import Dataset
 from data.tokenizer import Tokenizer
-from errors import UserError
 from model.gpt import GPT
 from training.checkpoint import find_checkpoint, list_checkpoints, load_model, read_state
 from training.config import Config, load_config

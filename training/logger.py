@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
+from errors import UserError
+
 import numpy as np
 
-from errors import UserError
 from files import atomic_write
 from training.config import LogConfig
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from errors import ArgumentParser, UserError, run_command
+
 from model import budget
 from model.budget import activation_bytes_per_token, flops_per_token, in_units, parameters
 from model.config import ModelConfig

@@ -6,9 +6,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from errors import UserError
+
 from data.dataset import Dataset
 from data.load_tokenizer import load_tokenizer
-from errors import UserError
 from files import exclusive_lock
 from model.gpt import GPT
 from training.checkpoint import (

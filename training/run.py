@@ -11,11 +11,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, TypeVar
 
+from errors import UserError
+
 import torch
 from torch import Tensor
 
 from data.dataset import Dataset
-from errors import UserError
 from files import atomic_write, explain_disk_errors
 from model.budget import flops_per_token
 from model.config import ModelConfig

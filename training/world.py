@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from errors import UserError, first_line
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-from errors import UserError, first_line
 
 T = TypeVar("T")
 # The other processes wait for minutes while one prepares a corpus. A process that dies is noticed

@@ -5,13 +5,14 @@ import signal
 import subprocess
 from pathlib import Path
 
+from errors import UserError
+
 import numpy as np
 import torch
 from commands import ROOT, Done, command, start, wait_until
 from conftest import metrics
 
 from data.shards import Shards
-from errors import UserError
 from settings.yaml12 import read_file
 from training.checkpoint import list_checkpoints, load_model, load_optimizer, verify
 

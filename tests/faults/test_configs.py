@@ -5,6 +5,8 @@ import shutil
 import time
 from pathlib import Path
 
+from errors import UserError
+
 import pytest
 import torch
 import yaml
@@ -13,7 +15,6 @@ from conftest import TINY, make_workplace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from errors import UserError
 from model.budget import parameters
 from model.gpt import GPT
 from train import train
