@@ -54,12 +54,6 @@ def measure(config: Config, rounds: int) -> tuple[torch.device, dict[str, list[f
             step += 1
             float(optimizer.step(step, config.train.batch_tokens))
 
-    def look() -> None:
-        tokens = step * config.train.batch_tokens
-        watch(model, tokens)
-        if recorder.due(step):
-            recorder.save(model, step, tokens)
-
     def timed(function: Callable[[], object]) -> float:
         started = time.perf_counter()
         function()
@@ -72,6 +66,13 @@ def measure(config: Config, rounds: int) -> tuple[torch.device, dict[str, list[f
         watch = HeadWatch(model.config, probes)
         recorder = PatternRecorder(model.config, probes, text, data.tokenizer, Path(folder),
                                    every=config.heads.every, steps=config.train.steps)
+
+        def look() -> None:
+            tokens = step * config.train.batch_tokens
+            watch(model, tokens)
+            if recorder.due(step):
+                recorder.save(model, step, tokens)
+
         for _ in range(rounds + 1):
             seconds["steps"].append(timed(train))
             seconds["look"].append(timed(look))

@@ -14,6 +14,7 @@ from model.taps import Head, activation_names, heads_of, taps
 
 CONFIG = ModelConfig(n_layers=2, n_heads=4, n_kv_heads=2, d_model=32, n_ctx=32, vocab_size=50,
                      window=[None, 7], zero_init=False)
+NAMES = activation_names(CONFIG)
 TOKENS = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
@@ -35,7 +36,7 @@ def test_every_name_is_read_and_reading_changes_no_bit(model):
     untouched = model(TOKENS)
     with taps(model, "*") as cache:
         assert torch.equal(model(TOKENS), untouched)
-    assert sorted(cache) == sorted(activation_names(CONFIG)) and len(activation_names(CONFIG)) == 2 * 10 + 3
+    assert sorted(cache) == sorted(NAMES) and len(NAMES) == 2 * 10 + 3
     B, T, H, K, D, E = 2, 20, 4, 2, 8, 32
     shapes = {"resid_pre": (B, T, E), "q": (B, H, T, D), "k": (B, K, T, D), "v": (B, K, T, D),
               "lse": (B, H, T), "pattern": (B, H, T, T), "z": (B, H, T, D),
@@ -89,7 +90,7 @@ def test_parallel_parts_read_the_same_stream():
         torch.testing.assert_close(at["v"].transpose(1, 2).flatten(2), values)
 
 
-@pytest.mark.parametrize("name", [name for name in activation_names(CONFIG) if not name.endswith("lse")])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("lse")])
 def test_a_replacement_is_passed_on(name, model):
     """Replaced by itself it changes nothing beyond rounding; by something else, the logits."""
     untouched = model(TOKENS)

@@ -1,7 +1,9 @@
-"""Run a script of this repository and break it at a moment: `python breaker.py MOMENT N DEED train.py tiny.yaml …`.
+"""Run a script of this repository and break it: `python breaker.py MOMENT N DEED train.py …`.
 
-The n-th time that MOMENT comes, DEED is done, once. The script itself is as it is: what is wrapped here are the calls of the
-operating system that it makes at that moment, or a function of its own that marks it.
+The n-th time that MOMENT comes, DEED is done, once. The script itself is unchanged: the wrapped
+functions are calls of the operating system that it makes at that moment, or functions of its own
+that mark it. The repository has to be on Python's path, as `command` and `start` of
+tests/commands.py put it.
 """
 
 import contextlib
@@ -12,7 +14,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import data.prepare
+import training.logger
+from training.optimizer import Optimizer
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -20,110 +28,121 @@ ROOT = Path(__file__).parent.parent.parent
 class Trap:
     """Called whenever the moment comes; the n-th call does the deed."""
 
-    def __init__(self, n: int, deed: Callable[[], None], deadly: bool):
-        self.left, self.deed, self.deadly = n, deed, deadly
+    def __init__(self, n: int, deed: Callable[[], None], kills: bool):
+        self.remaining, self.deed, self.kills = n, deed, kills
 
     def __call__(self) -> None:
-        self.left -= 1
-        if self.left == 0:
+        self.remaining -= 1
+        if self.remaining == 0:
             self.deed()
 
 
-def around(owner, name: str, trap: Trap, here: Callable[..., bool] = lambda *a, **k: True, after: bool = True) -> None:
-    """Spring `trap` before, and also after, each call of owner.name whose arguments are such that `here`."""
+def every_call(*arguments, **options) -> bool:
+    return True
+
+
+def around(owner: Any, name: str, trap: Trap, matches: Callable[..., bool] = every_call,
+           after: bool = True) -> None:
+    """Call `trap` before, and with `after` also after, each call of owner.name that `matches`."""
     function = getattr(owner, name)
 
     def trapped(*arguments, **options):
-        if here(*arguments, **options):
+        matching = matches(*arguments, **options)
+        if matching:
             trap()
         result = function(*arguments, **options)
-        if after and here(*arguments, **options):
+        if matching and after:
             trap()
         return result
 
     setattr(owner, name, trapped)
 
 
+# --- moments ---------------------------------------------------------------------------------
+
 def syncs(trap: Trap, part: str) -> None:
-    """Just before a file or folder with `part` in its path is flushed to the disk: written in full, not yet safe, not yet in place."""
-    around(os, "fsync", trap, lambda file: part in os.readlink(f"/proc/self/fd/{file}"), after=False)
+    """Just before a file or folder with `part` in its path is flushed to the disk.
+
+    It is written in full, but not yet safe and not yet in place.
+    """
+    around(os, "fsync", trap, lambda file: part in os.readlink(f"/proc/self/fd/{file}"),
+           after=False)
+
+
+def renames(trap: Trap, function: str, matches: Callable[[Path], bool]) -> None:
+    """Before and after os.rename or os.replace to a path that `matches`."""
+    around(os, function, trap, lambda source, target: matches(Path(target)))
 
 
 def torn_lines(trap: Trap) -> None:
-    """Just before a line of metrics.jsonl is written; where that is the end, half of the line is on the disk."""
-    import training.logger
-    real = open
+    """Just before a line of metrics.jsonl is written; if the deed kills, half of it is written."""
+    class TornFile:
+        def __init__(self, file):
+            self.file = file
 
-    class Half:
-        def __init__(self, file): self.file = file
-        def __getattr__(self, name): return getattr(self.file, name)
+        def __getattr__(self, name: str):
+            return getattr(self.file, name)
 
-        def write(self, line):
-            if trap.left == 1 and trap.deadly:
+        def write(self, line: bytes) -> int:
+            if trap.remaining == 1 and trap.kills:
                 self.file.write(line[:len(line) // 2])
             trap()
             return self.file.write(line)
 
-    def opened(path, *arguments, **options):
-        file = real(path, *arguments, **options)
-        return Half(file) if Path(path).name == "metrics.jsonl" and "a" in arguments[0] else file
+    def opened(path, mode="r", *arguments, **options):
+        file = open(path, mode, *arguments, **options)          # noqa: SIM115  the caller closes it
+        is_metrics = Path(path).name == "metrics.jsonl" and "a" in mode
+        return TornFile(file) if is_metrics else file
 
     training.logger.open = opened
 
 
 def prepares(trap: Trap) -> None:
-    import data.prepare
+    """A file of the prepared data gets its name."""
     data.prepare.PART_BYTES = 20_000                        # several parts of a small text
-    ours = ("train-", "val-", "tokenizer.json", "journal.json", "manifest.json")
-    around(os, "replace", trap, lambda _, to: Path(to).name.startswith(ours) and "checkpoints" not in str(to))
-
-
-def steps(trap: Trap) -> None:
-    from training.optimizer import Optimizer
-    around(Optimizer, "step", trap)
-
-
-def wandb_logs(trap: Trap) -> None:
-    import training.logger
-    around(training.logger.Wandb, "log", trap)
+    files = ("train-", "val-", "tokenizer.json", "journal.json", "manifest.json")
+    renames(trap, "replace",
+            lambda path: path.name.startswith(files) and "checkpoints" not in str(path))
 
 
 def prunes(trap: Trap) -> None:
     """An old checkpoint has lost its name, or half of its files."""
-    around(os, "rename", trap, lambda _, to: Path(to).name.startswith(".partial-") and ".partial" not in str(_))
+    around(os, "rename", trap, lambda source, target:
+           Path(target).name.startswith(".partial-") and ".partial" not in str(source))
     around(os, "rmdir", trap, lambda path, **_: path == "training_state", after=False)
 
 
 MOMENTS: dict[str, Callable[[Trap], None]] = {
-    "a step": steps,
+    "a step": lambda trap: around(Optimizer, "step", trap),
     "preparing the data": prepares,
     "writing a checkpoint": lambda trap: syncs(trap, "checkpoints/.partial-"),
-    "renaming a checkpoint": lambda trap: around(os, "rename", trap, lambda _, to: Path(to).name.isdigit()),
-    "pointing latest at it": lambda trap: around(os, "replace", trap, lambda _, to: Path(to).name == "latest"),
+    "renaming a checkpoint": lambda trap: renames(
+        trap, "rename", lambda path: path.name.isdigit()),
+    "pointing latest at it": lambda trap: renames(
+        trap, "replace", lambda path: path.name == "latest"),
     "deleting an old checkpoint": prunes,
     "a line of metrics.jsonl": torn_lines,
-    "logging to wandb": wandb_logs,
+    "logging to wandb": lambda trap: around(training.logger.Wandb, "log", trap),
     "a snapshot of the heads": lambda trap: syncs(trap, "/heads"),
     "writing the report": lambda trap: syncs(trap, ".report.html.partial"),
 }
 
 
-# --- what is done then ---------------------------------------------------------------------------------------------------
+# --- deeds -----------------------------------------------------------------------------------
 
-def send(number: int) -> Callable[[], None]:
-    def deed() -> None:
-        os.kill(os.getpid(), number)
-        if number == signal.SIGKILL:
-            time.sleep(60)
-    return deed
+def send(number: int) -> None:
+    """Send this process a signal."""
+    os.kill(os.getpid(), number)
+    if number == signal.SIGKILL:
+        time.sleep(60)
 
 
 def clock_back() -> None:
-    """Ten years, also for every file of the run."""
-    real, now = time.time, time.time() - 10 * 365 * 86400
-    started = real()
-    time.time = lambda: now + real() - started
+    """Set the clock back by ten years, and the times of every file of the run with it."""
+    real_time, ten_years = time.time, 10 * 365 * 86400
+    time.time = lambda: real_time() - ten_years
     time.time_ns = lambda: int(time.time() * 1e9)
+    now = time.time()
     for path in Path("runs").rglob("*"):
         with contextlib.suppress(OSError):
             os.utime(path, (now, now))
@@ -136,25 +155,45 @@ def fill(folder: str) -> None:
             file.write(bytes(4096))
 
 
-def kill_core() -> None:
-    """wandb's own process, which the trainer talks to."""
+def wandb_processes(trainer: int) -> list[int]:
+    """Ids of wandb's own processes that serve the trainer with that process id."""
+    processes = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            command = (folder / "cmdline").read_bytes().split(b"\0")
-            if b"wandb-core" in command[0] and str(os.getpid()).encode() in command:
-                os.kill(int(folder.name), signal.SIGKILL)
+            arguments = (folder / "cmdline").read_bytes().split(b"\0")
+            if b"wandb-core" in arguments[0] and str(trainer).encode() in arguments:
+                processes.append(int(folder.name))
+    return processes
+
+
+def kill_wandb() -> None:
+    for process in wandb_processes(os.getpid()):
+        with contextlib.suppress(OSError):
+            os.kill(process, signal.SIGKILL)
 
 
 def deed_of(name: str) -> Callable[[], None]:
-    kind, _, argument = name.partition(":")
-    return {"signal": lambda: send(int(argument)), "delete": lambda: lambda: shutil.rmtree(argument),
-            "fill": lambda: lambda: fill(argument), "clock": lambda: clock_back, "core": lambda: kill_core}[kind]()
+    """The deed that a command line names: `signal:9`, `delete:FOLDER`, `fill:FOLDER`, …"""
+    verb, _, argument = name.partition(":")
+    match verb:
+        case "signal":
+            return partial(send, int(argument))
+        case "delete":
+            return partial(shutil.rmtree, argument)
+        case "fill":
+            return partial(fill, argument)
+        case "clock":
+            return clock_back
+        case "core":
+            return kill_wandb
+    raise ValueError(name)
 
 
 if __name__ == "__main__":
     moment, n, deed, script, *arguments = sys.argv[1:]
-    signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell's background job would ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a background job would ignore it
     sys.path[0] = str(ROOT)
     sys.argv = [script, *arguments]
-    MOMENTS[moment](Trap(int(n), deed_of(deed), deed == f"signal:{int(signal.SIGKILL)}"))
+    kills = deed == f"signal:{int(signal.SIGKILL)}"
+    MOMENTS[moment](Trap(int(n), deed_of(deed), kills))
     runpy.run_path(str(ROOT / script), run_name="__main__")

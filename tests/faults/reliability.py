@@ -6,12 +6,14 @@ import sys
 import textwrap
 import time
 from collections import defaultdict
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 RESUMED = ("no checkpoint, shard, snapshot or line of metrics.jsonl on the disk is wrong; when the "
            "run is continued, it ends with the metrics, weights, optimizer state, snapshots and "
            "report of an undisturbed run, bit for bit")
-CHECKED = {                                 # fault → what its test asserts
+CHECKS = {                                  # fault → what its test asserts
     "kill -9": RESUMED,
     "SIGTERM": "training saves, prints how to resume and exits with status 0 (before training "
                "starts, it ends at once); " + RESUMED,
@@ -47,7 +49,7 @@ PAGE = """# Faults: what was broken, and what survived
 This page lists every fault that the tests inject into real commands, how often each was survived,
 and what is guaranteed as a result.
 
-`{command}` wrote this page on {date} from the counts of the tests.
+`make test-faults` wrote this page on {date} from the counts of the tests.
 {machine}
 
 **{injected:,} faults were injected, {configs:,} of them damaged configs.
@@ -97,29 +99,48 @@ What "survived" means:
 """
 
 
-def write_page(path: Path, found: list[tuple[str, str, int, int]]) -> None:
-    """Write the page from (fault, moment, injected, survived) of every test."""
+class Outcome(NamedTuple):
+    """What a test counted of one fault at one moment."""
+
+    fault: str
+    moment: str
+    injected: int
+    survived: int
+
+
+def write_page(path: Path, outcomes: list[Outcome]) -> None:
+    """Write the page from the outcomes of every test."""
     counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
-    for fault, moment, injected, survived in found:
+    for fault, moment, injected, survived in outcomes:
         counts[fault, moment][0] += injected
         counts[fault, moment][1] += survived
-    order = {fault: n for n, fault in enumerate(CHECKED)}
-    table = sorted(counts.items(), key=lambda item: (order[item[0][0]], item[0][1]))
-    injected, survived = (sum(count[n] for count in counts.values()) for n in (0, 1))
+    order = {fault: n for n, fault in enumerate(CHECKS)}
+    table = sorted(counts, key=lambda key: (order[key[0]], key[1]))
+    rows = [f"| {fault} | {moment} | {counts[fault, moment][0]} | {counts[fault, moment][1]} |"
+            for fault, moment in table]
+    injected = sum(count[0] for count in counts.values())
+    survived = sum(count[1] for count in counts.values())
+    configs = sum(count[0] for (fault, _), count in counts.items() if fault == "damaged config")
+    failed = ""
+    if survived < injected:
+        failed = f" The table shows which {injected - survived} were not."
+    tested = {fault for fault, _ in counts}
+    meanings = [textwrap.fill(f"- **{fault}**: {check}.", 100, subsequent_indent="  ",
+                              break_on_hyphens=False)
+                for fault, check in CHECKS.items() if fault in tested]
     path.write_text(PAGE.format(
-        command="make test-faults", date=time.strftime("%Y-%m-%d"), machine=machine(), injected=injected, survived=survived,
-        configs=sum(count[0] for (fault, _), count in counts.items() if fault == "damaged config"),
-        failed="" if survived == injected else f" The table shows which {injected - survived} were not.",
-        rows="\n".join(f"| {fault} | {moment} | {count[0]} | {count[1]} |" for (fault, moment), count in table),
-        meanings="\n".join(
-            textwrap.fill(f"- **{fault}**: {checked}.", 100, subsequent_indent="  ",
-                          break_on_hyphens=False)
-            for fault, checked in CHECKED.items() if any(fault == key[0] for key in counts))))
+        date=time.strftime("%Y-%m-%d"), machine=machine(),
+        injected=injected, survived=survived, configs=configs, failed=failed,
+        rows="\n".join(rows), meanings="\n".join(meanings)))
 
 
 def machine() -> str:
-    from importlib.metadata import version
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "numpy", "safetensors", "wandb"))
-    return (f"Machine: {platform.system()} {platform.machine()}, {os.cpu_count()} × {names[0] if names else 'CPU'}.\n"
+    """The machine and the versions, for the page."""
+    processors = [line.split(":")[1].strip()
+                  for line in Path("/proc/cpuinfo").read_text().splitlines()
+                  if line.startswith("model name")]
+    processor = processors[0] if processors else "CPU"
+    packages = ", ".join(f"{name} {version(name)}"
+                         for name in ("torch", "numpy", "safetensors", "wandb"))
+    return (f"Machine: {platform.system()} {platform.machine()}, {os.cpu_count()} × {processor}.\n"
             f"Python {sys.version.split()[0]}, {packages}.")

@@ -51,7 +51,7 @@ def check_use(done: Done) -> None:
 def stranger(lab: Lab, name: str) -> Path:
     """A copy of a run, whose newest checkpoint is to be changed."""
     run = lab / f"runs/{name}"
-    shutil.copytree(lab / "runs/whole", run, symlinks=True)
+    shutil.copytree(lab.undisturbed, run, symlinks=True)
     return run / "checkpoints/000012"
 
 
