@@ -179,6 +179,11 @@ def query_grid(q: Tensor) -> Callable[[Tile], tuple[int, int, int]]:
     return lambda tile: (B * H * cdiv(T, tile.rows), 1, 1)
 
 
+Kernel = Any                        # a @triton.jit function, compiled or interpreted
+Grid = Callable[[Tile], tuple[int, int, int]]
+Describe = Callable[[Tensor, int, int], TensorDescriptor]
+
+
 class Plan(NamedTuple):
     """How calls with the same strides, dtypes and masks are started."""
 
@@ -188,15 +193,14 @@ class Plan(NamedTuple):
     compiled: Any                   # triton's compiled kernel; None under the interpreter
 
 
-plans: dict[tuple, Plan] = {}
+plans: dict[tuple[Any, ...], Plan] = {}
 MOST_PLANS = 4096                   # prompts of ever new lengths have ever new strides
 
 
-def launch(kernel, grid: Callable[[Tile], tuple[int, int, int]], like: Tensor, /, *,
+def launch(kernel: Kernel, grid: Grid, like: Tensor, /, *,
            columns: dict[str, Tensor] | None = None, rows: dict[str, Tensor] | None = None,
            copy_engine: bool = True, n_rows: int | None = None,
-           describe: Callable[[Tensor, int, int], TensorDescriptor] = descriptor,
-           **arguments) -> None:
+           describe: Describe = descriptor, **arguments: Any) -> None:
     """Start `kernel` on the `grid` of the first tile that fits, on the device of `like` (…, D).
 
     like          its device, dtype and D choose the tile
@@ -232,8 +236,9 @@ def launch(kernel, grid: Callable[[Tile], tuple[int, int, int]], like: Tensor, /
     start(kernel, like, grid(plan.tile), [call[name] for name in kernel.arg_names], plan.compiled)
 
 
-def first_launch(kernel, grid, like, rows, columns, copy_engine, n_rows, describe,
-                 arguments) -> Plan:
+def first_launch(kernel: Kernel, grid: Grid, like: Tensor, rows: dict[str, Tensor],
+                 columns: dict[str, Tensor], copy_engine: bool, n_rows: int | None,
+                 describe: Describe, arguments: dict[str, Any]) -> Plan:
     """`launch` with the first tile that fits; returns how to do it again."""
     device_family, D = family(like.device), like.shape[-1]
     dims = max(16, triton.next_power_of_2(D))
@@ -249,8 +254,8 @@ def first_launch(kernel, grid, like, rows, columns, copy_engine, n_rows, describ
             continue
         sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "STAGES": tile.stages}
         plan = Plan(tile, tma, constants | sizes, None)
-        call = arguments | plan.constants | sources(rows, columns, plan, describe)
-        call = [call[name] for name in kernel.arg_names]
+        named = arguments | plan.constants | sources(rows, columns, plan, describe)
+        call = [named[name] for name in kernel.arg_names]
         try:
             return plan._replace(compiled=start(kernel, like, grid(tile), call, **tile.options))
         except OutOfResources:
@@ -260,7 +265,7 @@ def first_launch(kernel, grid, like, rows, columns, copy_engine, n_rows, describ
 
 
 def sources(rows: dict[str, Tensor], columns: dict[str, Tensor], plan: Plan,
-            describe: Callable) -> dict[str, Any]:
+            describe: Describe) -> dict[str, Any]:
     """The tensors as `load_tile` reads them: descriptors for the copy engine, or as they are."""
     if not plan.tma:
         return rows | columns
@@ -269,8 +274,8 @@ def sources(rows: dict[str, Tensor], columns: dict[str, Tensor], plan: Plan,
             | {name: describe(t, tile.columns, dims) for name, t in columns.items()})
 
 
-def start(kernel, like: Tensor, grid: tuple[int, int, int], arguments: list, compiled=None,
-          **options):
+def start(kernel: Kernel, like: Tensor, grid: tuple[int, int, int], arguments: list[Any],
+          compiled: Any = None, **options: Any) -> Any:
     """Start a kernel on the device of `like`; every launch ends here.
 
     Returns triton's compiled kernel, to be passed as `compiled` the next time. Multiply-adds are

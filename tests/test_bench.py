@@ -62,7 +62,8 @@ def test_the_gpu_command_lists_its_steps_and_stops_slow_ones(tmp_path):
     last line of its output is kept."""
     done = succeeds(command("-m bench.gpu", cwd=tmp_path, env=NO_GPU))
     assert "bench.attention --tune" in done.stdout and "nothing has been run" in done.stdout
-    seconds = sum(step.seconds for step in gpu.IN_TURN) + max(step.seconds for step in gpu.SIDE_BY_SIDE)
+    seconds = sum(step.seconds for step in gpu.IN_TURN)
+    seconds += max(step.seconds for step in gpu.SIDE_BY_SIDE)
     assert seconds < gpu.SECONDS
     (tmp_path / "logs").mkdir()
     words = "-c \"print('so far', flush=True); import time; time.sleep(600)\""
