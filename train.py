@@ -24,6 +24,7 @@ from model.families import obstacles
 from model.gpt import GPT
 from report.page import write_report
 from report.snapshots import PatternRecorder
+from report.text import heads_summary
 from training.checkpoint import find_checkpoint, list_checkpoints, load_weights, verify
 from training.config import Config
 from training.device import (
@@ -116,7 +117,7 @@ def train(job: Job, world: World) -> None:
             if page:
                 run.log_media(lambda: {"heads/report": page})
         if world.first:
-            run.say(run.summary())
+            run.say(run.summary(heads_summary(run.latest)))
 
 
 def due(step: int, every: int, last: int) -> bool:
