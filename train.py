@@ -17,6 +17,7 @@ from data.dataset import Dataset
 from data.load_tokenizer import load_tokenizer
 from data.tokenizer import Tokenizer
 from induction.history import best_head_history
+from induction.metrics import ICL_SCORE
 from induction.probes import probes_of
 from induction.scores import icl_score
 from induction.watch import HeadWatch
@@ -230,7 +231,7 @@ def evaluate(model: GPT, validation: list[Batch], data: Dataset, world: World) -
     nats = losses.double().sum().item()
     metrics = {"val/loss": nats / losses.numel(), "val/bpb": nats / log(2) / max(1, text_bytes)}
     if data.shards and (score := icl_score(losses)) is not None:
-        metrics["icl/score"] = score
+        metrics[ICL_SCORE] = score
     return metrics
 
 
