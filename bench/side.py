@@ -12,16 +12,16 @@ class Side:
     """
 
     def __init__(self, serve: Callable, *arguments, environment: dict[str, str] | None = None):
-        here, there = multiprocessing.Pipe()
+        ours, its = multiprocessing.Pipe()
         kept = dict(os.environ)
         os.environ.update(environment or {})            # a spawned process starts with it
         spawn = multiprocessing.get_context("spawn")
-        self.process = spawn.Process(target=serve, args=(there, *arguments), daemon=True)
+        self.process = spawn.Process(target=serve, args=(its, *arguments), daemon=True)
         self.process.start()
         os.environ.clear()
         os.environ.update(kept)
-        self.pipe = here
-        there.close()                                   # or a side that dies would be waited for
+        self.pipe = ours
+        its.close()                                     # or a side that dies would be waited for
 
     def __call__(self, *request):
         self.ask(*request)

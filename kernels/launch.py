@@ -59,7 +59,7 @@ COMMON = {
                     (4, 256): Tile(16, 16, 8, 2)},
     "statistics_rows": {(4, 64): Tile(32, 32, 8, 1), (4, 128): Tile(32, 16, 8, 2),
                         (4, 256): Tile(16, 16, 4, 1, 2)},
-    "decode_whole": {(size, D): Tile(1, 16, 4, 1, 10) for size in (2, 4) for D in (64, 128, 256)},
+    "decode_combine": {(size, D): Tile(1, 16, 4, 1, 10) for size in (2, 4) for D in (64, 128, 256)},
     # If the targets of 16 rows follow each other, their 17 places each are among 32 adjacent keys.
     "statistics_places": {(size, D): Tile(16, 32, 4, 1, 2)
                           for size in (2, 4) for D in (64, 128, 256)},
@@ -128,7 +128,7 @@ def tiles(kernel: str, device_family: str, element: int, dims: int) -> list[Tile
         return [forced[kernel]]
     table = TILES[device_family][kernel]
     best = table[min(key for key in table if key[0] >= element and key[1] >= dims)]
-    if kernel in ("decode_whole", "statistics_places"):     # small, and no other sides would do
+    if kernel in ("decode_combine", "statistics_places"):     # small, and no other sides would do
         return [best]
     return [best, *(t for t in SMALLER if t.rows * t.columns < best.rows * best.columns)]
 
