@@ -122,7 +122,7 @@ class NoDevice:
     def get_current_stream(self, device: int) -> int:
         return 0
 
-    def launcher_cls(self, source, metadata) -> Callable[..., None]:
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         def launcher(x, y, z, stream, function, packed, about, enter, exit, *arguments) -> None:
             self.launched.append((source.fn.__name__, metadata.hash, (x, y, z), *arguments))
 
@@ -182,7 +182,7 @@ def compile_kernel(target: str, kernel: str, dtype: str, D: int, masks: str = "c
     return Compiled(target, kernel, dtype, D, masks, plan.tile, **resources(plan.compiled))
 
 
-def resources(binary) -> dict[str, Any]:
+def resources(binary: Any) -> dict[str, Any]:
     """What the assembler says of a compiled kernel."""
     if "amdgcn" in binary.asm:
         text = binary.asm["amdgcn"]
