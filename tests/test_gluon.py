@@ -89,7 +89,7 @@ def test_cases(case, dtype):
 def test_every_row_of_the_table(dims):
     """Lengths around one tile, more tiles than buffers, every mask, and columns past D."""
     table = TILES["hopper"]["forward_gluon"]
-    tile = table[min((element, D) for element, D in table if D >= dims)]
+    tile = table[min(key for key in table if key[1] >= dims)]
     rows, columns, stages = tile.rows, tile.columns, tile.stages
     long = columns * (stages + 2)
     dtypes, layouts = cycle(("bf16", "fp16")), cycle(LAYOUTS)
