@@ -1,11 +1,11 @@
 """Text files → token shards, compared with `datasets`: MB/s and memory. `python -m bench.prepare`.
 
 Each side is a command, timed from start to exit; they alternate, and the median is reported. Ours
-is `python -m data.prepare`. The peer maps the same tiktoken encoding over batches of documents, with
-a process per core and empty caches, and saves to disk. The text is several copies of Python's
-library, each with its lines in another order, so that no cache helps. Memory is the highest sum over
-the processes of a side: their own pages, with shared ones counted once and mapped files left out.
-Linux only: it reads /proc.
+is `python -m data.prepare`. The peer maps the same tiktoken encoding over batches of documents,
+with a process per core and empty caches, and saves to disk. The text is several copies of Python's
+library, each with its lines in another order, so that no cache helps. Memory is the highest sum
+over the processes of a side: their own pages, with shared ones counted once and mapped files left
+out. Linux only: it reads /proc.
 """
 
 import json
