@@ -68,7 +68,7 @@ def copy_of_run(lab: Lab, name: str) -> Path:
 
 
 def sign(checkpoint: Path) -> None:
-    """Make the manifest fit, which whoever changes a checkpoint can do too."""
+    """Make the manifest fit: a stranger who changes a checkpoint can do that too."""
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     for name in manifest:
         if (checkpoint / name).exists():
