@@ -39,7 +39,7 @@ class ByteBPE(Tokenizer):
                  name: str = "bpe"):
         self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=special)
-        self.ranks, self.pattern, self.special, self.name = ranks, pattern, special, name
+        self.ranks, self.pattern, self.special = ranks, pattern, special
         self.begin = special[END_OF_TEXT]                       # one token begins and ends texts
         self.ends: tuple[int, ...] = (self.begin,)
         self.byte_ids = [[ranks[bytes([byte])]] for byte in range(256)]

@@ -145,7 +145,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def roles(self) -> dict[str, Any]:
-        """What tokenizer.json does not say: the arguments of __init__ besides its text."""
+        """What tokenizer.json does not say: the other arguments of __init__."""
         return {"begin": self.begin, "ends": list(self.ends), "prefixed": self.prefixed}
 
     @property

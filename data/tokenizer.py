@@ -77,7 +77,7 @@ class Tokenizer(ABC):
     def token_text(self, token: int) -> str:
         r"""A token as people read it.
 
-        Special tokens by name; control characters and bytes that are no whole character as \xNN.
+        Special tokens by name; control characters and incomplete characters as \xNN.
         """
         for name, special_id in self.special.items():
             if special_id == token:

@@ -13,17 +13,18 @@ from data.batches import TextWindows
 
 def test_batches_of_a_trillion_tokens_are_the_same_on_any_number_of_processes():
     for repeats in (False, True):
-        batches = order.sources(10 ** 12, 3000, n_ctx=64, batch_tokens=64 * 48, repeats=repeats)
-        compared = order.shares_agree(batches, [0, 7, 3 * 10 ** 8], (1, 8, 25, 48))
+        batches = order.make_batches(10 ** 12, 3000, n_ctx=64, batch_tokens=64 * 48,
+                                     repeats=repeats)
+        compared = order.check_shares(batches, [0, 7, 3 * 10 ** 8], (1, 8, 25, 48))
         assert compared == 3 * (1 + 8 + 25 + 48)
 
 
 def test_an_epoch_reads_every_window_of_many_shards_once():
     windows = TextWindows(order.corpus(10 ** 8, 500), 512, seed=1)
-    assert order.epoch_is_whole(windows) == windows.windows_per_epoch == (10 ** 8 - 512) // 512
+    assert order.check_epoch(windows) == windows.windows_per_epoch == (10 ** 8 - 512) // 512
     windows.starts = lambda n: TextWindows.starts(windows, n // 2 * 2)
     with pytest.raises(AssertionError, match="never read"):
-        order.epoch_is_whole(windows)
+        order.check_epoch(windows)
 
 
 def test_the_order_of_a_trillion_looks_like_chance_and_a_plain_one_does_not(monkeypatch):

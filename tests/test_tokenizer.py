@@ -1,6 +1,7 @@
 """Tokenizers: exact round trips, and the same ids in Hugging Face's own library."""
 
 import random
+import socket
 from pathlib import Path
 
 from errors import UserError
@@ -8,7 +9,10 @@ from errors import UserError
 import numpy as np
 import pytest
 import tiktoken
+import tiktoken.registry
+import tiktoken_ext
 import tokenizers
+from commands import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -96,13 +100,10 @@ def test_encodings_are_found_by_name(monkeypatch, tmp_path):
         "                special_tokens={'<|endoftext|>': 401, '<|other|>': 410},\n"
         f"                pat_str={POSSESSIVE!r})\n"
         "ENCODING_CONSTRUCTORS = {'tiny': tiny}\n")
-    import tiktoken.registry as registry
-    import tiktoken_ext
-    from commands import ROOT
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     monkeypatch.setattr(tiktoken_ext, "__path__", [*tiktoken_ext.__path__, str(package)])
-    monkeypatch.setattr(registry, "ENCODING_CONSTRUCTORS", None)
-    registry._available_plugin_modules.cache_clear()
+    monkeypatch.setattr(tiktoken.registry, "ENCODING_CONSTRUCTORS", None)
+    tiktoken.registry._available_plugin_modules.cache_clear()
     tokenizer = named_encoding("tiny")
     assert (tokenizer.n_vocab, tokenizer.begin) == (411, 401)
     hf_tokenizer = tokenizers.Tokenizer.from_str(tokenizer.json)
@@ -116,7 +117,7 @@ def test_encodings_are_found_by_name(monkeypatch, tmp_path):
     (tmp_path / "tokenizer.json").write_text(tokenizer.json)
     assert load_tokenizer(tmp_path / "tokenizer.json").special == tokenizer.special
     assert tokenizer.decode([400, 405]) == ""
-    registry._available_plugin_modules.cache_clear()
+    tiktoken.registry._available_plugin_modules.cache_clear()
 
 
 def test_a_download_that_fails_says_what_to_do(monkeypatch, tmp_path):
@@ -129,7 +130,6 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch, tmp_path):
 
 
 def test_a_server_that_is_silent_is_not_waited_for(monkeypatch, tmp_path):
-    import socket
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))

@@ -111,12 +111,13 @@ def small(config: Config) -> bool:
     That is: the texts of the tests, a small vocabulary, a small model, nothing to compile.
     """
     data, vocab_size = config.data, config.model.vocab_size or 2000
+    model = config.model.model_copy(update={"vocab_size": vocab_size})
     return (data.corpora in (["files"], ["files", "repeats"])
             and data.tokenizer.kind in ("bpe", "bytes") and (data.tokenizer.vocab_size or 0) < 2000
             and config.train.compile is not True and config.train.batch_tokens <= 4096
             and config.eval.tokens <= 2 ** 20
-            and config.model.n_layers < 20 and config.model.n_ctx <= 1024
-            and parameters(config.model.model_copy(update={"vocab_size": vocab_size})).total() < 10 ** 6)
+            and model.n_layers < 20 and model.n_ctx <= 1024
+            and parameters(model).total() < 10 ** 6)
 
 
 def check_before_training(config: Config) -> None:
@@ -130,7 +131,7 @@ def check_before_training(config: Config) -> None:
 
 
 def outcome(text: bytes) -> str:
-    """Do what the command does: to an error, or through a step if that is cheap, or up to training."""
+    """Do what the command does: to an error, through a step if that is cheap, or up to training."""
     Path("damaged.yaml").write_bytes(text)
     shutil.rmtree("runs", ignore_errors=True)
     try:
@@ -221,8 +222,9 @@ def test_run_names_and_targets_cannot_leave_their_folder(folder, fault):
     Path("damaged.yaml").write_text(yaml.safe_dump(TINY))
     shutil.rmtree("runs", ignore_errors=True)
     for name in ("../out", "/tmp/out", "..", "a/b", "."):
-        with fault("damaged config", "in the test's process"), pytest.raises(UserError, match="run="):
-            job_of("damaged.yaml", [f"run={name}"])
+        with fault("damaged config", "in the test's process"):
+            with pytest.raises(UserError, match="run="):
+                job_of("damaged.yaml", [f"run={name}"])
     with fault("damaged config", "in a process of its own"):
         fails(command("train.py", "a" * 5000), "name too long")
     assert not Path("runs").exists()
