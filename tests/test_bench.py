@@ -163,13 +163,15 @@ def test_a_cell_of_a_study_is_the_median_and_the_range():
 
 @pytest.mark.long
 def test_a_study(workplace):
-    """One seed of each arm for three steps: trained and judged; a second call trains nothing."""
+    """One seed each of a study's conditions, for three steps: trained, judged, and a second call
+    trains nothing again."""
     (workplace / "study.py").write_text("""
 import sys
 sys.argv = ["study", "toy", "--seeds", "1", "--at-once", "1"]
 from bench import study
-study.STUDIES["toy"] = (2, [study.Arm(name, name, ("train.steps=3", "heads.every=1"))
-                            for name in ("toy_2l", "toy_1l_smear")])
+changes = ("train.steps=3", "heads.every=1")
+study.STUDIES["toy"] = study.Study(2, [study.Condition(name, name, changes)
+                                       for name in ("toy_2l", "toy_1l_smear")])
 study.main()
 """)
     for trained in (2, 0):
