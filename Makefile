@@ -14,9 +14,11 @@ quickstart: .venv/installed
 	@echo "sample more   $(BIN)/python sample.py runs/quickstart \"class \" -n 3 --max-tokens 40"
 	@echo "train longer  $(BIN)/python train.py runs/quickstart train.steps=4600"
 
+# Style and 100 columns, types, and which package may import which.
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo --no-cache
 
 # Three workers on two cores: many tests wait for other processes.
 test: .venv/installed

@@ -32,7 +32,8 @@ def main() -> None:
             stream.reconfigure(errors="surrogateescape")
     # Large pages, asked for before the first tensor: a CPU then reads weights a third faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    model, tokenizer = load_model(find_checkpoint(args.run), choose_device(args.device, "--device "))
+    device = choose_device(args.device, "--device ")
+    model, tokenizer = load_model(find_checkpoint(args.run), device)
     sampler = Sampler(model.pack(), tokenizer, args)
     if args.interactive:
         sampler.compile([sampler.encode("")])
@@ -111,7 +112,7 @@ class Sampler:
 
     def encode(self, prompt: str) -> list[int]:
         """The ids of a prompt. Raises UserError if they do not fit the context."""
-        ids = self.tokenizer.prompt(prompt.encode("utf-8", "surrogateescape"))
+        ids = self.tokenizer.encode_prompt(prompt.encode("utf-8", "surrogateescape"))
         n_ctx = self.model.config.n_ctx
         if len(ids) > n_ctx and not self.args.slide:
             raise UserError(f"a prompt of {len(ids)} tokens is longer than the model's context of "
@@ -244,7 +245,8 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = ArgumentParser("python sample.py", description="Continue prompts with a trained model.")
+    parser = ArgumentParser("python sample.py",
+                            description="Continue prompts with a trained model.")
     add = parser.add_argument
     add("run", help="runs/NAME, or a checkpoint in it: runs/NAME/checkpoints/000500")
     add("prompt", nargs="*", default=[],

@@ -17,6 +17,7 @@ from data.dataset import Dataset
 from data.load_tokenizer import load_tokenizer
 from data.tokenizer import Tokenizer
 from induction.history import best_head_history
+from induction.metrics import ICL_SCORE
 from induction.probes import probes_of
 from induction.scores import icl_score
 from induction.watch import HeadWatch
@@ -24,6 +25,7 @@ from model.families import obstacles
 from model.gpt import GPT
 from report.page import write_report
 from report.snapshots import PatternRecorder
+from report.text import heads_summary
 from training.checkpoint import find_checkpoint, list_checkpoints, load_weights, verify
 from training.config import Config
 from training.device import (
@@ -116,7 +118,7 @@ def train(job: Job, world: World) -> None:
             if page:
                 run.log_media(lambda: {"heads/report": page})
         if world.first:
-            run.say(run.summary())
+            run.say(run.summary(heads_summary(run.latest)))
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -229,7 +231,7 @@ def evaluate(model: GPT, validation: list[Batch], data: Dataset, world: World) -
     nats = losses.double().sum().item()
     metrics = {"val/loss": nats / losses.numel(), "val/bpb": nats / log(2) / max(1, text_bytes)}
     if data.shards and (score := icl_score(losses)) is not None:
-        metrics["icl/score"] = score
+        metrics[ICL_SCORE] = score
     return metrics
 
 

@@ -1,4 +1,4 @@
-"""What benches are measured on, what they say meanwhile, and where they leave their figures."""
+"""What benches run on, what they print meanwhile, and where they write their figures."""
 
 import json
 import os
@@ -11,16 +11,17 @@ import torch
 from files import atomic_write
 
 GPU = torch.cuda.is_available()
-DEVICE, DTYPE = (torch.device("cuda"), torch.bfloat16) if GPU else (torch.device("cpu"), torch.float32)
+DEVICE = torch.device("cuda" if GPU else "cpu")
+DTYPE = torch.bfloat16 if GPU else torch.float32
 
 
 def device(threads: int) -> str:
-    """The device's name; a CPU's with the threads that are used of it."""
+    """The device's name; for a CPU with the number of threads in use."""
     return torch.cuda.get_device_name() if GPU else f"{platform.machine()}, {threads} thread(s)"
 
 
 def meanwhile(text: str, end: str = "") -> None:
-    """What is being done, in place of what was said last; on a terminal alone."""
+    """Print what is being done over the last such line, if this is a terminal."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end=end, file=sys.stderr, flush=True)
 
@@ -33,7 +34,8 @@ def folder() -> Path:
 
 
 def write(name: str, figures: dict) -> None:
-    """`figures` and the machine they were measured on, as NAME.json."""
-    about = {"machine": platform.platform(), "python": platform.python_version(), "torch": torch.__version__}
+    """Write `figures` and the machine they were measured on to NAME.json."""
+    about = {"machine": platform.platform(), "python": platform.python_version(),
+             "torch": torch.__version__}
     with atomic_write(folder() / f"{name}.json", "w") as file:
         json.dump(about | figures, file, indent=1)

@@ -1,33 +1,39 @@
-"""One of the two that are compared, in a process of its own, as its user would start it."""
+"""One side of a comparison, in a process of its own, as its user would start it."""
 
 import multiprocessing
 import os
 from collections.abc import Callable
+from typing import Any
 
 
 class Side:
-    """`answer = side(*request)`, answered by `serve(pipe, *arguments)`, which ends when it is sent None."""
+    """`answer = side(*request)`, answered by `serve(pipe, *arguments)` in the process.
 
-    def __init__(self, serve: Callable, *arguments, environment: dict[str, str] | None = None):
-        here, there = multiprocessing.Pipe()
+    `serve` ends when it is sent None.
+    """
+
+    def __init__(self, serve: Callable, *arguments: object,
+                 environment: dict[str, str] | None = None):
+        ours, its = multiprocessing.Pipe()
         kept = dict(os.environ)
-        os.environ.update(environment or {})                    # a spawned process starts with it
-        self.process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, *arguments), daemon=True)
+        os.environ.update(environment or {})            # a spawned process starts with it
+        spawn = multiprocessing.get_context("spawn")
+        self.process = spawn.Process(target=serve, args=(its, *arguments), daemon=True)
         self.process.start()
         os.environ.clear()
         os.environ.update(kept)
-        self.pipe = here
-        there.close()                                           # so that a side that dies is noticed and not waited for
+        self.pipe = ours
+        its.close()                                     # or a side that dies would be waited for
 
-    def __call__(self, *request):
+    def __call__(self, *request: object) -> Any:
         self.ask(*request)
         return self.answer()
 
-    def ask(self, *request) -> None:
+    def ask(self, *request: object) -> None:
         """Send a request whose `answer` is fetched later."""
         self.pipe.send(request)
 
-    def answer(self):
+    def answer(self) -> Any:
         return self.pipe.recv()
 
     def close(self) -> None:
@@ -35,8 +41,11 @@ class Side:
         self.process.join()
 
 
-def at_once(sides: dict[str, Side], *request) -> dict:
-    """What each of them answers to a first request, which they work on together: compiling takes the time of the slowest."""
+def at_once(sides: dict[str, Side], *request: object) -> dict[str, Any]:
+    """What each side answers to a first request, on which all work at the same time.
+
+    Compiling then takes the time of the slowest.
+    """
     for side in sides.values():
         side.ask(*request)
     return {name: side.answer() for name, side in sides.items()}

@@ -80,8 +80,8 @@ STUDIES = {
 # --- training -------------------------------------------------------------------------------------
 
 def train_missing(conditions: list[Condition], seeds: int, at_once: int) -> None:
-    """Train every condition with every seed, `at_once` runs side by side on one thread each. Finished
-    runs stay as they are."""
+    """Train every condition with every seed, `at_once` runs side by side on one thread each.
+    Finished runs stay as they are."""
     missing = [(condition, seed) for seed in range(seeds) for condition in conditions
                if not finished(condition, seed)]
     started = time.monotonic()
@@ -257,14 +257,15 @@ def spread(cells: Sequence[str | None]) -> str:
 
 
 def draw(results: Results) -> Figure:
-    """Prefix matching and second-copy loss over tokens, one colour per condition: the mean over seeds
-    and its 95% band."""
+    """Prefix matching and second-copy loss over tokens, one colour per condition: the mean over
+    seeds and its 95% band."""
     drawn, ((left, right),) = figure(9.0, 3.2, 1, 2)
     for condition, outcomes in results.items():
-        best = [tuple(zip(*best_head_history(o.records))) for o in outcomes]
-        second = [curve(o.records, LOSS_SECOND) for o in outcomes]
-        for axes, curves in ((left, best), (right, second)):
-            seeds = band(curves)
+        histories = [best_head_history(o.records) for o in outcomes]
+        best = [([tokens for tokens, _ in history], [score for _, score in history])
+                for history in histories]
+        losses = [curve(o.records, LOSS_SECOND) for o in outcomes]
+        for axes, seeds in ((left, band(best)), (right, band([c for c in losses if c]))):
             line, = axes.plot(seeds.x / 1e6, seeds.mean, lw=1.5, label=condition.label)
             axes.fill_between(seeds.x / 1e6, seeds.low, seeds.high, color=line.get_color(),
                               alpha=0.15, lw=0)

@@ -1,9 +1,10 @@
 """The batch of a training step, as a pure function of (seed, step).
 
-Nothing is drawn in sequence. Every row of a batch is looked up:
+Nothing is drawn in sequence. Each of a step's W windows, of T + 1 tokens, is looked up:
 
-    step → windows of the run → (source, index in it) → T + 1 tokens
-           Batches.share        Quotas.locate           TextWindows.rows or RepeatRows.rows
+    step s → windows s W … s W + W − 1 of the run    Batches.share
+           → (source, index in that source)          Quotas.locate
+           → T + 1 tokens                            TextWindows.rows or RepeatRows.rows
 
 So there is no loader state to save, and a resumed run gets the same batches, on any number of
 processes.
@@ -74,23 +75,24 @@ class Batches:
 
     def share(self, step: int, rank: int, world_size: int) -> Batch:
         """The rows of batch `step` that process `rank` of `world_size` trains on."""
-        first = step * self.windows_per_step + rank * self.windows_per_step // world_size
-        end = step * self.windows_per_step + (rank + 1) * self.windows_per_step // world_size
-        rows_of = defaultdict(list)             # source → which rows of the batch it fills
-        indices_of = defaultdict(list)          # source → which of its own rows they are
-        for row, window in enumerate(range(first, end)):
+        start = step * self.windows_per_step
+        first = start + rank * self.windows_per_step // world_size
+        end = start + (rank + 1) * self.windows_per_step // world_size
+        places = defaultdict(list)              # source → the rows of the batch that it fills
+        indices = defaultdict(list)             # source → which of its own rows go there
+        for place, window in enumerate(range(first, end)):
             source, index = self.quotas.locate(window)
-            rows_of[source].append(row)
-            indices_of[source].append(index)
+            places[source].append(place)
+            indices[source].append(index)
         rows = np.empty((end - first, self.n_ctx + 1), np.int64)        # (B, T + 1)
-        for source in rows_of:
-            indices = np.array(indices_of[source], np.int64)
-            rows[rows_of[source]] = self.sources[source].rows(indices)
+        for source in places:
+            index_array = np.array(indices[source], np.int64)
+            rows[places[source]] = self.sources[source].rows(index_array)
         return as_batch(rows, self.separator)
 
     def prefetch(self, first: int, end: int, device: torch.device, rank: int = 0,
                  world_size: int = 1) -> Iterator[Batch]:
-        """Batches first … end − 1 on `device`.
+        """This process's share of batches first … end − 1, on `device`.
 
         A thread makes two of them ahead, so that the device does not wait.
         """
@@ -124,13 +126,12 @@ def document_ids(tokens: Tensor, separator: int | None) -> Tensor | None:
 class Quotas:
     """Which source each window of the run comes from, without drawing and without history.
 
-    With weight w a source has ⌊n w⌋ of the first n windows, so it gets window n if
-    ⌊(n + 1) w⌋ > ⌊n w⌋. With more sources, the windows that the first one leaves are counted from 0
-    again and divided among the rest in the same way.
+    `divide` says how many of the first n windows each source has. Window n belongs to the source
+    that has one more of the first n + 1.
     """
 
     def __init__(self, entries: list[MixtureEntry], windows_per_step: int):
-        # Weights change only at the steps named by `until`. Between two of them is a phase.
+        # Weights change only after the steps named by `until`. Between two of these is a phase.
         self.phases: list[Phase] = []
         first, earlier = 0, dict.fromkeys((str(entry.corpus) for entry in entries), 0)
         for end in [*sorted({entry.until for entry in entries if entry.until}), None]:
@@ -173,7 +174,11 @@ def weights_until(end: int | None, entries: list[MixtureEntry]) -> dict[str, int
 
 
 def divide(n: int, weights: dict[str, int]) -> dict[str, int]:
-    """How many of a phase's first n windows each source gets; the counts add up to n."""
+    """How many of a phase's first n windows each source gets.
+
+    A source with a fraction w of the total weight gets ⌊n w⌋. The windows left are divided
+    among the remaining sources in the same way, so the counts add up to n.
+    """
     counts, total = {}, sum(weights.values())
     for source, weight in weights.items():
         counts[source] = n * weight // total
@@ -195,6 +200,7 @@ class TextWindows:
                             f"model.n_ctx={n_ctx} + 1\n  use more text or a smaller model.n_ctx")
         self.stream, self.n_ctx, self.seed = stream, n_ctx, seed
         self.windows_per_epoch = max(1, (len(stream) - n_ctx) // n_ctx)
+        # An epoch begins its first window at one of the tokens 0 … n_shifts − 1.
         self.n_shifts = min(n_ctx, len(stream) - self.windows_per_epoch * n_ctx)
 
     def rows(self, index: np.ndarray) -> np.ndarray:

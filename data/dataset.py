@@ -1,4 +1,4 @@
-"""A config's data, opened: its tokenizer, its training batches and its validation windows."""
+"""A config's data, opened: its tokenizer, its training batches and its validation batches."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from errors import UserError
 
 import numpy as np
 
-from data.batches import Batch, Batches, RepeatRows, TextWindows, as_batch
+from data.batches import Batch, Batches, RepeatRows, Source, TextWindows, as_batch
 from data.config import DataConfig, MixtureEntry
 from data.load_tokenizer import make_tokenizer
 from data.prepare import prepare
@@ -14,29 +14,33 @@ from data.shards import Shards
 
 
 class Dataset:
-    """Opens the shards of `config`'s text corpus and prepares them where they are missing.
+    """Opens the shards of the text corpus in `config`, after preparing them if they are missing.
 
-    `folder`: shards that a run began with, used as they are while they exist.
+    `folder`: the shards that a run began with. They are used unchanged as long as they exist.
     """
 
     def __init__(self, config: DataConfig, seed: int, folder: str | None = None):
         self.config, self.seed = config, seed
-        self.shards: Shards | None = None                       # of a text
+        self.shards: Shards | None = None                       # None: the config has no text
         if config.text_corpus is not None:
-            self.shards = Shards(folder if folder and (Path(folder) / "manifest.json").exists() else prepare(config))
-        self.tokenizer = self.shards.tokenizer if self.shards else make_tokenizer(config.tokenizer, iter(()))
+            if not folder or not (Path(folder) / "manifest.json").exists():
+                folder = str(prepare(config))
+            self.shards = Shards(folder)
+            self.tokenizer = self.shards.tokenizer
+        else:
+            self.tokenizer = make_tokenizer(config.tokenizer, iter(()))
         self.begin = self.tokenizer.begin
 
     @property
     def identity(self) -> dict[str, str]:
-        """What a checkpoint notes, so that a run cannot be continued on other data unawares."""
+        """Saved in checkpoints, so that a run cannot be continued on other data by mistake."""
         if self.shards is None:
             return {"hash": self.tokenizer.hash}
         return {"hash": self.shards.hash, "folder": str(self.shards.folder.resolve())}
 
     def training(self, batch_tokens: int, n_ctx: int) -> Batches:
-        """Batches by step, text and synthetic rows mixed as the config says."""
-        sources: dict[str, TextWindows | RepeatRows] = {}
+        """Batches by step; text and synthetic rows are mixed as configured."""
+        sources: dict[str, Source] = {}
         if self.shards and self.config.text_corpus:
             sources[self.config.text_corpus] = TextWindows(self.shards.train, n_ctx, self.seed)
         if "repeats" in self.config.corpora:
@@ -45,22 +49,29 @@ class Dataset:
         return Batches(sources, entries, batch_tokens, n_ctx, self._separator)
 
     def validation(self, tokens: int, n_ctx: int, windows_per_batch: int) -> list[Batch]:
-        """About `tokens` tokens spread evenly over the held-out text, always the same; without text, rows never trained on."""
+        """About `tokens` tokens, always the same.
+
+        The windows are spread evenly over the held-out text. Without text they are synthetic rows
+        from a random stream of their own.
+        """
         count = max(1, tokens // n_ctx)
         if self.shards is None:
             rows = self._repeats(n_ctx, "validation").rows(np.arange(count))
         else:
             text = self.shards.val
             if len(text) < 2:
-                raise UserError(f"the validation text has {len(text)} tokens (raise data.val_fraction={self.config.val_fraction})")
+                raise UserError(f"the validation text has {len(text)} tokens "
+                                f"(raise data.val_fraction={self.config.val_fraction})")
             length = min(n_ctx, len(text) - 1)
-            last = len(text) - 1 - length                       # where the last window may begin
-            count = min(count, last // length + 1)
-            rows = np.stack([text.read(i * last // max(1, count - 1), length + 1) for i in range(count)])
+            last_start = len(text) - 1 - length                 # of a window
+            count = min(count, last_start // length + 1)
+            starts = [n * last_start // max(1, count - 1) for n in range(count)]
+            rows = np.stack([text.read(start, length + 1) for start in starts])
         return list(as_batch(rows, self._separator).split(windows_per_batch))
 
     def _repeats(self, n_ctx: int, stream: str) -> RepeatRows:
-        return RepeatRows(self.config.repeats, n_ctx, self.begin, self.tokenizer.ordinary, self.seed, stream)
+        return RepeatRows(self.config.repeats, n_ctx, self.begin, self.tokenizer.ordinary_ids,
+                          self.seed, stream)
 
     @property
     def _separator(self) -> int | None:

@@ -1,21 +1,23 @@
-"""Text to token ids and back, exactly: what every tokenizer here offers.
+"""The interface of a tokenizer: text to token ids and back, exactly.
 
-data/byte_bpe.py and data/hf_tokenizer.py implement it; data/load_tokenizer.py finds the one that is asked for.
+data/byte_bpe.py and data/hf_tokenizer.py implement it, data/load_tokenizer.py loads one.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 
 class Tokenizer(ABC):
-    """A byte-level BPE. `n_vocab` counts every id, gaps included.
+    """A BPE that can spell every byte.
 
     begin       the id that every document and every probe begins with
-    ends        the ids that end a text which is being generated; the first is the one to write
-    prefixed    whether a prompt is to begin with `begin`: a family whose texts all do (Llama) knows nothing else
+    ends        the ids that end a generated text; the first is the one to write
+    prefixed    whether a prompt must begin with `begin`, as in families whose texts all do (Llama)
+    n_vocab     the number of ids, unused ones included
     special     the ids of special tokens, by their text
     byte_ids    the ids that spell each byte
     """
@@ -38,8 +40,8 @@ class Tokenizer(ABC):
 
     @property
     @abstractmethod
-    def ordinary(self) -> np.ndarray:
-        """The ids that stand for text of their own, in order: what random tokens are drawn from."""
+    def ordinary_ids(self) -> np.ndarray:
+        """The ids that stand for text of their own, in order: random tokens are drawn from them."""
 
     @property
     @abstractmethod
@@ -49,7 +51,7 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def hash(self) -> str:
-        """SHA-256 of all that decides which ids a text gets."""
+        """SHA-256 of everything that decides which ids a text gets."""
 
     # --- text and ids ---
 
@@ -58,26 +60,35 @@ class Tokenizer(ABC):
         raw = text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
         try:
             return self._encode(raw.decode("utf-8"))
-        except UnicodeDecodeError:              # not text: the valid stretches as text, every other byte as itself
-            return np.concatenate([self._encode(part) if isinstance(part, str) else
-                                   np.array(self.byte_ids[part[0]], np.uint32) for part in valid_stretches(raw)])
+        except UnicodeDecodeError:              # encode valid parts as text, other bytes one by one
+            parts = []
+            for part in utf8_parts(raw):
+                if isinstance(part, str):
+                    parts.append(self._encode(part))
+                else:
+                    parts.append(np.array(self.byte_ids[part[0]], np.uint32))
+            return np.concatenate(parts)
 
-    def prompt(self, text: str | bytes) -> list[int]:
-        """The ids that a model is given to continue `text`; an empty one begins a document."""
+    def encode_prompt(self, text: str | bytes) -> list[int]:
+        """The ids that a model gets to continue `text`; an empty text begins a document."""
         ids = self.encode(text).tolist()
         return [self.begin, *ids] if self.prefixed or not ids else ids
 
-    def spelled(self, token: int) -> str:
-        """One token as text to look at: special ones by name, control characters and bytes that are no whole character as \\xNN."""
-        if name := next((text for text, i in self.special.items() if i == token), None):
-            return name
-        if token >= self.n_vocab:                               # a model's vocabulary may be larger
+    def token_text(self, token: int) -> str:
+        r"""A token as people read it.
+
+        Special tokens by name; control characters and incomplete characters as \xNN.
+        """
+        for name, special_id in self.special.items():
+            if special_id == token:
+                return name
+        if token >= self.n_vocab:               # a model's vocabulary may be the larger one
             return f"<{token}>"
         text = self.token_bytes[token].decode("utf-8", "backslashreplace")
-        return "".join(c if (c >= " " and c != "\x7f") or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+        return "".join(f"\\x{ord(c):02x}" if is_control(c) else c for c in text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that `ids` stand for; end-of-text and ids in a vocabulary's gaps stand for none."""
+        """The bytes that `ids` stand for; special tokens and unused ids stand for none."""
         table = self.token_bytes
         return b"".join(table[i] if 0 <= i < len(table) else b"" for i in ids)
 
@@ -91,25 +102,29 @@ class Tokenizer(ABC):
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:
-        """How many bytes of text each id stands for: (V,) int64. Loss per byte needs no other bookkeeping."""
+        """How many bytes of text each id stands for, for the loss per byte: (V,) int64."""
         return np.array([len(token) for token in self.token_bytes], dtype=np.int64)
 
     @property
-    def config(self) -> dict:
-        """The contents of tokenizer_config.json, which lies beside it."""
-        return {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": self.spelled(self.begin),
-                "eos_token": self.spelled(self.ends[0]), "clean_up_tokenization_spaces": False}
+    def config(self) -> dict[str, Any]:
+        """The contents of tokenizer_config.json, which is saved beside tokenizer.json."""
+        return {"tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": self.token_text(self.begin),
+                "eos_token": self.token_text(self.ends[0]),
+                "clean_up_tokenization_spaces": False}
 
 
 def byte_letters() -> dict[int, str]:
-    """The printable letter that stands for each byte in a byte-level BPE file (Radford et al. 2019)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
+    """The printable letter for each byte in a byte-level BPE file (Radford et al. 2019)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+                 *range(ord("®"), ord("ÿ") + 1)]
+    letters = {byte: chr(byte) for byte in printable}
+    others = [byte for byte in range(256) if byte not in letters]
+    return letters | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
-def valid_stretches(raw: bytes) -> Iterator[str | bytes]:
-    """`raw` cut into its longest valid UTF-8 stretches (str) and the single bytes between them."""
+def utf8_parts(raw: bytes) -> Iterator[str | bytes]:
+    """`raw` cut into its longest valid UTF-8 parts (str) and the single bytes between them."""
     while raw:
         try:
             yield raw.decode("utf-8")
@@ -119,3 +134,8 @@ def valid_stretches(raw: bytes) -> Iterator[str | bytes]:
                 yield raw[:error.start].decode("utf-8")
             yield from (raw[n:n + 1] for n in range(error.start, error.end))
             raw = raw[error.end:]
+
+
+def is_control(character: str) -> bool:
+    """Whether an ASCII character has no picture and is neither a line end nor a tab."""
+    return (character < " " or character == "\x7f") and character not in "\n\t"

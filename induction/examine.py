@@ -116,7 +116,7 @@ def key_composition(model: GPT, head: Head) -> KeyComposition | None:
 
 
 def examine_on_rows(model: GPT, rows: TokenRows, progress: Progress = iter) -> HeadScores:
-    """The same on the user's rows; heads are ablated on the first BATCH rows only."""
+    """Score every head on all of the user's rows, and ablate each head on the first BATCH rows."""
     device = model.embed.weight.device
     tokens, queries = rows.tokens[:BATCH], rows.queries[:BATCH]
     batch = Batch(tokens[:, :-1], tokens[:, 1:]).to(device)

@@ -108,7 +108,7 @@ def probes_of(data: DataConfig, n_ctx: int, tokenizer: Tokenizer, seed: int,
 
     None if the context is too short to repeat anything (fewer than 7 tokens).
     """
-    known, unseen = repeat_vocabulary(data.repeats, tokenizer.ordinary, seed)
+    known, unseen = repeat_vocabulary(data.repeats, tokenizer.ordinary_ids, seed)
     longest = min((n_ctx - 1) // 2, len(known))         # it must fit twice after the first token
     fitting = list(range(3, longest + 1))
     if not fitting:

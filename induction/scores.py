@@ -52,31 +52,39 @@ def attention_scores(model: GPT, tokens: Tensor, queries: Tensor) -> PatternScor
     divided by the log of the number of keys that its row sees. The offset profile is the attention
     on each position around the induction target.
     """
-    T = tokens.shape[1]
     weight = queries.float() / queries.sum().clamp(min=1)                       # (B, T), sums to 1
-    visible_keys = torch.arange(1, T + 1, device=tokens.device)                 # (T,)
-    layers: list[dict[str, Tensor]] = []        # of each layer: score → (H,) or (H, 2 · REACH + 1)
+    layers: list[dict[str, Tensor]] = []
 
-    def measure_layer(layer: int, window: int | None) -> TapFunction:
-        def on_lse(lse: Tensor) -> None:
-            # lse is tapped after q and k, so each layer is measured and dropped before the next.
-            q, k = cache.pop(f"L{layer}.q"), cache.pop(f"L{layer}.k")
-            rows = head_statistics(q, k, lse, tokens, window=window)            # (B, H, T) each
-            keys = visible_keys.clamp(max=window or T)
-            entropy = torch.where(keys > 1, rows.entropy / keys.log(), 0)       # one key: 0
-            statistics = rows._replace(entropy=entropy)._asdict()
-            layers.append({name: torch.einsum("bht...,bt->h...", row, weight).cpu().double()
-                           for name, row in statistics.items()})
-        return on_lse
+    with taps(model, ["L*.q", "L*.k"]) as cache:
+        # lse comes after q and k, so each layer is measured, and dropped, before the next.
+        def measure_layer(layer: int, window: int | None) -> TapFunction:
+            def on_lse(lse: Tensor) -> None:
+                q, k = cache.pop(f"L{layer}.q"), cache.pop(f"L{layer}.k")
+                layers.append(layer_scores(q, k, lse, tokens, weight, window))
+            return on_lse
 
-    on_lse = {f"L{layer}.lse": measure_layer(layer, window)
-              for layer, window in enumerate(model.config.windows)}
-    with taps(model, {"L*.q": None, "L*.k": None} | on_lse) as cache:
-        final = model.hidden(tokens)
+        lse_taps: dict[str, TapFunction | None] = {
+            f"L{layer}.lse": measure_layer(layer, window)
+            for layer, window in enumerate(model.config.windows)}
+        with taps(model, lse_taps):
+            final = model.hidden(tokens)
     scores = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
     profile = scores.pop("offset_profile")
     scores["latest_match"] = profile[..., REACH]                                # offset 0
     return PatternScores({name: scores[name] for name in SCORES if name in scores}, profile, final)
+
+
+def layer_scores(q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, weight: Tensor,
+                 window: int | None) -> dict[str, Tensor]:
+    """The statistics of one layer's patterns, averaged with `weight` (B, T) over their rows: (H,)
+    each, (H, 2 · REACH + 1) for the offset profile."""
+    rows = head_statistics(q, k, lse, tokens, window=window)                    # (B, H, T) each
+    T = tokens.shape[1]
+    keys = torch.arange(1, T + 1, device=tokens.device).clamp(max=window or T)  # (T,) visible ones
+    entropy = torch.where(keys > 1, rows.entropy / keys.log(), 0)               # 0 with one key
+    rows = rows._replace(entropy=entropy)
+    return {name: torch.einsum("bht...,bt->h...", row, weight).cpu().double()
+            for name, row in rows._asdict().items()}
 
 
 class Measured(NamedTuple):

@@ -152,7 +152,8 @@ def judge(run: str, condition: str, control: bool, model: GPT, probes: Probes,
 
 
 def answer_of(criteria: Criteria, probes: Probes) -> Answer:
-    """ "no" if any criterion speaks against it; "not shown" if only trained periods were probed."""
+    """The answer is no if any criterion speaks against it, and not shown if only trained periods
+    were probed."""
     if any(criterion is False for criterion in criteria):
         return "no"
     return "yes" if probes.never_trained else "not shown"

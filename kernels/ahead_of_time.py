@@ -50,7 +50,7 @@ TARGETS = {
 }
 REGISTERS = 65_536          # of a multiprocessor, in all of NVIDIA's
 RESERVED = 1024             # bytes of shared memory that the system takes for each program
-KERNELS = ("forward", "forward_gluon", "backward_q", "backward_kv", "decode_part", "decode_whole",
+KERNELS = ("forward", "forward_gluon", "backward_q", "backward_kv", "decode_part", "decode_combine",
            "statistics_rows", "statistics_places")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -122,7 +122,7 @@ class NoDevice:
     def get_current_stream(self, device: int) -> int:
         return 0
 
-    def launcher_cls(self, source, metadata) -> Callable[..., None]:
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
         def launcher(x, y, z, stream, function, packed, about, enter, exit, *arguments) -> None:
             self.launched.append((source.fn.__name__, metadata.hash, (x, y, z), *arguments))
 
@@ -182,7 +182,7 @@ def compile_kernel(target: str, kernel: str, dtype: str, D: int, masks: str = "c
     return Compiled(target, kernel, dtype, D, masks, plan.tile, **resources(plan.compiled))
 
 
-def resources(binary) -> dict[str, Any]:
+def resources(binary: Any) -> dict[str, Any]:
     """What the assembler says of a compiled kernel."""
     if "amdgcn" in binary.asm:
         text = binary.asm["amdgcn"]
@@ -244,7 +244,7 @@ def cases(targets: list[str], dtypes: list[str], masks: list[str], sizes: list[i
     decoding = ("positions", "lengths")
     # kernel → the masks that it does not have
     without = {"decode_part": ("full", "segments"),
-               "decode_whole": ("window", "segments", "full", *decoding),
+               "decode_combine": ("window", "segments", "full", *decoding),
                "statistics_rows": ("full", *decoding), "statistics_places": ("full", *decoding)}
     tiles = (None, *SMALLER) if smaller else (None,)
     chosen = []

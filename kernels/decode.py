@@ -93,7 +93,7 @@ def decode_part(q, q_strides, k, k_strides, v, v_strides, out, lse, query_positi
 
 
 @triton.jit(do_not_specialize=VARYING)
-def decode_whole(part_out, part_lse, out, lse, parts, queries,
+def decode_combine(part_out, part_lse, out, lse, parts, queries,
                  D: tl.constexpr, DIMS: tl.constexpr, COLUMNS: tl.constexpr):
     """The results of all parts for one query, COLUMNS parts at a time.
 
@@ -158,7 +158,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None,
            key_positions=key_positions, H=H, K=K, T=T, S=S, window=window or 0, chunk=chunk,
            scale=scale, WINDOW=window is not None, ORDERED=key_positions is None)
     if parts > 1:
-        launch(decode_whole, lambda tile: (B * H * T, 1, 1), q, part_out=part_out,
+        launch(decode_combine, lambda tile: (B * H * T, 1, 1), q, part_out=part_out,
                part_lse=part_lse, out=out, lse=lse, parts=parts, queries=B * H * T)
     return out, lse
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton import JITFunction
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -20,6 +21,7 @@ from kernels.arguments import descriptor, for_copy_engine, for_pointers
 # A kernel is not compiled again if only these change.
 VARYING = frozenset({"H", "K", "T", "S", "blocks", "window", "together", "chunk", "parts",
                      "queries"})
+Grid = tuple[int, int, int]         # programs along each axis
 
 
 # --- the table of tiles ---
@@ -59,7 +61,7 @@ COMMON = {
                     (4, 256): Tile(16, 16, 8, 2)},
     "statistics_rows": {(4, 64): Tile(32, 32, 8, 1), (4, 128): Tile(32, 16, 8, 2),
                         (4, 256): Tile(16, 16, 4, 1, 2)},
-    "decode_whole": {(size, D): Tile(1, 16, 4, 1, 10) for size in (2, 4) for D in (64, 128, 256)},
+    "decode_combine": {(size, D): Tile(1, 16, 4, 1, 10) for size in (2, 4) for D in (64, 128, 256)},
     # If the targets of 16 rows follow each other, their 17 places each are among 32 adjacent keys.
     "statistics_places": {(size, D): Tile(16, 32, 4, 1, 2)
                           for size in (2, 4) for D in (64, 128, 256)},
@@ -107,6 +109,7 @@ TILES["blackwell"] = {name: rows for name, rows in TILES["hopper"].items()
                       if name != "forward_gluon"}                       # it has no wgmma
 # For devices with little shared memory, tried in this order if the table's tile is too large.
 SMALLER = (Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
+forced: dict[str, Tile] = {}        # kernel → its only tile, within `tile_for`
 _too_large: set[tuple] = set()
 
 
@@ -123,9 +126,11 @@ def family(device: torch.device) -> str:
 
 def tiles(kernel: str, device_family: str, element: int, dims: int) -> list[Tile]:
     """The table's tile for elements of `element` bytes and D ≤ `dims`, then smaller ones."""
+    if kernel in forced:
+        return [forced[kernel]]
     table = TILES[device_family][kernel]
     best = table[min(key for key in table if key[0] >= element and key[1] >= dims)]
-    if kernel in ("decode_whole", "statistics_places"):     # small, and no other sides would do
+    if kernel in ("decode_combine", "statistics_places"):     # small, and no other sides would do
         return [best]
     return [best, *(t for t in SMALLER if t.rows * t.columns < best.rows * best.columns)]
 
@@ -133,18 +138,14 @@ def tiles(kernel: str, device_family: str, element: int, dims: int) -> list[Tile
 @contextmanager
 def tile_for(kernel: str, tile: Tile) -> Iterator[None]:
     """Within it `kernel` is launched with this tile and no other."""
-    global tiles
-    table = tiles
-
-    def with_this_tile(name: str, device_family: str, element: int, dims: int) -> list[Tile]:
-        return [tile] if name == kernel else table(name, device_family, element, dims)
-
-    tiles = with_this_tile
+    kept = dict(forced)
+    forced[kernel] = tile
     plans.clear()
     try:
         yield
     finally:
-        tiles = table
+        forced.clear()
+        forced.update(kept)
         plans.clear()
 
 
@@ -174,7 +175,7 @@ def readable(*tensors: Tensor) -> list[Tensor]:
     return [for_copy_engine(t) if has_copy_engine(t) else for_pointers(t) for t in tensors]
 
 
-def query_grid(q: Tensor) -> Callable[[Tile], tuple[int, int, int]]:
+def query_grid(q: Tensor) -> Callable[[Tile], Grid]:
     """A program for each tile of queries of each head of q (B, H, T, D)."""
     B, H, T, _ = q.shape
     return lambda tile: (B * H * cdiv(T, tile.rows), 1, 1)
@@ -193,20 +194,20 @@ plans: dict[tuple, Plan] = {}
 MOST_PLANS = 4096                   # prompts of ever new lengths have ever new strides
 
 
-def launch(kernel, grid: Callable[[Tile], tuple[int, int, int]], like: Tensor, /, *,
+def launch(kernel: JITFunction, grid: Callable[[Tile], Grid], like: Tensor, /, *,
            columns: dict[str, Tensor] | None = None, rows: dict[str, Tensor] | None = None,
            copy_engine: bool = True, n_rows: int | None = None,
            describe: Callable[[Tensor, int, int], TensorDescriptor] = descriptor,
-           **arguments) -> None:
+           **arguments: Any) -> None:
     """Start `kernel` on the `grid` of the first tile that fits, on the device of `like` (…, D).
 
     like          its device, dtype and D choose the tile
-    rows          `readable` tensors that the kernel reads a tile's rows of at a time
-    columns       likewise, a tile's columns
+    rows          name → `readable` tensor, which programs read in tiles of ROWS positions
+    columns       name → `readable` tensor, which programs read in tiles of COLUMNS positions
     copy_engine   whether rows and columns come through the copy engine, if there is one
-    n_rows        rows of a tile, if the work decides and not the table
+    n_rows        rows of a tile, if the amount of work decides and not the table
     describe      makes a tensor descriptor for the copy engine
-    arguments     the kernel takes those that it has a name for
+    arguments     the others; the kernel takes those that it has a name for
 
     Raises ValueError if no tile fits.
     """
@@ -233,8 +234,10 @@ def launch(kernel, grid: Callable[[Tile], tuple[int, int, int]], like: Tensor, /
     start(kernel, like, grid(plan.tile), [call[name] for name in kernel.arg_names], plan.compiled)
 
 
-def first_launch(kernel, grid, like, rows, columns, copy_engine, n_rows, describe,
-                 arguments) -> Plan:
+def first_launch(kernel: JITFunction, grid: Callable[[Tile], Grid], like: Tensor,
+                 rows: dict[str, Tensor], columns: dict[str, Tensor], copy_engine: bool,
+                 n_rows: int | None, describe: Callable[[Tensor, int, int], TensorDescriptor],
+                 arguments: dict[str, Any]) -> Plan:
     """`launch` with the first tile that fits; returns how to do it again."""
     device_family, D = family(like.device), like.shape[-1]
     dims = max(16, triton.next_power_of_2(D))
@@ -251,9 +254,10 @@ def first_launch(kernel, grid, like, rows, columns, copy_engine, n_rows, describ
         sizes = {"ROWS": tile.rows, "COLUMNS": tile.columns, "STAGES": tile.stages}
         plan = Plan(tile, tma, constants | sizes, None)
         call = arguments | plan.constants | sources(rows, columns, plan, describe)
-        call = [call[name] for name in kernel.arg_names]
+        in_order = [call[name] for name in kernel.arg_names]
         try:
-            return plan._replace(compiled=start(kernel, like, grid(tile), call, **tile.options))
+            compiled = start(kernel, like, grid(tile), in_order, **tile.options)
+            return plan._replace(compiled=compiled)
         except OutOfResources:
             _too_large.add((kernel.__name__, like.device, like.dtype, dims, tile))
     raise ValueError(f"{kernel.__name__}: no tile fits {like.device} for D={D} in {like.dtype} "
@@ -270,8 +274,8 @@ def sources(rows: dict[str, Tensor], columns: dict[str, Tensor], plan: Plan,
             | {name: describe(t, tile.columns, dims) for name, t in columns.items()})
 
 
-def start(kernel, like: Tensor, grid: tuple[int, int, int], arguments: list, compiled=None,
-          **options):
+def start(kernel: JITFunction, like: Tensor, grid: Grid, arguments: list[Any],
+          compiled: Any = None, **options: Any) -> Any:
     """Start a kernel on the device of `like`; every launch ends here.
 
     Returns triton's compiled kernel, to be passed as `compiled` the next time. Multiply-adds are

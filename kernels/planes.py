@@ -1,4 +1,4 @@
-"""What each plane of the packed statistics tensor (PLANES, B, H, T) holds, for writer and reader."""
+"""What each plane of the packed statistics (PLANES, B, H, T) holds, for writer and reader."""
 
 from enum import IntEnum
 

@@ -58,11 +58,11 @@ def statistics_rows(q, q_strides, k, k_strides, lse, tokens, before, out, segmen
     tile = query_tile(H, T, masks, together, ROWS, COLUMNS, CAUSAL, WINDOW, SEGMENTS)
     place, batch, head, start_row = tile.place, tile.batch, tile.head, tile.start_row
     key_head = head // (H // K)
-    row, here = start_row + tl.arange(0, ROWS), start_row + S - T
+    row, first_position = start_row + tl.arange(0, ROWS), start_row + S - T
     # A duplicate is *before* its query: tiles with the first query's own position are masked too.
     start, whole_start, whole_stop, stop = tile.keys
-    whole_stop = tl.where((whole_stop > here) & (whole_stop > whole_start), whole_stop - COLUMNS,
-                          whole_stop)
+    has_own = (whole_stop > first_position) & (whole_stop > whole_start)
+    whole_stop = tl.where(has_own, whole_stop - COLUMNS, whole_stop)
     keys = KeyRange(start, whole_start, whole_stop, stop)
 
     tokens += batch.to(tl.int64) * padded

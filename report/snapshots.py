@@ -82,11 +82,11 @@ class PatternRecorder:
         for rank, head in enumerate(strongest, 1):
             title = f"{head}  prefix matching {score[head]:.2f}"
             pictures[f"heads/strongest/{rank}"] = portrait(patterns[0][head], title)
-        pictures["heads/table"] = score_rows(self.config, measured)
+        pictures["heads/table"] = score_table(self.config, measured)
         return pictures
 
 
-def score_rows(config: ModelConfig, measured: Measured) -> Table:
+def score_table(config: ModelConfig, measured: Measured) -> Table:
     """All scores as a table, one row per head."""
     rows = [[str(head), *(round(values[head].item(), 4) for values in measured.scores.values())]
             for head in heads_of(config)]
@@ -125,7 +125,7 @@ def attention_patterns(model: GPT, passages: list[Tensor],
 
 def spell(ids: Tensor, tokenizer: Tokenizer) -> list[str]:
     """Each token as text; control characters and bytes that are no whole character as \\xNN."""
-    return [tokenizer.spelled(token) for token in ids.tolist()]
+    return [tokenizer.token_text(token) for token in ids.tolist()]
 
 
 # --- on disk --------------------------------------------------------------------------------------

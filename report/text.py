@@ -66,8 +66,8 @@ def scores_as_json(table: HeadScores) -> str:
 def findings(examination: ProbeExamination) -> str:
     """What repeating is worth to the model, and which heads that gain depends on."""
     measured = examination.measured
-    lines = [f"Loss on random tokens: {measured.loss_first:.2f} nats in the first copy, "
-             f"{measured.loss_second:.2f} in the second."]
+    lines = [f"First-copy loss on random tokens: {measured.loss_first:.2f} nats per token, "
+             f"second-copy loss: {measured.loss_second:.2f}."]
     if examination.ablation:
         lines.append(describe_ablation(examination.ablation))
     if examination.previous_token:
@@ -78,7 +78,7 @@ def findings(examination: ProbeExamination) -> str:
 
 
 def rises(nats: float) -> str:
-    """ "raises second-copy loss by 2.10 nats" """
+    """A change of the second-copy loss in words: raises second-copy loss by 2.10 nats."""
     verb = "lowers" if nats < 0 else "raises"
     return f"{verb} second-copy loss by {abs(nats):.2f} nats"
 
@@ -123,7 +123,7 @@ def transitions(records: list[Record]) -> str:
     return "\n".join(lines)
 
 
-def summary(latest: Record) -> str | None:
+def heads_summary(latest: Record) -> str | None:
     """The best head and the losses on random tokens, from the newest value of each metric; None if
     the heads were never measured."""
     scores = scores_by_head(latest, "prefix_matching")

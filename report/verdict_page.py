@@ -176,11 +176,11 @@ def describe_previous_token(heads: PreviousTokenHeads) -> str:
 
 
 def plural(n: int, noun: str) -> str:
-    """ "1 run", "2 runs" """
+    """1 run, 2 runs."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def spread(values: list[float], form: str = "{:.2f}") -> str:
-    """ "0.91 to 0.95", or one number if they are equal as printed."""
+    """Their range, 0.91 to 0.95, or one number if both ends are equal as printed."""
     low, high = form.format(min(values)), form.format(max(values))
     return low if low == high else f"{low} to {high}"

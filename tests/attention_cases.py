@@ -1,4 +1,4 @@
-"""Attention calls to check kernels with: every layout in memory, NaN on all sides, and the error that rounding allows."""
+"""Attention calls to check kernels with: every memory layout, NaN on all sides, error bounds."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class Case:
     groups: int = 1
     causal: bool = True
     window: int | None = None
-    documents: int = 0              # > 0: so many segments, in order
+    documents: int = 0              # number of segments, in order; 0: none
     shuffled: bool = False          # segment ids in no order
     dtype: str = "fp32"
     layout: str = "projection"
@@ -32,31 +32,39 @@ class Case:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k, v and a gradient of the output."""
         draw = torch.Generator().manual_seed(self.seed)
-        H = self.K * self.groups
-        return tuple(placed(torch.randn(self.B, heads, length, self.D, generator=draw).to(DTYPES[self.dtype]), self.layout)
-                     for heads, length in ((H, self.T), (self.K, self.S), (self.K, self.S), (H, self.T)))
+        H, dtype = self.K * self.groups, DTYPES[self.dtype]
+        tensors = []
+        for heads, length in ((H, self.T), (self.K, self.S), (self.K, self.S), (H, self.T)):
+            numbers = torch.randn(self.B, heads, length, self.D, generator=draw).to(dtype)
+            tensors.append(placed(numbers, self.layout))
+        return tuple(tensors)
 
     def masks(self) -> dict:
+        """causal, window and segments, in the order in which the operators take them."""
         segments = None
         if self.documents:
-            segments = torch.randint(0, self.documents, (self.B, self.S), generator=torch.Generator().manual_seed(self.seed))
+            draw = torch.Generator().manual_seed(self.seed)
+            segments = torch.randint(0, self.documents, (self.B, self.S), generator=draw)
             segments = (segments if self.shuffled else segments.sort(1)[0]).to(DEVICE)
         return {"causal": self.causal, "window": self.window, "segments": segments}
 
 
 def placed(x: Tensor, layout: str) -> Tensor:
-    """The numbers of x (B, heads, T, D) on the device, laid out otherwise and with NaN around every head.
+    """The numbers of x (B, heads, T, D) on the device in a memory layout, NaN around each head.
 
-    projection: (B, T, heads, D) memory, as a matrix product writes it · heads: (B, heads, T, D) · columns: a column's
-    positions side by side · sparse: every second number of a larger tensor.
+    projection   (B, T, heads, D) memory, as a matrix product writes it
+    heads        (B, heads, T, D) memory
+    columns      (B, heads, D, T) memory
+    sparse       every second number of a larger tensor
     """
     B, heads, T, D = x.shape
     step = 2 if layout == "sparse" else 1
-    order = {"projection": (0, 2, 1, 3), "heads": (0, 1, 2, 3), "columns": (0, 1, 3, 2), "sparse": (0, 1, 2, 3)}[layout]
+    order = {"projection": (0, 2, 1, 3), "heads": (0, 1, 2, 3), "columns": (0, 1, 3, 2),
+             "sparse": (0, 1, 2, 3)}[layout]
     padded = (B, heads, T + 16, D * step + 16)
     memory = torch.full([padded[i] for i in order], torch.nan, dtype=x.dtype, device=DEVICE)
-    view = memory.permute(*[order.index(i) for i in range(4)])[:, :, 8:8 + T, 8:8 + D * step:step]
-    return view.copy_(x)
+    view = memory.permute(*[order.index(i) for i in range(4)])          # (B, heads, T, D) again
+    return view[:, :, 8:8 + T, 8:8 + D * step:step].copy_(x)
 
 
 def exact_and_plain(case: Case, q, k, v, grad) -> tuple[list[Tensor], list[Tensor]]:
@@ -65,18 +73,26 @@ def exact_and_plain(case: Case, q, k, v, grad) -> tuple[list[Tensor], list[Tenso
     for dtype in (torch.float64, q.dtype):
         inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
         out, lse = reference_attention(*inputs, scale=case.scale, **case.masks())
-        results.append([out.detach(), lse.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))])
+        grads = torch.autograd.grad(out, inputs, grad.to(dtype))
+        results.append([out.detach(), lse.detach(), *grads])
     return tuple(results)
 
 
 def assert_as_good(got: Tensor, exact: Tensor, plain: Tensor, what: str = "") -> None:
-    """`got` may be twice as far from the truth as the plain computation in its dtype, and a rounding step or so on top."""
+    """`got` may be twice as far from the exact result as the plain computation in its dtype.
+
+    A rounding step or so is allowed in addition.
+    """
     finite = exact.isfinite()
     assert torch.equal(got[~finite].double(), exact[~finite]), f"{what}: infinite elsewhere"
     got, exact, plain = got[finite], exact[finite], plain[finite]
     assert got.isfinite().all(), f"{what}: not finite"
     if exact.numel():
-        # In dA − δ two numbers cancel that are √D times larger than what is left: hence 64 steps of float32, and not one.
-        step = max(1.0, exact.abs().max().item()) * torch.finfo(got.dtype).eps * (64 if got.dtype == torch.float32 else 0.5)
-        error, plain_error = (got.double() - exact).abs().max().item(), (plain.double() - exact).abs().max().item()
-        assert error <= 2 * plain_error + step, f"{what}: off by {error:.2e}, the plain computation by {plain_error:.2e}"
+        # 64 steps of float32 and not one: in dA − δ two numbers cancel that are √D times larger
+        # than their difference.
+        steps = 64 if got.dtype == torch.float32 else 0.5
+        step = max(1.0, exact.abs().max().item()) * torch.finfo(got.dtype).eps * steps
+        error = (got.double() - exact).abs().max().item()
+        plain_error = (plain.double() - exact).abs().max().item()
+        assert error <= 2 * plain_error + step, (
+            f"{what}: off by {error:.2e}, the plain computation by {plain_error:.2e}")

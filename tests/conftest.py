@@ -109,7 +109,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 def make_workplace(folder: Path) -> None:
     """Write texts/*.txt (the beginnings of 24 files of Python's own library) and tiny.yaml."""
-    import yaml
+    import yaml  # noqa: PLC0415  the kernels' tests run without it
     (folder / "texts").mkdir()
     for source in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-c]*.py"))[:24]:
         (folder / "texts" / f"{source.stem}.txt").write_bytes(source.read_bytes()[:6000])
@@ -119,7 +119,7 @@ def make_workplace(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
     """`made_once("name", make)`: a workplace in which `make` has run, once for all workers."""
-    from filelock import FileLock
+    from filelock import FileLock  # noqa: PLC0415  likewise
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent

@@ -321,6 +321,8 @@ def bound(function: Any, names: dict[str, Any]) -> FunctionType:
         value = python.__globals__.get(name)
         if isinstance(value, tl.constexpr):
             scope[name] = value.value
+        elif isinstance(value, type):           # a NamedTuple that holds several values
+            scope[name] = value
         elif name not in names and hasattr(value, "fn") and value is not function:
             scope[name] = bound(value, names)
     return FunctionType(python.__code__, scope, python.__name__, python.__defaults__)

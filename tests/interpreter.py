@@ -1,7 +1,8 @@
-"""Triton's interpreter, with its bfloat16 mended. Importing this before any kernel makes them run on the CPU.
+"""Triton's interpreter, with its bfloat16 repaired: import this first, and kernels run on the CPU.
 
-As it comes, the interpreter keeps bfloat16 numbers as 16-bit integers, multiplies those in `tl.dot`, and cuts float32 off
-where hardware rounds to nearest even. Shared-memory limits and dot's smallest sizes it does not know: tests/test_ahead_of_time.py.
+Without this, the interpreter keeps bfloat16 numbers as 16-bit integers, multiplies those in
+`tl.dot`, and truncates float32 where hardware rounds to nearest even. It does not know limits of
+shared memory or the smallest sizes of a dot; tests/test_ahead_of_time.py checks these.
 """
 
 import os
@@ -14,15 +15,15 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 if triton.__version__ < "3.7" and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
-    raise ImportError(f"the interpreter of triton {triton.__version__} needs numpy < 2.4, and {np.__version__} is installed: "
-                      "pip install 'numpy<2.4', or triton 3.7")
+    raise ImportError(f"the interpreter of triton {triton.__version__} needs numpy < 2.4, and "
+                      f"{np.__version__} is installed: pip install 'numpy<2.4', or triton 3.7")
 
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 dot, cast = Builder.create_dot, Builder.cast_impl
 
 
 def widened(handle: Handle) -> Handle:
-    """A bfloat16 tensor as float32, the same numbers; any other as it is."""
+    """A bfloat16 tensor as float32 with the same numbers; any other tensor unchanged."""
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     return Handle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)

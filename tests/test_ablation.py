@@ -1,4 +1,5 @@
-"""induction/ablation.py against models whose weights were cut by hand; induction/phase.py on curves whose moments are known."""
+"""induction/ablation.py against models whose weights were cut by hand; induction/phase.py on curves
+whose moments are known."""
 
 from functools import partial
 
@@ -8,7 +9,13 @@ import torch
 from test_scores import make_model
 
 from data.batches import Batch
-from induction.ablation import alone, effect, losses_without, matched_sets, path_patch
+from induction.ablation import (
+    ablate_each_head,
+    ablation_effect,
+    losses_without,
+    matched_sets,
+    path_patch,
+)
 from induction.phase import band, transition
 from induction.probes import repeats
 from model.config import ModelConfig
@@ -23,16 +30,16 @@ def test_no_heads_no_change():
     model = make_model()
     intact = model.losses(*BATCH)
     assert torch.equal(losses_without(model, BATCH, []), intact)
-    assert effect(model, [], PROBE).second_copy == 0
+    assert ablation_effect(model, [], PROBE).second_copy == 0
 
 
 @torch.no_grad()
 def test_zero_is_the_model_without_those_rows_of_w_o():
     model = make_model(mlp="swiglu")
-    found = losses_without(model, BATCH, TWO)
+    losses = losses_without(model, BATCH, TWO)
     for layer, head in TWO:
         model.blocks[layer].attn.w_o.weight[:, head * 8:(head + 1) * 8] = 0
-    assert torch.allclose(found, model.losses(*BATCH), atol=1e-5)
+    assert torch.allclose(losses, model.losses(*BATCH), atol=1e-5)
 
 
 @torch.no_grad()
@@ -60,7 +67,7 @@ def test_mean_and_resample_put_in_what_the_intact_model_wrote():
 
 
 def test_patterns_kept_are_the_intact_models():
-    """The same pattern in every layer, and so another loss than where later heads look elsewhere."""
+    """The same pattern in every layer, and so another loss than if later heads attend elsewhere."""
     model = make_model()
     with taps(model, "L*.pattern") as cache, torch.no_grad():
         model.hidden(BATCH.tokens)
@@ -70,40 +77,45 @@ def test_patterns_kept_are_the_intact_models():
     assert all(torch.allclose(seen[name], intact[name], atol=1e-6) for name in intact)
     with taps(model, "L*.pattern") as seen:
         full = losses_without(model, BATCH, [Head(0, 1)])
-    assert not torch.allclose(seen["L1.pattern"], intact["L1.pattern"], atol=1e-2) and not torch.allclose(kept, full, atol=1e-2)
-    last = [Head(1, 0)]                                         # nothing looks after the last layer
-    assert torch.allclose(losses_without(model, BATCH, last, patterns_kept=True), losses_without(model, BATCH, last), atol=1e-5)
+    assert not torch.allclose(seen["L1.pattern"], intact["L1.pattern"], atol=1e-2)
+    assert not torch.allclose(kept, full, atol=1e-2)
+    last = [Head(1, 0)]                             # nothing attends after the last layer
+    kept = losses_without(model, BATCH, last, patterns_kept=True)
+    assert torch.allclose(kept, losses_without(model, BATCH, last), atol=1e-5)
 
 
 def test_an_effect_is_the_change_in_the_second_copy():
     model = make_model()
-    lost = effect(model, TWO, PROBE, text=BATCH)
+    effect = ablation_effect(model, TWO, PROBE, text=BATCH)
     before, after = losses_without(model, BATCH, []), losses_without(model, BATCH, TWO)
     change = (after - before)[PROBE.second_copy].mean().item()
     gain = (before[PROBE.first_copy].mean() - before[PROBE.second_copy].mean()).item()
-    assert lost.second_copy == pytest.approx(change, abs=1e-5) and lost.gain_removed == pytest.approx(change / gain, rel=1e-4)
-    assert lost.validation == pytest.approx((after - before).mean().item(), abs=1e-5) and lost.icl is not None
+    assert effect.second_copy == pytest.approx(change, abs=1e-5)
+    assert effect.gain_removed == pytest.approx(change / gain, rel=1e-4)
+    assert effect.validation == pytest.approx((after - before).mean().item(), abs=1e-5)
+    assert effect.icl is not None
 
 
-def test_alone_is_each_heads_mean_in_its_place():
+def test_each_head_is_replaced_by_its_mean():
     model = make_model(mlp="swiglu")
     counted = PROBE.second_copy
-    found, intact = alone(model, BATCH, counted), model.losses(*BATCH)[counted].mean()
-    assert list(found) == heads_of(model.config)
-    for head, cost in found.items():
+    rises, intact = ablate_each_head(model, BATCH, counted), model.losses(*BATCH)[counted].mean()
+    assert list(rises) == heads_of(model.config)
+    for head, rise in rises.items():
         without = losses_without(model, BATCH, [head], "mean")[counted].mean()
-        assert cost == pytest.approx((without - intact).item(), abs=1e-5)
+        assert rise == pytest.approx((without - intact).item(), abs=1e-5)
 
 
-def test_documents_do_not_see_each_other_when_a_head_is_silent():
+def test_documents_do_not_see_each_other_when_a_head_is_ablated():
     """With segments a document's losses are those it has on its own."""
     model = make_model()
     tokens, targets = (torch.cat([part[:1, :15], part[1:2, :15]], dim=1) for part in BATCH[:2])
     both = Batch(tokens, targets, torch.tensor([[0] * 15 + [1] * 15]))
     first = Batch(BATCH.tokens[:1, :15], BATCH.targets[:1, :15])
-    assert torch.allclose(losses_without(model, both, TWO)[:, :15], losses_without(model, first, TWO), atol=1e-5)
+    masked = losses_without(model, both, TWO)
+    assert torch.allclose(masked[:, :15], losses_without(model, first, TWO), atol=1e-5)
     unmasked = losses_without(model, Batch(both.tokens, both.targets), TWO)
-    assert not torch.allclose(unmasked[:, 15:], losses_without(model, both, TWO)[:, 15:], atol=1e-3)
+    assert not torch.allclose(unmasked[:, 15:], masked[:, 15:], atol=1e-3)
 
 
 def test_matched_sets_are_others_of_the_same_layers():
@@ -111,65 +123,72 @@ def test_matched_sets_are_others_of_the_same_layers():
     heads = [Head(1, 0), Head(1, 1), Head(2, 5)]
     sets = matched_sets(config, heads, most=10)
     assert len(sets) == len(set(sets)) == 10
-    for some in sets:
-        assert [head.layer for head in some] == [1, 1, 2] and not set(some) & set(heads) and set(some) <= set(heads_of(config))
+    for others in sets:
+        assert [head.layer for head in others] == [1, 1, 2]
+        assert not set(others) & set(heads) and set(others) <= set(heads_of(config))
     assert matched_sets(config, [Head(0, h) for h in range(6)]) == []
-    assert [len(some) for some in matched_sets(config, [Head(0, h) for h in range(4)])] == [2]          # all the others that there are
+    too_few = matched_sets(config, [Head(0, h) for h in range(4)])
+    assert [len(others) for others in too_few] == [2]           # all other heads of the layer
     assert matched_sets(config, heads) == sets
-    many = matched_sets(ModelConfig(n_layers=1, n_heads=17, d_model=34), [Head(0, 0), Head(0, 1), Head(0, 2)])
+    wide = ModelConfig(n_layers=1, n_heads=17, d_model=34)
+    many = matched_sets(wide, [Head(0, 0), Head(0, 1), Head(0, 2)])
     assert len(many) == len(set(many)) == 10
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("by", ["q", "k", "v"])
-def test_path_patching_changes_one_input_of_one_head(by):
-    """By the model's own modules: the receiver's input without what the sender wrote, everything else untouched."""
+@pytest.mark.parametrize("into", ["q", "k", "v"])
+def test_path_patching_changes_one_input_of_one_head(into):
+    """By the model's own modules: the receiver's input without what the sender wrote, everything
+    else unchanged."""
     model, sender, receiver = make_model(), Head(0, 2), Head(1, 1)
     tokens = BATCH.tokens
-    with taps(model, ["L1.resid_pre", "L0.z", f"L1.{by}"]) as cache:
+    with taps(model, ["L1.resid_pre", "L0.z", f"L1.{into}"]) as cache:
         model.hidden(tokens)
     intact = dict(cache)
     written = torch.zeros_like(intact["L0.z"])
     written[:, sender.index] = intact["L0.z"][:, sender.index]
     without = intact["L1.resid_pre"] - model.blocks[0].attn.w_o(written.transpose(1, 2).flatten(2))
-    with taps(model, {"L1.resid_pre": lambda x: without, f"L1.{by}": None}) as cache:
+    with taps(model, {"L1.resid_pre": lambda x: without, f"L1.{into}": None}) as cache:
         model.hidden(tokens)
-    slot = receiver.index if by == "q" else receiver.index // 2
-    patched = intact[f"L1.{by}"].clone()
-    patched[:, slot] = cache[f"L1.{by}"][:, slot]
-    with taps(model, {f"L1.{by}": lambda x: patched}):
+    slot = receiver.index if into == "q" else receiver.index // 2
+    patched = intact[f"L1.{into}"].clone()
+    patched[:, slot] = cache[f"L1.{into}"][:, slot]
+    with taps(model, {f"L1.{into}": lambda x: patched}):
         expected = model.losses(*BATCH)
-    found = path_patch(model, BATCH, [sender], [receiver], by)
-    assert torch.allclose(found, expected, atol=1e-5) and not torch.allclose(found, model.losses(*BATCH), atol=1e-4)
+    losses = path_patch(model, BATCH, [sender], [receiver], into)
+    assert torch.allclose(losses, expected, atol=1e-5)
+    assert not torch.allclose(losses, model.losses(*BATCH), atol=1e-4)
     with pytest.raises(ValueError, match="layers before it"):
-        path_patch(model, BATCH, [receiver], [sender], by)
+        path_patch(model, BATCH, [receiver], [sender], into)
 
 
 def test_path_patching_leaves_what_lies_between_as_it_was():
-    """Through a layer between the two nothing changes but what goes straight on: with the layer's heads silent, it is the same."""
+    """A layer between the two changes nothing: with its heads and MLP held, the result is the
+    same."""
     model = make_model(n_layers=3, mlp="swiglu")
-    found = path_patch(model, BATCH, [Head(0, 0)], [Head(2, 3)], "k")
+    losses = path_patch(model, BATCH, [Head(0, 0)], [Head(2, 3)], "k")
     with taps(model, ["L1.z", "L1.mlp_out", "L0.mlp_out"]) as cache, torch.no_grad():
         model.hidden(BATCH.tokens)
     held = {name: partial(lambda value, _: value, value) for name, value in cache.items()}
     with taps(model, held):
         again = path_patch(model, BATCH, [Head(0, 0)], [Head(2, 3)], "k")
-    assert torch.allclose(found, again, atol=1e-6)
+    assert torch.allclose(losses, again, atol=1e-6)
 
 
-# --- when it formed ---------------------------------------------------------------------------------------------------------------
+# --- when heads formed ----------------------------------------------------------------------------
 
 def test_a_transition_is_found_where_it_was_put():
     x = np.arange(0, 101) * 1000.0
-    y = np.interp(x, [0, 40000, 60000, 100000], [0.03, 0.03, 0.93, 0.93])             # a straight rise of 0.9 over 20 thousand
-    found = transition(x, y)
+    # A straight rise of 0.9 over 20 thousand tokens.
+    y = np.interp(x, [0, 40000, 60000, 100000], [0.03, 0.03, 0.93, 0.93])
+    rise = transition(x, y)
 
     def at(level: float) -> float:
         return 40000 + (level - 0.03) / 0.9 * 20000
 
-    assert found.final == pytest.approx(0.93)
-    assert found.onset == pytest.approx(at(0.12)) and found.end == pytest.approx(at(0.84))
-    assert found.crossings == {level: pytest.approx(at(level)) for level in (0.3, 0.4, 0.5)}
+    assert rise.final == pytest.approx(0.93)
+    assert rise.onset == pytest.approx(at(0.12)) and rise.end == pytest.approx(at(0.84))
+    assert rise.crossings == {level: pytest.approx(at(level)) for level in (0.3, 0.4, 0.5)}
 
 
 def test_a_blip_before_it_is_not_its_onset_and_no_rise_is_no_transition():
@@ -178,14 +197,15 @@ def test_a_blip_before_it_is_not_its_onset_and_no_rise_is_no_transition():
     y[20] = 0.3
     assert 49 <= transition(x, y).onset <= 50
     assert transition(x, np.full(100, 0.05)) is None and transition([], []) is None
-    assert transition(x, np.where(x < 50, 0.9, 0.1)) is None                          # what is lost again has not formed
-    assert transition(x, 0 * x + 0.8).onset == 0                                      # there from the first look
+    assert transition(x, np.where(x < 50, 0.9, 0.1)) is None        # formed, and lost again
+    assert transition(x, 0 * x + 0.8).onset == 0                    # there from the beginning
 
 
 def test_a_band_is_students_interval():
-    curves = [(np.arange(5.0), np.full(5, value)) for value in (1.0, 2.0, 3.0)] + [(np.arange(1.0, 9.0), np.full(8, 2.0))]
-    found = band(curves)
-    assert found.x.tolist() == [1, 2, 3, 4] and found.mean.tolist() == [2] * 4
+    curves = [(np.arange(5.0), np.full(5, value)) for value in (1.0, 2.0, 3.0)]
+    curves.append((np.arange(1.0, 9.0), np.full(8, 2.0)))
+    seeds = band(curves)
+    assert seeds.x.tolist() == [1, 2, 3, 4] and seeds.mean.tolist() == [2] * 4
     half = 3.18 * np.std([1, 2, 3, 2], ddof=1) / 2
-    assert np.allclose(found.high - found.mean, half) and np.allclose(found.mean - found.low, half)
+    assert np.allclose(seeds.high - seeds.mean, half) and np.allclose(seeds.mean - seeds.low, half)
     assert band(curves[:1]).low.tolist() == [1] * 5

@@ -1,4 +1,4 @@
-"""Batches are functions of the step: permutations, epochs, quotas, synthetic rows, validation windows."""
+"""Batches are functions of the step: permutations, epochs, quotas, synthetic rows, validation."""
 
 from collections import Counter
 from math import floor
@@ -52,31 +52,41 @@ def test_the_smallest_text_is_one_window():
 
 def test_shares_of_any_number_of_processes_make_the_same_batch():
     stream = TokenStream([np.arange(5000, dtype=np.uint16)])
-    entries = [MixtureEntry(corpus="stdlib", weight=0.7), MixtureEntry(corpus="repeats", weight=0.3)]
-    batches = Batches({"stdlib": TextWindows(stream, 16, 1), "repeats": RepeatRows(RepeatsConfig(period=[2, 5]), 16, 256, BYTES, 1)},
-                      entries, 12 * 16, 16)
+    entries = [MixtureEntry(corpus="stdlib", weight=0.7),
+               MixtureEntry(corpus="repeats", weight=0.3)]
+    repeats = RepeatRows(RepeatsConfig(period=[2, 5]), 16, 256, BYTES, 1)
+    sources = {"stdlib": TextWindows(stream, 16, 1), "repeats": repeats}
+    batches = Batches(sources, entries, 12 * 16, 16)
     for step in (0, 5, 10 ** 9):
-        whole = batches[step]
-        assert whole.tokens.shape == whole.targets.shape == (12, 16) and torch.equal(whole.tokens[:, 1:], whole.targets[:, :-1])
+        batch = batches[step]
+        assert batch.tokens.shape == batch.targets.shape == (12, 16)
+        assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
         for world_size in (1, 2, 3, 4):
-            parts = [batches.share(step, rank, world_size).tokens for rank in range(world_size)]
-            assert torch.equal(torch.cat(parts), whole.tokens)
-    ahead = list(batches.prefetch(3, 7, torch.device("cpu")))
-    assert len(ahead) == 4 and all(torch.equal(got.tokens, batches[3 + n].tokens) for n, got in enumerate(ahead))
+            shares = [batches.share(step, rank, world_size).tokens for rank in range(world_size)]
+            assert torch.equal(torch.cat(shares), batch.tokens)
+    prefetched = list(batches.prefetch(3, 7, torch.device("cpu")))
+    assert len(prefetched) == 4
+    for step, batch in enumerate(prefetched, 3):
+        assert torch.equal(batch.tokens, batches[step].tokens)
 
 
 def test_quotas_are_exact_at_every_step():
-    entries = [MixtureEntry(corpus="repeats", weight=0.3), MixtureEntry(corpus="stdlib", weight=0.7)]
+    entries = [MixtureEntry(corpus="repeats", weight=0.3),
+               MixtureEntry(corpus="stdlib", weight=0.7)]
     owners = [Quotas(entries, 4).locate(n) for n in range(1000)]
     for n in range(1000):
-        had = [index for owner, index in owners[:n + 1] if owner == "repeats"]
-        assert len(had) == floor((n + 1) * 3 / 10) and had == list(range(len(had)))
+        indices = [index for owner, index in owners[:n + 1] if owner == "repeats"]
+        assert len(indices) == floor((n + 1) * 3 / 10) and indices == list(range(len(indices)))
 
 
-@given(st.lists(st.tuples(st.sampled_from(["stdlib", "files", "repeats"]), st.floats(0.01, 5), st.none() | st.integers(1, 9)),
-                min_size=1, max_size=5), st.integers(1, 5))
+ENTRIES = st.tuples(st.sampled_from(["stdlib", "files", "repeats"]), st.floats(0.01, 5),
+                    st.none() | st.integers(1, 9))
+
+
+@given(st.lists(ENTRIES, min_size=1, max_size=5), st.integers(1, 5))
 def test_every_window_has_one_owner_whatever_the_weights(entries, windows):
-    entries = [MixtureEntry(corpus=c, weight=w, until=u) for c, w, u in entries] + [MixtureEntry(corpus="stdlib", weight=1.0)]
+    entries = [MixtureEntry(corpus=c, weight=w, until=u) for c, w, u in entries]
+    entries.append(MixtureEntry(corpus="stdlib", weight=1.0))
     quotas, counted = Quotas(entries, windows), Counter()
     for n in range(windows * 15):
         name, index = quotas.locate(n)
@@ -84,9 +94,9 @@ def test_every_window_has_one_owner_whatever_the_weights(entries, windows):
         counted[name] += 1
 
 
-def test_weights_change_at_the_step_that_is_named():
-    entries = [MixtureEntry(corpus="repeats", weight=1.0, until=3), MixtureEntry(corpus="stdlib", weight=1.0)]
-    entries[1] = MixtureEntry(corpus="stdlib", weight=1.0)
+def test_weights_change_at_the_named_step():
+    entries = [MixtureEntry(corpus="repeats", weight=1.0, until=3),
+               MixtureEntry(corpus="stdlib", weight=1.0)]
     owners = [Quotas(entries, 4).locate(n)[0] for n in range(24)]
     assert owners[:12].count("repeats") == 6 and owners[12:].count("repeats") == 0
 
@@ -104,7 +114,9 @@ def test_repeat_rows_repeat_distinct_tokens_of_periods_in_training():
         periods.add(period)
     assert periods == {3, 5, 6, 7, 9}
     again = RepeatRows(config, 30, 256, BYTES, seed=5).rows(np.array([7]))
-    assert (again == rows[7]).all() and not (RepeatRows(config, 30, 256, BYTES, 5, "validation").rows(np.array([7])) == rows[7]).all()
+    assert (again == rows[7]).all()
+    other = RepeatRows(config, 30, 256, BYTES, 5, "validation").rows(np.array([7]))
+    assert not (other == rows[7]).all()
 
 
 def test_documents_are_numbered_for_the_mask(workplace):

@@ -62,7 +62,8 @@ def test_the_gpu_command_lists_its_steps_and_stops_slow_ones(tmp_path):
     last line of its output is kept."""
     done = succeeds(command("-m bench.gpu", cwd=tmp_path, env=NO_GPU))
     assert "bench.attention --tune" in done.stdout and "nothing has been run" in done.stdout
-    seconds = sum(step.seconds for step in gpu.ALONE) + max(step.seconds for step in gpu.TOGETHER)
+    seconds = sum(step.seconds for step in gpu.IN_TURN)
+    seconds += max(step.seconds for step in gpu.SIDE_BY_SIDE)
     assert seconds < gpu.SECONDS
     (tmp_path / "logs").mkdir()
     words = "-c \"print('so far', flush=True); import time; time.sleep(600)\""
@@ -187,11 +188,11 @@ from pathlib import Path
 folder = Path(sys.argv[1])
 os.environ |= {"TRITON_CACHE_DIR": str(folder / "triton"), "TRITON_STORE_BINARY_ONLY": "1"}
 from triton import knobs
-from bench import gpu
+from bench import gpu, gpu_prepare
 gpu.unpack(folder)
 compiled = []
 knobs.compilation.listener = lambda cache_hit, **_: compiled.append(not cache_hit)
-calls = gpu.compile_share(3, 60, "sm_90")
+calls = gpu_prepare.compile_share(3, 60, "sm_90")
 print(calls, len(compiled), sum(compiled))
 """)
     here, there = tmp_path / "here", tmp_path / "there"

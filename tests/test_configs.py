@@ -1,4 +1,7 @@
-"""Every config under configs/ is listed and trains, for three steps, with what would be downloaded replaced by text from this machine."""
+"""Every config under configs/ is listed and trains for three steps.
+
+Text that would be downloaded is replaced by text of this machine.
+"""
 
 import ast
 import subprocess
@@ -12,31 +15,32 @@ from conftest import metrics
 from settings.validate import key_paths
 from training.config import Config, load_config
 
-TOO_LARGE = {"gpt3_175b"}           # to be weighed by model.budget, not trained
-CONFIGS = {path.stem: path for path in sorted(ROOT.glob("configs/**/*.yaml")) if path.stem not in TOO_LARGE}
+TOO_LARGE = {"gpt3_175b"}           # an example for training.plan, not for training
+CONFIGS = {path.stem: path for path in sorted(ROOT.glob("configs/**/*.yaml"))
+           if path.stem not in TOO_LARGE}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_three_steps(name, workplace, made_once):
     config = load_config(CONFIGS[name])
-    Path("prepared").symlink_to(made_once("corpora", lambda folder: None))      # most have the same corpus and tokenizer
+    Path("prepared").symlink_to(made_once("corpora", lambda folder: None))  # many share a corpus
     n_ctx = min(config.model.n_ctx, 128)
-    overrides = ["train.steps=3", f"model.n_ctx={n_ctx}", f"train.batch_tokens={4 * n_ctx}", "eval.tokens=1024", "log.every=1",
-                 "log.wandb=disabled"]
+    overrides = ["train.steps=3", f"model.n_ctx={n_ctx}", f"train.batch_tokens={4 * n_ctx}",
+                 "eval.tokens=1024", "log.every=1", "log.wandb=disabled"]
     if config.model.n_layers > 2:
-        overrides += ["model.n_layers=2"]                       # the others are like these
+        overrides.append("model.n_layers=2")                    # the others are the same
     if config.model.d_model > 256:
         overrides.append(f"model.d_model={config.model.d_model // 4}")
         if config.model.d_mlp:
             overrides.append(f"model.d_mlp={config.model.d_mlp // 4}")
     if config.model.vocab_size:
-        overrides += ["model.vocab_size=512"]
+        overrides.append("model.vocab_size=512")
     if config.data.text_corpus in ("hub", "files"):
         overrides += ["data.corpus=files", "data.files=[texts/*.txt]"]
         if config.data.tokenizer.kind not in ("bytes", "bpe"):
-            overrides += ["data.tokenizer={kind: bpe, vocab_size: 300}"]
+            overrides.append("data.tokenizer={kind: bpe, vocab_size: 300}")
         elif config.data.tokenizer.kind == "bpe":
-            overrides += ["data.tokenizer.vocab_size=400"]
+            overrides.append("data.tokenizer.vocab_size=400")
     done = command("train.py", str(CONFIGS[name]), *overrides, cwd=workplace)
     assert done.returncode == 0, done.stderr
     records = metrics(Path("runs") / config.run)
@@ -46,26 +50,34 @@ def test_three_steps(name, workplace, made_once):
 
 def test_without_arguments_train_lists_every_config_and_what_it_trains():
     # -S: neither torch nor any other package can be imported, so the list is quick
-    done = subprocess.run([sys.executable, "-S", "train.py"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-S", "train.py"], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
-    listed, _, how = done.stdout.partition("\n\n")
-    says = dict(line.split(maxsplit=1) for line in listed.splitlines())
-    assert set(says) == {str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*.yaml")}
-    assert all(10 < len(what) <= 90 for what in says.values()), says
-    assert says["configs/quickstart.yaml"].startswith("two attention-only layers")
-    assert "python train.py configs/quickstart.yaml" in how
+    listed, _, usage = done.stdout.partition("\n\n")
+    descriptions = dict(line.split(maxsplit=1) for line in listed.splitlines())
+    configs = {str(path.relative_to(ROOT)) for path in ROOT.glob("configs/**/*.yaml")}
+    assert set(descriptions) == configs
+    assert all(10 < len(text) <= 90 for text in descriptions.values()), descriptions
+    assert descriptions["configs/quickstart.yaml"].startswith("two attention-only layers")
+    assert "python train.py configs/quickstart.yaml" in usage
 
 
 def test_train_help_needs_no_package_and_names_all_that_it_takes():
-    done = subprocess.run([sys.executable, "-S", "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-S", "train.py", "--help"], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for word in ("configs/NAME.yaml", "runs/NAME", "key.path=value", "Without arguments", "training/config.py"):
+    for word in ("configs/NAME.yaml", "runs/NAME", "key.path=value", "Without arguments",
+                 "training/config.py"):
         assert word in done.stdout
 
 
 def test_every_key_of_a_config_is_read_somewhere():
-    files = [path for folder in ("model", "kernels", "data", "training", "induction") for path in (ROOT / folder).glob("*.py")]
-    read = {node.attr for path in [*files, ROOT / "train.py"] for node in ast.walk(ast.parse(path.read_text("utf-8")))
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    files = [ROOT / "train.py"]
+    for folder in ("model", "kernels", "data", "training", "induction"):
+        files += (ROOT / folder).glob("*.py")
+    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text("utf-8")))]
+    attributes = {node.attr for node in nodes
+                  if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     keys = list(key_paths(Config))
-    assert len(keys) > 70 and [key for key in keys if key.rsplit(".", 1)[-1] not in read] == []
+    assert len(keys) > 70
+    assert [key for key in keys if key.rsplit(".", 1)[-1] not in attributes] == []

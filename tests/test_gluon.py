@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from kernels import flash, flash_gluon, launch
 from kernels.flash import flash_attention
 from kernels.flash_gluon import forward_gluon, launch_gluon
-from kernels.launch import TILES, Tile, family, readable, tiles
-from kernels.tiles import masks_of
+from kernels.launch import TILES, Tile, family, readable
+from kernels.problem import Problem
 
-# Small and of unequal sides, so that tests of a hundred positions cross many borders. Only the
-# simulator runs it: a warpgroup multiplies 64 rows.
+# Small and with unequal sides, so that tests of a hundred positions cross many borders. Only the
+# simulator can run it: a warpgroup multiplies 64 rows.
 SMALL = Tile(32, 16, 4, 2) if DEVICE == "cpu" else None
 CASES = [
     Case(1, 1, 16), Case(65, 65, 32, groups=3), Case(77, 77, 48, B=2, K=2, groups=2),
@@ -43,25 +43,24 @@ SIMULATED = pytest.mark.skipif(DEVICE != "cpu", reason="about the simulator")
 def device(monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(launch, "start", gluon_machine.start)
-        monkeypatch.setattr(launch, "tiles", lambda *_: [SMALL])
+        monkeypatch.setitem(launch.forced, "forward_gluon", SMALL)
     elif family(torch.device(DEVICE, 0)) != "hopper":
         pytest.skip("needs a Hopper GPU")
 
 
 def run(case: Case, q, k, v, tile: Tile | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """out, laid out as the case says, and lse by the kernel, which must not write beside them."""
+    """out, in the case's layout, and lse by the kernel, which must write nothing else."""
     q, k, v = readable(q, k, v)
     out = placed(torch.full(q.shape, torch.nan, dtype=q.dtype), case.layout)
     around_lse = torch.full((q.shape[0] * q.shape[1] * q.shape[2] + 256,), torch.nan, device=DEVICE)
     lse = around_lse[128:-128].view(q.shape[:3])
-    masks, scale = case.masks(), case.scale or case.D ** -0.5
+    problem = Problem(q, k, **case.masks(), scale=case.scale or case.D ** -0.5)
     with launch.tile_for("forward_gluon", tile) if tile else nullcontext():
-        launch_gluon(q, k, v, out, lse, masks_of(q, k, masks["causal"], masks["window"],
-                                                 masks["segments"], scale))
+        launch_gluon(problem, v, out, lse)
     size = out.untyped_storage().nbytes() // out.itemsize
     for memory, inside in ((out.as_strided((size,), (1,), 0), out), (around_lse, lse)):
         written, within = (int((~numbers.isnan()).sum()) for numbers in (memory, inside))
-        assert written == within, f"{written - within} numbers are written beside: {case}"
+        assert written == within, f"{written - within} numbers outside are written: {case}"
     return out, lse
 
 
@@ -71,7 +70,7 @@ def check(case: Case, tile: Tile | None = None) -> None:
     out, lse = run(case, *tensors[:3], tile)
     assert_as_good(out, exact[0], plain[0], f"out of {case}")
     assert_as_good(lse, exact[1], exact[1].float(), f"lse of {case}")     # float32 for any inputs
-    if DEVICE != "cpu":                         # where programs run at once, in any order
+    if DEVICE != "cpu":                         # there programs run at once, in any order
         again = run(case, *tensors[:3], tile)
         assert torch.equal(out, again[0]) and torch.equal(lse, again[1]), f"other bits: {case}"
 
@@ -89,7 +88,8 @@ def test_cases(case, dtype):
 @pytest.mark.parametrize("dims", [16, 32, 64, 128, 256])
 def test_every_row_of_the_table(dims):
     """Lengths around one tile, more tiles than buffers, every mask, and columns past D."""
-    tile = tiles("forward_gluon", "hopper", 2, dims)[0]
+    table = TILES["hopper"]["forward_gluon"]
+    tile = table[min(key for key in table if key[1] >= dims)]
     rows, columns, stages = tile.rows, tile.columns, tile.stages
     long = columns * (stages + 2)
     dtypes, layouts = cycle(("bf16", "fp16")), cycle(LAYOUTS)
@@ -143,52 +143,60 @@ def test_many_tiles(T, D, dtype, masks):
 
 @pytest.mark.gpu
 def test_queries_that_see_nothing():
-    """The operator never has any. They get out 0 and lse −inf, as from `forward`."""
+    """They get out 0 and lse −inf, as from `forward`. The operator never has such queries."""
     q, k = (torch.randn(1, 1, length, 16).bfloat16().to(DEVICE) for length in (5, 3))
     out, lse = torch.empty_like(q), torch.empty(1, 1, 5, device=DEVICE)
-    launch_gluon(q, k, k, out, lse, masks_of(q, k, True, None, None, 0.25))
+    launch_gluon(Problem(q, k, scale=0.25), k, out, lse)
     assert (out[:, :, :2] == 0).all() and (lse[:, :, :2] == -torch.inf).all()
     assert torch.equal(out[:, :, 2], k[:, :, 0]) and lse[:, :, 2:].isfinite().all()
 
 
-# --- faults that a device may forgive now and then, and the simulator must not ---
+# --- faults that a device may sometimes forgive, and the simulator must not ---
 
 K_WAIT = "            mbarrier.wait(k_here.index(buffer), i // STAGES & 1)\n"
 V_WAIT = "            mbarrier.wait(v_here.index(before), (i - 1) // STAGES & 1)\n"
 V_COPY = "v_here.index(before), v_tiles.index(before),\n"
+# fault → (what the simulator says of it, the function that has it, changes that make it)
 FAULTS = {
-    "a key tile is not waited for": ("is arriving", (K_WAIT, "")),
-    "a value tile is not waited for": ("is arriving", (V_WAIT, "")),
-    "the wait is for the phase before": ("is arriving", (K_WAIT, K_WAIT.replace("&", "+ 1 &"))),
-    "the wait is always for phase 0": ("is arriving", (
-        K_WAIT, K_WAIT.replace("i // STAGES & 1", "0"))),
-    "the wait is for a second tile of q": ("for ever", (
-        "mbarrier.wait(k_here.index(0), 0)", "mbarrier.wait(q_here, 1)")),
-    "no tile is fetched ahead": ("for ever", ("ahead = i + STAGES", "ahead = tiles + 1")),
-    "a product still reads the buffer": ("may still read", (
-        "acc = warpgroup_mma_wait(0, deps=[new_acc])", "acc = new_acc.result")),
-    "another warp still reads the buffer": ("may still read", (
-        "            thread_barrier()", "            pass")),
-    "values go to the wrong buffer": ("another copy into the tile", (V_COPY, V_COPY.replace(
-        "v_tiles.index(before)", "v_tiles.index(buffer)"))),
-    "a barrier is not initialised": ("no count", ("    mbarrier.init(q_here, count=1)\n", "")),
-    "a barrier is not made visible": ("no fence", ("    fence_async_shared()", "    pass")),
-    "a barrier counts two arrivals": ("for ever", (
-        "init(q_here, count=1)", "init(q_here, count=2)")),
-    "a copy ends after the program": ("copies under way", (
-        "expect(k, k_here.index(buffer), ahead < tiles)", "expect(k, k_here.index(buffer))"),
+    "a key tile is not waited for": ("is arriving", "forward_gluon",
+        (K_WAIT, "")),
+    "a value tile is not waited for": ("is arriving", "forward_gluon",
+        (V_WAIT, "")),
+    "the wait is for the phase before": ("is arriving", "forward_gluon",
+        (K_WAIT, K_WAIT.replace("&", "+ 1 &"))),
+    "the wait is always for phase 0": ("is arriving", "forward_gluon",
+        (K_WAIT, K_WAIT.replace("i // STAGES & 1", "0"))),
+    "the wait is for a second tile of q": ("for ever", "forward_gluon",
+        ("mbarrier.wait(k_here.index(0), 0)", "mbarrier.wait(q_here, 1)")),
+    "no tile is fetched ahead": ("for ever", "forward_gluon",
+        ("ahead = i + STAGES", "ahead = tiles + 1")),
+    "a product still reads the buffer": ("may still read", "forward_gluon",
+        ("acc = warpgroup_mma_wait(0, deps=[new_acc])", "acc = new_acc.result")),
+    "another warp still reads the buffer": ("may still read", "forward_gluon",
+        ("            thread_barrier()", "            pass")),
+    "values go to the wrong buffer": ("another copy into the tile", "forward_gluon",
+        (V_COPY, V_COPY.replace("v_tiles.index(before)", "v_tiles.index(buffer)"))),
+    "a barrier is not initialised": ("no count", "allocate",
+        ("    mbarrier.init(q_here, count=1)\n", "")),
+    "a barrier is not made visible": ("no fence", "allocate",
+        ("    fence_async_shared()", "    pass")),
+    "a barrier counts two arrivals": ("for ever", "allocate",
+        ("init(q_here, count=1)", "init(q_here, count=2)")),
+    "a copy ends after the program": ("copies under way", "forward_gluon",
+        ("expect(k, k_here.index(buffer), ahead < tiles)", "expect(k, k_here.index(buffer))"),
         ("k_tiles.index(buffer),\n                 ahead < tiles)", "k_tiles.index(buffer))")),
-    "a product ends after the program": ("products under way", (
-        "index(buffer).reshape([COLUMNS, DIMS]), acc)",
-        "index(buffer).reshape([COLUMNS, DIMS]), acc, is_async=True).result")),
+    "a product ends after the program": ("products under way", "forward_gluon",
+        ("index(buffer).reshape([COLUMNS, DIMS]), acc)",
+         "index(buffer).reshape([COLUMNS, DIMS]), acc, is_async=True).result")),
 }
 
 
 @SIMULATED
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_simulator_finds(fault, monkeypatch):
-    message, *changes = FAULTS[fault]
-    monkeypatch.setattr(flash_gluon, "forward_gluon", changed(forward_gluon, *changes))
+    message, function, *changes = FAULTS[fault]
+    wrong = changed(getattr(flash_gluon, function), *changes)
+    monkeypatch.setattr(flash_gluon, function, wrong)
     with pytest.raises(Misuse, match=message):
         check(Case(64, 200, 16, dtype="bf16"), SMALL)
 
@@ -212,7 +220,7 @@ def test_a_result_read_too_early_is_nan(change, monkeypatch):
     case = Case(32, 48, 16, dtype="bf16", causal=False)
     q, k, v, _ = case.tensors()
     assert run(case, q, k, v, SMALL)[0].isfinite().all()
-    # The tile is not fetched anew either: what is left under way would be the first thing noticed.
+    # 4 stages, so that no tile is fetched again: a product under way would be noticed first.
     monkeypatch.setattr(flash_gluon, "forward_gluon", changed(forward_gluon, change))
     assert run(case, q, k, v, SMALL._replace(stages=4))[0].isnan().all()
 
@@ -238,9 +246,10 @@ def test_the_simulators_parts():
 
 @pytest.mark.gpu
 def test_the_switch(monkeypatch):
-    """KERNELS_GLUON=1 puts it behind the operator: in 2 bytes on Hopper, and nowhere else."""
+    """KERNELS_GLUON=1 makes the operator use it: for 2 bytes on Hopper, and nowhere else."""
     launched = []
     monkeypatch.setattr(flash, "USE_GLUON", True)
+    monkeypatch.setattr(flash, "launch_gluon", launch_gluon, raising=False)
     monkeypatch.setattr(launch, "family", lambda device: "hopper")
     monkeypatch.setattr(flash, "launch", lambda kernel, *_, **named: launched.append("forward"))
     monkeypatch.setattr(flash_gluon, "launch",

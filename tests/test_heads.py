@@ -1,4 +1,4 @@
-"""`python heads.py` on real runs: its numbers, its files, its verdict, its mistakes."""
+"""`python heads.py` on real runs: its numbers, its files, its verdict, its error messages."""
 
 import json
 import shutil
@@ -11,9 +11,21 @@ from commands import ROOT, command, fails
 from PIL import Image
 from test_scores import dense_scores
 
-from induction.ablation import losses_without
-from model.taps import heads_of, taps
+from induction.ablation import Effect, losses_without
+from induction.examine import HeadScores, probes_for
+from induction.phase import Transition
+from induction.verdict import PreviousTokenHeads, SetAblation
+from model.taps import Head, heads_of, taps
+from report.text import (
+    describe_ablation,
+    describe_previous_token,
+    head_table,
+    heads_summary,
+    scores_as_json,
+)
 from training.loaded_run import load_run
+
+HEADS = [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
 
 
 def heads(*arguments, cwd: Path | None = None):
@@ -32,17 +44,20 @@ def test_the_readme_command(run):
     done = heads("runs/tiny", "--movie", "--json", "scores.json", cwd=run.parent.parent)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines if line[:1] == "L"] == [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
-    for word in ("prefix", "alone", "random tokens cost", "report.html", "figures/formation.png", "heads.gif"):
+    table = [line.split() for line in lines if line[:1] == "L"]
+    assert [row[0] for row in table] == HEADS
+    for word in ("prefix", "alone", "loss on random tokens: ", "report.html",
+                 "figures/formation.png", "heads.gif"):
         assert word in done.stdout, word
     for name in ("formation", "scores", "offsets"):
         picture = np.asarray(Image.open(run / "figures" / f"{name}.png").convert("L"))
-        assert picture.std() > 10 and (run / "figures" / f"{name}.svg").read_text().startswith("<?xml")
+        drawing = (run / "figures" / f"{name}.svg").read_text()
+        assert picture.std() > 10 and drawing.startswith("<?xml")
     movie = Image.open(run / "heads.gif")
     assert movie.n_frames >= 2 and movie.width > 400
     scores = json.loads((run.parent.parent / "scores.json").read_text())
-    assert list(scores) == [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
-    row = lines[next(n for n, line in enumerate(lines) if line.startswith("L1H2"))].split()
+    assert list(scores) == HEADS
+    row = table[HEADS.index("L1H2")]
     assert float(row[1]) == pytest.approx(scores["L1H2"]["prefix_matching"], abs=1e-3)
     assert float(row[-1]) == pytest.approx(scores["L1H2"]["alone"], abs=0.001)
     page = (run / "report.html").read_text()
@@ -51,25 +66,64 @@ def test_the_readme_command(run):
 
 def test_alone_is_the_loss_without_that_head(run):
     assert heads("runs/tiny", "--json", "s.json", cwd=run.parent.parent).returncode == 0
-    found = json.loads((run.parent.parent / "s.json").read_text())
+    scores = json.loads((run.parent.parent / "s.json").read_text())
     opened = load_run(run)
-    from heads import probes_for
     probe = probes_for(opened).held_out
     intact = losses_without(opened.model, probe.batch, [])[probe.second_copy].mean().item()
     for head in heads_of(opened.model.config):
-        without = losses_without(opened.model, probe.batch, [head], "mean")[probe.second_copy].mean().item()
-        assert found[str(head)]["alone"] == pytest.approx(without - intact, abs=1e-5)
+        without = losses_without(opened.model, probe.batch, [head], "mean")
+        rise = without[probe.second_copy].mean().item() - intact
+        assert scores[str(head)]["alone"] == pytest.approx(rise, abs=1e-5)
+
+
+def test_sentences_say_what_was_measured():
+    """Numbers that nobody has to compute: a set of two heads, and one previous-token head."""
+    two, one = [Head(1, 3), Head(1, 0)], [Head(0, 2)]
+    ablation = SetAblation(two, Effect(2.104, 0.938, None, None), [0.1, 0.3], {1})
+    assert describe_ablation(ablation) == (
+        "Mean-ablating L1H3, L1H0 (prefix matching ≥ 0.4) raises second-copy loss by 2.10 nats,\n"
+        "  94% of the repeat gain; ablating other heads of the same layers: 20%.")
+    nothing_else = ablation._replace(effect=Effect(-0.5, -0.2, None, None), others=[])
+    assert "lowers second-copy loss by 0.50 nats" in describe_ablation(nothing_else)
+    assert "other heads" not in describe_ablation(nothing_else)
+    previous = PreviousTokenHeads(one, 6.0, -0.02, {"q": 0.25, "k": 6.2, "v": -0.125})
+    sentence = describe_previous_token(previous)
+    assert "L0H2" in sentence and "raises second-copy loss by 6.00 nats" in sentence
+    assert "fixed: -0.02" in sentence and "keys: +6.20" in sentence and "queries: +0.25" in sentence
+    record = {"heads/prefix_matching/L0H0": 0.1, "heads/prefix_matching/L1H3": 0.95,
+              "heads/previous_token/L0H0": 1.0, "repeat/loss_first": 6.3, "repeat/loss_second": 0.2}
+    line = heads_summary(record)
+    assert line.startswith("L1H3 ") and "0.95" in line and "6.30" in line and "0.20" in line
+    assert heads_summary({"val/loss": 2.0}) is None
+
+
+def test_the_table_has_a_row_per_head_and_explains_its_columns():
+    scores = {"prefix_matching": torch.tensor([[0.25, 0.5]]),
+              "of_our_own": torch.tensor([[1.0, 2.0]])}
+    table = HeadScores(scores, {Head(0, 0): 0.125, Head(0, 1): -1.5})
+    formed = {Head(0, 1): Transition(2e6, 3e6, 0.5, {})}
+    lines = head_table(table, "the given text", formed).split("\n")
+    assert [line.split() for line in lines[:3]] == [
+        ["head", "prefix", "of_our_own", "alone", "formed"], ["L0H0", "0.250", "1.000", "+0.125"],
+        ["L0H1", "0.500", "2.000", "-1.500", "2.00", "M"]]
+    assert len(lines[0]) == len(lines[2])                       # columns are aligned
+    explained = "\n".join(lines[3:])
+    assert "loss on the given text" in explained and "copying" not in explained
+    assert json.loads(scores_as_json(table))["L0H1"] == {"prefix_matching": 0.5, "of_our_own": 2.0,
+                                                         "alone": -1.5}
 
 
 def test_given_tokens_are_taken_as_they_are(run):
-    """Rows of different lengths, averaged over all their queries with an earlier key; checked on dense patterns, row by row."""
+    """Rows of different lengths, averaged over all their queries with an earlier key; checked on
+    dense patterns, row by row."""
     draw = np.random.default_rng(0)
     rows = [draw.integers(0, 12, size=n).tolist() for n in (32, 7, 2, 20)]
-    (run / "ids.txt").write_text("\n".join([" ".join(map(str, rows[0])), ",".join(map(str, rows[1])), str(rows[2]), "",
-                                            " ".join(map(str, rows[3]))]))
+    lines = [" ".join(map(str, rows[0])), ",".join(map(str, rows[1])), str(rows[2]), "",
+             " ".join(map(str, rows[3]))]
+    (run / "ids.txt").write_text("\n".join(lines))
     done = heads(run, "--tokens", run / "ids.txt", "--json", run / "s.json")
     assert done.returncode == 0, done.stderr
-    found, model = json.loads((run / "s.json").read_text()), load_run(run).model
+    scores, model = json.loads((run / "s.json").read_text()), load_run(run).model
     total, count = {}, 0
     for row in rows:
         tokens = torch.tensor([row])
@@ -78,12 +132,15 @@ def test_given_tokens_are_taken_as_they_are(run):
         with taps(model, "L*.pattern") as cache, torch.no_grad():
             model.hidden(tokens)
         for layer in range(2):
-            for name, values in dense_scores(cache[f"L{layer}.pattern"], tokens, queries, None).items():
+            dense = dense_scores(cache[f"L{layer}.pattern"], tokens, queries, None)
+            for name, values in dense.items():
                 total[layer, name] = total.get((layer, name), 0) + values * (len(row) - 1)
         count += len(row) - 1
     for layer, head in heads_of(model.config):
-        for name in ("prefix_matching", "previous_token", "duplicate_token", "first_token", "entropy", "distance"):
-            assert found[f"L{layer}H{head}"][name] == pytest.approx(total[layer, name][head].item() / count, abs=1e-4), name
+        for name in ("prefix_matching", "previous_token", "duplicate_token", "first_token",
+                     "entropy", "distance"):
+            expected = total[layer, name][head].item() / count
+            assert scores[f"L{layer}H{head}"][name] == pytest.approx(expected, abs=1e-4), name
 
 
 def test_text_and_files_are_shown_token_by_token(run):
@@ -94,32 +151,41 @@ def test_text_and_files_are_shown_token_by_token(run):
     (run / "f.py").write_text(text * 20)
     done = heads(run, "--file", run / "f.py", "--all-steps")
     assert done.returncode == 0 and "the given text" in done.stdout, done.stderr
-    done = heads(run, "--step", "8")                             # beside the run's own page and figures, not in their place
+    # Beside the run's own page and figures, not in their place.
+    done = heads(run, "--step", "8")
     assert done.returncode == 0 and "figures-step-8/scores.png" in done.stdout, done.stderr
-    assert (run / "report-step-8.html").exists() and not (run / "figures").exists() and not (run / "report-all-steps.html").exists()
+    assert (run / "report-step-8.html").exists() and not (run / "figures").exists()
+    assert not (run / "report-all-steps.html").exists()
 
 
 def test_a_run_that_was_never_looked_at_and_a_checkpoint_outside_a_run(trained, workplace):
     assert command("train.py", "tiny.yaml", "run=unseen", "heads.every=0").returncode == 0
     done = heads("runs/unseen")
-    assert done.returncode == 0 and "formation" not in done.stdout and Path("runs/unseen/report.html").exists(), done.stderr
-    done = heads("runs/unseen", "--all-steps")                                      # two checkpoints are kept, and are looked back at
+    assert done.returncode == 0 and "formation" not in done.stdout, done.stderr
+    assert Path("runs/unseen/report.html").exists()
+    done = heads("runs/unseen", "--all-steps")              # measures the two kept checkpoints
     assert done.returncode == 0 and "formation" in done.stdout, done.stderr
     assert '"tokens": [2048.0, 3072.0]' in Path("runs/unseen/report-all-steps.html").read_text()
     shutil.copytree(trained / "checkpoints" / "000012", "mine")
     done = heads("mine")
-    assert done.returncode == 0 and "at step 12" in done.stdout and Path("mine/report.html").exists(), done.stderr
+    assert done.returncode == 0 and "at step 12" in done.stdout, done.stderr
+    assert Path("mine/report.html").exists()
     done = heads("verdict", "mine")
     assert done.returncode == 0 and "## mine: no" in done.stdout, done.stderr
-    assert "## tiny (at step 8 of 12): no" in heads("verdict", trained / "checkpoints" / "000008").stdout
+    early = heads("verdict", trained / "checkpoints" / "000008").stdout
+    assert "## tiny (at step 8 of 12): no" in early
 
 
 def test_tokens_beyond_the_tokenizer_are_looked_at(workplace):
     """A vocabulary larger than the tokenizer's, and a context too short for any probe."""
-    assert command("train.py", "tiny.yaml", "model.vocab_size=320", "model.n_ctx=4", "train.batch_tokens=64").returncode == 0
+    done = command("train.py", "tiny.yaml", "model.vocab_size=320", "model.n_ctx=4",
+                   "train.batch_tokens=64")
+    assert done.returncode == 0, done.stderr
     Path("ids.txt").write_text("310 5 310 5")
     done = heads("runs/tiny", "--tokens", "ids.txt")
-    assert done.returncode == 0 and "<310>" in Path("runs/tiny/report-text.html").read_text().replace("\\u003c", "<"), done.stderr
+    assert done.returncode == 0, done.stderr
+    page = Path("runs/tiny/report-text.html").read_text()
+    assert "<310>" in page.replace("\\u003c", "<")
     fails(heads("runs/tiny"), "too short")
 
 
@@ -132,9 +198,9 @@ def test_mistakes_are_two_lines(run):
     fails(heads(run, "--tokens", run / "ids.txt"), "33 tokens", "context of 32")
     fails(heads(run, "--step", "7"), "no checkpoint of step 7", "8, 12")
     fails(heads(run, "--text", "a", "--file", "b"), "exclude each other")
-    fails(heads(run, "--text", "x"), "--text x: one token", "needs two")
+    fails(heads(run, "--text", "x"), "--text x: at most one token", "needs two")
     (run / "odd.bin").write_bytes(bytes(100))
-    fails(heads(run, "--file", run / "odd.bin"), "odd.bin: is no text")
+    fails(heads(run, "--file", run / "odd.bin"), "odd.bin: is not a text file")
     late = heads(run, "--json", run / "no" / "such" / "folder.json")
     fails(late, "--json")
     assert not late.stdout                                       # said before the work
@@ -149,31 +215,41 @@ def test_mistakes_are_two_lines(run):
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory) -> Path:
-    """Short real runs: two layers, which just form; their one-layer control, as long; smeared keys; the trap. With fewer tokens to tell
-    apart than in configs/ heads form in a third of the time."""
+    """Short real runs: two layers, whose heads just form; their one-layer control, as long; smeared
+    keys; the trap. With fewer distinct tokens than in configs/, heads form in a third of the
+    time."""
     folder = tmp_path_factory.mktemp("studied")
-    for name, steps in (("toy_2l", 800), ("toy_1l", 800), ("toy_1l_smear", 300), ("toy_fixed_period", 300)):
-        done = command("train.py", ROOT / f"configs/induction/{name}.yaml", f"train.steps={steps}", "train.batch_tokens=1024",
-                       "data.repeats.n_tokens=64", "eval.tokens=1024", "log.wandb=disabled", cwd=folder)
+    for name, steps in (("toy_2l", 800), ("toy_1l", 800), ("toy_1l_smear", 300),
+                        ("toy_fixed_period", 300)):
+        done = command("train.py", ROOT / f"configs/induction/{name}.yaml", f"train.steps={steps}",
+                       "train.batch_tokens=1024", "data.repeats.n_tokens=64", "eval.tokens=1024",
+                       "log.wandb=disabled", cwd=folder)
         assert done.returncode == 0, done.stderr
     return folder
 
 
 @pytest.mark.long
 def test_the_verdict(studied):
-    """Yes where heads formed and the model needs them; no for the trap, though it looks perfect on its own period; no for one layer."""
-    done = heads("verdict", *(f"runs/{name}" for name in ("toy_2l", "toy_1l_smear", "toy_fixed_period", "toy_1l")), "--out", "verdict.md",
+    """Yes if heads formed and the model needs them; no for the trap, though it looks perfect on its
+    own period; no for one layer."""
+    names = ("toy_2l", "toy_1l_smear", "toy_fixed_period", "toy_1l")
+    done = heads("verdict", *(f"runs/{name}" for name in names), "--out", "verdict.md",
                  cwd=studied)
     assert done.returncode == 0, done.stderr
     page = (studied / "verdict.md").read_text()
     assert page.strip() == done.stdout.strip()
-    assert "## toy_2l: yes" in page and "## toy_1l_smear: yes" in page and "## toy_fixed_period: no" in page and "## toy_1l: no" in page
+    assert "## toy_2l: yes" in page and "## toy_1l_smear: yes" in page
+    assert "## toy_fixed_period: no" in page and "## toy_1l: no" in page
     trap = page[page.index("## toy_fixed_period"):page.index("## toy_1l: no")]
     trained = float(trap.split("trained periods ")[1].split(" ")[0])
-    assert trained > 0.8 and "**against**" in trap                     # it looks like induction, on the period it knows
-    assert "One-layer control: prefix matching at most 0.0" in page and "what was averaged, not what was used" in page
-    assert "No controls, though of one layer" in page and "probe too): toy_1l_smear, toy_fixed_period." in page
-    early = heads("verdict", sorted((studied / "runs/toy_1l/checkpoints").glob("0*"))[0], cwd=studied).stdout
-    assert "of 800): no" in early and "No one-layer control" in early and "(unfinished; or" in early
+    assert trained > 0.8 and "**against**" in trap          # looks like induction on its own period
+    assert "One-layer control: prefix matching at most 0.0" in page
+    assert "what was averaged, not what was used" in page
+    assert "One-layer runs that are no controls" in page
+    assert "meet the probe): toy_1l_smear, toy_fixed_period." in page
+    first = sorted((studied / "runs/toy_1l/checkpoints").glob("0*"))[0]
+    early = heads("verdict", first, cwd=studied).stdout
+    assert "of 800): no" in early and "No one-layer control" in early
+    assert "(unfinished, or" in early
     smear = page[page.index("## toy_1l_smear"):page.index("## toy_fixed_period")]
     assert "**against**" not in smear and "Prefix matching rose between" in smear

@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import command, fails
 from conftest import metrics
-from theirs import LLAMA3, MODELS, YARN, make_theirs
+from theirs import LLAMA3, MODELS, YARN, save_hf_model
 
 from model.families import family
 from training.checkpoint import find_checkpoint, load_model
@@ -25,7 +25,7 @@ from training.resume import job_of
 @torch.no_grad()
 def test_logits_are_theirs_before_and_after_saving(kind, tmp_path):
     from transformers import AutoModelForCausalLM
-    theirs = make_theirs(kind, tmp_path / "theirs", **({"max_shard_size": "60KB"} if kind in ("llama", "gpt2") else {}))
+    theirs = save_hf_model(kind, tmp_path / "theirs", **({"max_shard_size": "60KB"} if kind in ("llama", "gpt2") else {}))
     _, model, _ = import_model(tmp_path / "theirs", tmp_path / "run")
     tokens = torch.randint(640, (2, 64), generator=torch.Generator().manual_seed(1))
     expected = theirs(tokens).logits
@@ -48,16 +48,16 @@ def test_other_spellings_of_the_same_model_are_read(tmp_path):
     """The files of before transformers 5: names without their first word, constants among the parameters, old rope keys; in bfloat16."""
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
-    make_theirs("gpt2", tmp_path / "gpt2")
+    save_hf_model("gpt2", tmp_path / "gpt2")
     state = {name.removeprefix("transformer."): value.bfloat16() for name, value in load_file(tmp_path / "gpt2/model.safetensors").items()}
     mask = torch.ones(1, 1, 64, 64).tril()
     save_file(state | {"h.0.attn.bias": mask, "h.0.attn.masked_bias": torch.tensor(-1e4), "lm_head.weight": state["wte.weight"].clone()},
               tmp_path / "gpt2/model.safetensors")
-    make_theirs("gpt_neox", tmp_path / "gpt_neox")
+    save_hf_model("gpt_neox", tmp_path / "gpt_neox")
     config = json.loads((tmp_path / "gpt_neox/config.json").read_text())
     del config["rope_parameters"], config["tie_word_embeddings"], config["hidden_act"], config["use_parallel_residual"]
     (tmp_path / "gpt_neox/config.json").write_text(json.dumps(config | {"rotary_pct": 0.25, "rotary_emb_base": 10000}))
-    make_theirs("llama llama3 rope", tmp_path / "llama")
+    save_hf_model("llama llama3 rope", tmp_path / "llama")
     config = json.loads((tmp_path / "llama/config.json").read_text())
     theta = config.pop("rope_parameters")["rope_theta"]
     (tmp_path / "llama/config.json").write_text(json.dumps(config | {"rope_theta": theta, "rope_scaling": LLAMA3}))
@@ -80,7 +80,7 @@ def shared(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("theirs") / "theirs"
     folder.mkdir()
     for kind in ("llama", "qwen3", "gpt2", "gpt_neox", "mistral"):
-        make_theirs(kind, folder / kind)
+        save_hf_model(kind, folder / kind)
     return folder
 
 
@@ -188,7 +188,7 @@ def test_an_imported_run_is_trained_as_any_other(shared, workplace):
     assert theirs.config.model_type == "gpt_neox"
     text = "the quick brown fox"
     ids = AutoTokenizer.from_pretrained(find_checkpoint("runs/theirs")).encode(text)
-    assert ids == AutoTokenizer.from_pretrained(shared / "gpt_neox").encode(text) == tokenizer.prompt(text)
+    assert ids == AutoTokenizer.from_pretrained(shared / "gpt_neox").encode(text) == tokenizer.encode_prompt(text)
 
 
 def test_another_run_starts_from_an_imported_one(shared, workplace):

@@ -1,8 +1,16 @@
-"""The kernels as PyTorch sees them: operators that compile, checkpoint, count and shard like its own."""
+"""The kernels as operators of PyTorch, which compile, checkpoint, count and shard like its own."""
+
+import os
+import socket
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from attention_cases import DEVICE
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -16,29 +24,36 @@ from kernels.decode import decode as decode_operator
 from kernels.statistics import head_statistics, induction_targets, tokens_before
 from kernels.statistics_triton import statistics
 
+if DEVICE == "cpu":
+    import interpreter  # noqa: F401    for the processes that a test starts: no conftest there
+
 
 def qkv(T=20, H=2, K=1, D=16, grad=True):
     torch.manual_seed(0)
-    return [torch.randn(2, T, heads, D, device=DEVICE).transpose(1, 2).requires_grad_(grad) for heads in (H, K, K)]
+    return [torch.randn(2, T, heads, D, device=DEVICE).transpose(1, 2).requires_grad_(grad)
+            for heads in (H, K, K)]
 
 
 def operators():
     q, k, v = qkv()
-    plain, ids = [t.detach() for t in (q, k, v)], torch.randint(0, 5, (2, 20), device=DEVICE)
+    plain = plain_q, plain_k, plain_v = [t.detach() for t in (q, k, v)]
+    ids = torch.randint(0, 5, (2, 20), device=DEVICE)
     out, lse = flash.flash_attention(*plain, True, None, None, 0.25)
     masks = (True, 7, ids.sort(1)[0], 0.25)
     positions = torch.arange(20, device=DEVICE).expand(2, 20)
     return {
         "forward": (flash.flash_attention, (q, k, v, *masks)),
         "backward": (flash.flash_attention_backward, (out, *plain, out, lse, *masks)),
-        "decode": (decode_operator, (plain[0][:, :, :1], *plain[1:], positions[:, -1:], positions, 7, 0.25)),
-        "head_statistics": (statistics, (*plain[:2], lse, ids, tokens_before(ids), induction_targets(ids), 7, None, 0.25)),
+        "decode": (decode_operator, (plain_q[:, :, :1], plain_k, plain_v, positions[:, -1:],
+                                     positions, 7, 0.25)),
+        "head_statistics": (statistics, (plain_q, plain_k, lse, ids, tokens_before(ids),
+                                         induction_targets(ids), 7, None, 0.25)),
     }
 
 
 @pytest.mark.parametrize("name", ["forward", "backward", "decode", "head_statistics"])
 def test_opcheck(name):
-    """Schema, autograd registration, fake tensors and tracing with dynamic shapes: PyTorch's own check."""
+    """PyTorch's own check of schema, autograd, fake tensors and tracing with dynamic shapes."""
     operator, arguments = operators()[name]
     torch.library.opcheck(operator, arguments)
 
@@ -58,17 +73,22 @@ def test_compiles_whole_and_for_any_length():
     for T in (20, 33, 47):
         inputs = qkv(T)
         expected = torch.autograd.grad(block(*inputs), inputs)
-        assert all(torch.allclose(a, b) for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), expected))
+        got = torch.autograd.grad(compiled(*inputs), inputs)
+        assert all(torch.allclose(a, b) for a, b in zip(got, expected))
     assert len(graphs) == 1
-    whole = torch.compile(lambda q, k, lse, ids: head_statistics(q, k, lse, ids, backend="triton").entropy, fullgraph=True, backend="eager")
+
+    def entropy(q, k, lse, ids):
+        return head_statistics(q, k, lse, ids, backend="triton").entropy
+
     q, k, v = qkv(grad=False)
     _, lse = attention(q, k, v, backend="triton", return_lse=True)
     ids = torch.randint(0, 5, (2, 20), device=DEVICE)
-    assert torch.equal(whole(q, k, lse, ids), head_statistics(q, k, lse, ids, backend="triton").entropy)
+    compiled = torch.compile(entropy, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(q, k, lse, ids), entropy(q, k, lse, ids))
 
 
 def test_activation_checkpointing():
-    """Recomputed, or with our operator's output kept by name as one keeps PyTorch's."""
+    """Recomputed, or with our operator's output kept by name, as with PyTorch's operators."""
     calls = []
     launched = flash.launch
 
@@ -77,7 +97,12 @@ def test_activation_checkpointing():
         launched(kernel, *arguments, **named)
 
     def keep_ours(context, operator, *arguments, **named):
-        return CheckpointPolicy.MUST_SAVE if operator is torch.ops.kernels.flash_attention.default else CheckpointPolicy.PREFER_RECOMPUTE
+        if operator is torch.ops.kernels.flash_attention.default:
+            return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    def selective():
+        return create_selective_checkpoint_contexts(keep_ours)
 
     def block(q, k, v):
         return attention(torch.sin(q), k, v, backend="triton").square().sum()
@@ -85,10 +110,10 @@ def test_activation_checkpointing():
     inputs, flash.launch = qkv(), counted
     try:
         expected = torch.autograd.grad(block(*inputs), inputs)
-        for context, forwards in ((None, 2), (lambda: create_selective_checkpoint_contexts(keep_ours), 1)):
+        for options, forwards in (({}, 2), ({"context_fn": selective}, 1)):
             calls.clear()
-            options = {} if context is None else {"context_fn": context}
-            got = torch.autograd.grad(checkpoint(block, *inputs, use_reentrant=False, **options), inputs)
+            result = checkpoint(block, *inputs, use_reentrant=False, **options)
+            got = torch.autograd.grad(result, inputs)
             assert all(torch.equal(a, b) for a, b in zip(got, expected))
             assert calls.count("forward") == forwards and calls.count("backward_kv") == 1
     finally:
@@ -102,7 +127,8 @@ def test_floating_point_operations_are_counted_as_pytorch_counts_its_own():
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
     assert forward.get_total_flops() == sdpa_flop_count(q.shape, k.shape, v.shape)
-    assert backward.get_total_flops() == sdpa_backward_flop_count(out.shape, q.shape, k.shape, v.shape)
+    expected = sdpa_backward_flop_count(out.shape, q.shape, k.shape, v.shape)
+    assert backward.get_total_flops() == expected
 
 
 def test_lse_has_no_gradient():
@@ -121,25 +147,25 @@ def test_decoding_has_no_gradient():
 
 def shard(rank: int, port: int, results) -> None:
     """One of two processes: a layer around our attention under DDP, then under FSDP2."""
-    import os
-
-    import interpreter  # noqa: F401
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
-    from torch.nn.parallel import DistributedDataParallel
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
+                   "WORLD_SIZE": "2"}
     dist.init_process_group("gloo")
-    for kind in ("ddp", "fsdp"):
-        model, x = layer(), torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(1))
-        if kind == "ddp":
+    for wrapper in ("ddp", "fsdp"):
+        model, x = layer(), batch()
+        if wrapper == "ddp":
             model = DistributedDataParallel(model)
         else:
-            fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (2,)))
+            fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
         model(x[rank:rank + 1]).square().mean().backward()
         grad = next(model.parameters()).grad
-        results[f"{kind}{rank}"] = (grad.full_tensor() if kind == "fsdp" else grad).tolist()
+        results[f"{wrapper}{rank}"] = (grad.full_tensor() if wrapper == "fsdp" else grad).tolist()
     dist.destroy_process_group()
-    os._exit(0)         # a thread of gloo's that still holds a tensor when Python ends aborts the process (seen once)
+    # Seen once: a gloo thread that still holds a tensor when Python ends aborts the process.
+    os._exit(0)
+
+
+def batch() -> torch.Tensor:
+    return torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(1))
 
 
 def layer() -> torch.nn.Module:
@@ -157,10 +183,7 @@ def layer() -> torch.nn.Module:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="two processes on the CPU, under the interpreter")
 def test_ddp_and_fsdp2():
-    """Two real processes: their averaged gradient is that of one process with both halves of the batch."""
-    import socket
-
-    import torch.multiprocessing as mp
+    """Two processes: their averaged gradient is that of one process with both halves of a batch."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -168,7 +191,7 @@ def test_ddp_and_fsdp2():
         results = manager.dict()
         mp.spawn(shard, (port, results), nprocs=2)
         results = dict(results)
-    model, x = layer(), torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(1))
-    model(x).square().mean().backward()
+    model = layer()
+    model(batch()).square().mean().backward()
     for name in ("ddp0", "ddp1", "fsdp0", "fsdp1"):
         assert torch.allclose(torch.tensor(results[name]), model.qkv.weight.grad, atol=1e-6), name

@@ -1,4 +1,5 @@
-"""induction/scores.py and probes.py: against dense patterns and dense matrices, and on heads whose score is known."""
+"""induction/scores.py and probes.py: against dense patterns and dense matrices, and on heads whose
+score is known."""
 
 import math
 
@@ -31,8 +32,9 @@ V = 60
 
 def make_model(seed: int = 0, **shape) -> GPT:
     """A model whose heads differ: peaked patterns, and gains that are not 1."""
-    model = GPT(ModelConfig(**{"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_model": 32, "n_ctx": 48, "vocab_size": V, "mlp": "none",
-                               "zero_init": False} | shape), seed)
+    defaults = {"n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_model": 32, "n_ctx": 48,
+                "vocab_size": V, "mlp": "none", "zero_init": False}
+    model = GPT(ModelConfig(**(defaults | shape)), seed)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         model.lm_head.weight.copy_(torch.randn(model.lm_head.weight.shape, generator=draw))
@@ -47,7 +49,7 @@ def make_model(seed: int = 0, **shape) -> GPT:
 PROBE = repeats([8, 11, 13], 40, np.arange(V - 1), V - 1, rows=6, seed=1)
 
 
-# --- probes ---------------------------------------------------------------------------------------------------------------
+# --- probes ---------------------------------------------------------------------------------------
 
 def test_a_probe_is_its_definition():
     for row, period in zip(PROBE.tokens.tolist(), PROBE.periods.tolist()):
@@ -57,12 +59,13 @@ def test_a_probe_is_its_definition():
     assert PROBE.periods.tolist() == [8, 11, 13, 8, 11, 13]
     row = PROBE.periods.tolist().index(11)
     assert PROBE.queries[row].nonzero().flatten().tolist() == list(range(12, 40))
-    # targets are one to the right: target t is token t + 1
+    # Targets are one to the right: target t is token t + 1. Token 12, the seam, is left out.
     assert PROBE.first_copy[row].nonzero().flatten().tolist() == list(range(0, 11))
-    assert PROBE.second_copy[row].nonzero().flatten().tolist() == list(range(12, 22))         # token 12, the seam, left out
+    assert PROBE.second_copy[row].nonzero().flatten().tolist() == list(range(12, 22))
     again = repeats([8, 11, 13], 40, np.arange(V - 1), V - 1, rows=6, seed=1)
     assert torch.equal(again.tokens, PROBE.tokens)
-    assert not torch.equal(repeats([8, 11, 13], 40, np.arange(V - 1), V - 1, rows=6, seed=2).tokens, PROBE.tokens)
+    other_seed = repeats([8, 11, 13], 40, np.arange(V - 1), V - 1, rows=6, seed=2)
+    assert not torch.equal(other_seed.tokens, PROBE.tokens)
 
 
 def test_a_run_is_probed_on_what_it_never_trained_on():
@@ -71,28 +74,35 @@ def test_a_run_is_probed_on_what_it_never_trained_on():
     def of(n_ctx: int = 64, **data) -> Probes | None:
         return probes_of(DataConfig(tokenizer="bytes", **data), n_ctx, tokenizer, 0)
 
-    held = {"corpus": "repeats", "repeats": {"period": [8, 32], "held_out_periods": [12, 18], "held_out_tokens": 0.25, "n_tokens": 128}}
+    held = {"corpus": "repeats", "repeats": {"period": [8, 32], "held_out_periods": [12, 18],
+                                             "held_out_tokens": 0.25, "n_tokens": 128}}
     probes = of(**held)
-    assert set(probes.held_out.periods.tolist()) == {12, 18} and not {12, 18} & set(probes.trained.periods.tolist())
-    known, unseen = set(probes.held_out.tokens[:, 1:].flatten().tolist()), set(probes.unseen_tokens.tokens[:, 1:].flatten().tolist())
+    assert set(probes.held_out.periods.tolist()) == {12, 18}
+    assert not {12, 18} & set(probes.trained.periods.tolist())
+    known = set(probes.held_out.tokens[:, 1:].flatten().tolist())
+    unseen = set(probes.unseen_tokens.tokens[:, 1:].flatten().tolist())
     assert not known & unseen and max(known | unseen) < 128 and len(known) > 80
     assert all(len(set(row)) == len(row) == 26 for row in probes.unrepeated.tolist())
     unnamed = of(corpus="repeats", repeats={"period": [16, 16]})
     assert 16 not in unnamed.held_out.periods and len(unnamed.held_out.periods.unique()) >= 3
-    assert of().trained is None and of().unseen_tokens is None and "training repeats nothing" in of().note
+    assert of().trained is None and of().unseen_tokens is None
+    assert "training repeats nothing" in of().note
     assert of(n_ctx=6) is None
-    short = of(corpus="repeats", repeats={"period": [8, 32]})                       # all from 8 on are trained: the shortest are left
+    # All periods from 8 on are trained: the shortest are left.
+    short = of(corpus="repeats", repeats={"period": [8, 32]})
     assert short.never_trained and set(short.held_out.periods.tolist()) == {3, 5, 7}
     every = of(corpus="repeats", repeats={"period": [2, 32]})
     assert not every.never_trained and "every period that fits was trained on" in every.note
 
 
-# --- attention --------------------------------------------------------------------------------------------------------------
+# --- attention ------------------------------------------------------------------------------------
 
-def dense_scores(pattern: torch.Tensor, tokens: torch.Tensor, queries: torch.Tensor, window: int | None) -> dict[str, torch.Tensor]:
+def dense_scores(pattern: torch.Tensor, tokens: torch.Tensor, queries: torch.Tensor,
+                 window: int | None) -> dict[str, torch.Tensor]:
     """The definitions on a pattern (B, H, T, T), one query at a time."""
     names = [name for name in SCORES if name != "copying"]
-    total, count = {name: torch.zeros(pattern.shape[1], dtype=torch.float64) for name in names}, 0
+    total = {name: torch.zeros(pattern.shape[1], dtype=torch.float64) for name in names}
+    count = 0
     for b, i in queries.nonzero().tolist():
         A, x = pattern[b, :, i].double(), tokens[b].tolist()
         follows = [j for j in range(1, i + 1) if x[j - 1] == x[i]]
@@ -119,25 +129,28 @@ def dense_scores(pattern: torch.Tensor, tokens: torch.Tensor, queries: torch.Ten
 def test_scores_are_those_of_the_dense_pattern(shape, dtype, tolerance):
     model = make_model(**shape)
     model.compute_dtype = dtype
-    found = attention_scores(model, PROBE.tokens, PROBE.queries)
+    measured = attention_scores(model, PROBE.tokens, PROBE.queries)
     with taps(model, ["L*.q", "L*.k"]) as cache, torch.no_grad():
         model.hidden(PROBE.tokens)
     for layer, window in enumerate(model.config.windows):
-        pattern, _ = attention_pattern(cache[f"L{layer}.q"].double(), cache[f"L{layer}.k"].double(), window=window)
+        q, k = cache[f"L{layer}.q"].double(), cache[f"L{layer}.k"].double()
+        pattern, _ = attention_pattern(q, k, window=window)
         for name, values in dense_scores(pattern, PROBE.tokens, PROBE.queries, window).items():
             scale = 10 if name == "distance" else 1
-            assert torch.allclose(found.scores[name][layer], values, atol=scale * tolerance, rtol=0), (name, layer)
+            assert torch.allclose(measured.scores[name][layer], values, atol=scale * tolerance,
+                                  rtol=0), (name, layer)
 
 
 def test_any_text_is_scored():
-    model, tokens = make_model(), torch.randint(0, 9, (3, 30), generator=torch.Generator().manual_seed(0))
+    model = make_model()
+    tokens = torch.randint(0, 9, (3, 30), generator=torch.Generator().manual_seed(0))
     queries = torch.ones(3, 30, dtype=torch.bool)
     queries[:, 0] = False
     with taps(model, "L*.pattern") as cache, torch.no_grad():
         model.hidden(tokens)
-    found = attention_scores(model, tokens, queries).scores
+    scores = attention_scores(model, tokens, queries).scores
     for name, values in dense_scores(cache["L1.pattern"], tokens, queries, None).items():
-        assert torch.allclose(found[name][1], values, atol=1e-4), name
+        assert torch.allclose(scores[name][1], values, atol=1e-4), name
 
 
 def test_a_score_that_is_listed_and_not_measured_is_not_made_up(monkeypatch):
@@ -150,9 +163,10 @@ def statistics_of(wanted: torch.Tensor, probe: Repeats):
     T = wanted.shape[1]
     q, k = wanted[:, None] * T ** 0.5, torch.eye(T).expand(len(wanted), 1, T, T)
     _, lse = attention(q, k, k, return_lse=True)
-    found = head_statistics(q, k, lse, probe.tokens)
+    statistics = head_statistics(q, k, lse, probe.tokens)
     share = probe.queries.double() / probe.queries.sum()
-    return {name: torch.einsum("bht...,bt->...", value.double(), share) for name, value in found._asdict().items()}
+    return {name: torch.einsum("bht...,bt->...", value.double(), share)
+            for name, value in statistics._asdict().items()}
 
 
 @pytest.mark.parametrize("period", [8, 25, 50])
@@ -160,18 +174,22 @@ def statistics_of(wanted: torch.Tensor, probe: Repeats):
 def test_a_perfect_head_scores_one(period, copies):
     probe = repeats([period], 1 + period * copies, np.arange(99), 99, rows=2)
     x = probe.tokens
-    wanted = 60.0 * (x[:, :, None] == torch.nn.functional.pad(x[:, :-1], (1, 0), value=-1)[:, None, :])         # x_i = x_{j−1}
-    found = statistics_of(wanted, probe)
-    assert found["prefix_matching"].item() == pytest.approx(1, abs=1e-6)
-    assert max(found[name].item() for name in ("duplicate_token", "previous_token", "first_token")) < 1e-6
+    before = torch.nn.functional.pad(x[:, :-1], (1, 0), value=-1)
+    wanted = 60.0 * (x[:, :, None] == before[:, None, :])                       # x_i = x_{j−1}
+    scores = statistics_of(wanted, probe)
+    assert scores["prefix_matching"].item() == pytest.approx(1, abs=1e-6)
+    others = ("duplicate_token", "previous_token", "first_token")
+    assert max(scores[name].item() for name in others) < 1e-6
 
 
-def test_a_sink_is_no_induction_head():
+def test_a_sink_is_not_an_induction_head():
     probe = repeats([12, 18], 61, np.arange(99), 99)
     wanted = torch.zeros(len(probe.tokens), 61, 61)
-    wanted[:, :, 0] = torch.log(0.98 / 0.02 * torch.arange(1, 62).float()).clamp(min=0)          # 98% on the first token, 2% on the rest
-    found = statistics_of(wanted, probe)
-    assert found["first_token"].item() == pytest.approx(0.98, abs=0.002) and found["prefix_matching"].item() <= 0.03
+    # 98% on the first token, 2% on the rest
+    wanted[:, :, 0] = torch.log(0.98 / 0.02 * torch.arange(1, 62).float()).clamp(min=0)
+    scores = statistics_of(wanted, probe)
+    assert scores["first_token"].item() == pytest.approx(0.98, abs=0.002)
+    assert scores["prefix_matching"].item() <= 0.03
 
 
 def test_inputs_and_model_stay_as_they_are():
@@ -180,13 +198,15 @@ def test_inputs_and_model_stay_as_they_are():
     tokens = unrepeated(26, np.arange(V - 1), V - 1)
     kept = tokens.clone()
     measure(model, probe, tokens)
-    assert torch.equal(probe.tokens, PROBE.tokens) and torch.equal(tokens, kept) and not model.tapped
-    assert all(torch.equal(before[name], p) and p.grad is None for name, p in model.named_parameters())
+    assert torch.equal(probe.tokens, PROBE.tokens) and torch.equal(tokens, kept)
+    assert not model.tapped
+    for name, p in model.named_parameters():
+        assert torch.equal(before[name], p) and p.grad is None
 
 
 def test_repeating_is_measured_inside_the_copies():
     model = make_model()
-    found = measure(model, PROBE, PROBE.tokens[:, :9])
+    measured = measure(model, PROBE, PROBE.tokens[:, :9])
     with torch.no_grad():
         log_p = model(PROBE.tokens).double().log_softmax(-1)
     losses = {"first": [], "second": []}
@@ -197,20 +217,21 @@ def test_repeating_is_measured_inside_the_copies():
                 losses["first"].append(loss)
             elif period + 1 < t + 1 <= 2 * period:
                 losses["second"].append(loss)
-    assert found.loss_first == pytest.approx(np.mean(losses["first"]), rel=1e-5)
-    assert found.loss_second == pytest.approx(np.mean(losses["second"]), rel=1e-5)
+    assert measured.loss_first == pytest.approx(np.mean(losses["first"]), rel=1e-5)
+    assert measured.loss_second == pytest.approx(np.mean(losses["second"]), rel=1e-5)
 
 
 def test_the_icl_score_is_late_minus_early():
     losses = torch.zeros(3, 600)
-    losses[:, 41:58], losses[:, 491:508] = 5.0, 3.0                  # 17 tokens around the fiftieth and the five-hundredth
+    # 17 tokens around the fiftieth and the five-hundredth
+    losses[:, 41:58], losses[:, 491:508] = 5.0, 3.0
     assert icl_score(losses) == -2.0
     short = torch.arange(64.0).repeat(2, 1)
     assert icl_score(short) == pytest.approx(59.5 - 5.5)            # means of 56 … 63 and of 4 … 7
     assert icl_score(torch.zeros(2, 15)) is None
 
 
-# --- weights ------------------------------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 LIKE_PYTHIA = {"mlp": "gelu", "norm": "layernorm", "bias": "all", "parallel": True, "rope_dims": 4}
 
@@ -218,7 +239,8 @@ LIKE_PYTHIA = {"mlp": "gelu", "norm": "layernorm", "bias": "all", "parallel": Tr
 def centring(model: GPT) -> torch.Tensor:
     """What LayerNorm does to the stream besides dividing and its gain, as a matrix (E, E)."""
     E = model.config.d_model
-    return torch.eye(E, dtype=torch.float64) - (torch.ones(E, E, dtype=torch.float64) / E if model.config.norm == "layernorm" else 0)
+    identity = torch.eye(E, dtype=torch.float64)
+    return identity - 1 / E if model.config.norm == "layernorm" else identity
 
 
 def dense(model: GPT, layer: int, head: int) -> dict[str, torch.Tensor]:
@@ -226,10 +248,10 @@ def dense(model: GPT, layer: int, head: int) -> dict[str, torch.Tensor]:
     block, D = model.blocks[layer], model.config.head_size
     group = head // (model.config.n_heads // model.config.kv_heads)
     norm = centring(model) @ torch.diag(block.norm_attn.gain.double())
-    rows = {"q": (block.attn.w_q, head), "k": (block.attn.w_k, group), "v": (block.attn.w_v, group)}
-    found = {name: norm @ matrix.weight.double()[i * D:(i + 1) * D].T for name, (matrix, i) in rows.items()}
-    return found | {"o": block.attn.w_o.weight.double()[:, head * D:(head + 1) * D].T,
-                    "qk": found["q"] @ found["k"].T, "ov": found["v"] @ block.attn.w_o.weight.double()[:, head * D:(head + 1) * D].T}
+    rows = [(block.attn.w_q, head), (block.attn.w_k, group), (block.attn.w_v, group)]
+    w_q, w_k, w_v = (norm @ matrix.weight.double()[i * D:(i + 1) * D].T for matrix, i in rows)
+    w_o = block.attn.w_o.weight.double()[:, head * D:(head + 1) * D].T
+    return {"qk": w_q @ w_k.T, "ov": w_v @ w_o}
 
 
 @pytest.mark.parametrize("shape", [{}, LIKE_PYTHIA], ids=["ours", "Pythia's"])
@@ -238,7 +260,7 @@ def test_copying_is_what_the_heads_output_does_to_the_logits(shape):
     """One token at a time through the model's own modules."""
     model = make_model(**shape)
     tokens = unrepeated(20, np.arange(V - 1), V - 1, rows=3)
-    found = copying(model, tokens)
+    scores = copying(model, tokens)
     for layer in range(2):
         with taps(model, f"L{layer}.v") as cache:
             model.hidden(tokens)
@@ -248,11 +270,14 @@ def test_copying_is_what_the_heads_output_does_to_the_logits(shape):
                 for j in range(1, 20):
                     z = torch.zeros(4, 8)
                     z[head] = cache[f"L{layer}.v"][b, head // 2, j]
-                    written = model.blocks[layer].attn.w_o.weight @ z.flatten()             # the bias of W_O is no head's
-                    logits = model.unembed((centring(model).float() @ written) * model.norm_final.gain)[tokens[b, 1:]].double()
+                    # The bias of W_O belongs to no head.
+                    written = model.blocks[layer].attn.w_o.weight @ z.flatten()
+                    normed = (centring(model).float() @ written) * model.norm_final.gain
+                    logits = model.unembed(normed)[tokens[b, 1:]].double()
                     raised = (logits - logits.mean()).clamp(min=0)
                     shares.append((raised[j - 1] / raised.sum()).item())
-            assert found[layer, head].item() == pytest.approx(2 * np.mean(shares) - 1, abs=1e-5)
+            expected = 2 * np.mean(shares) - 1
+            assert scores[layer, head].item() == pytest.approx(expected, abs=1e-5)
 
 
 @torch.no_grad()
@@ -266,60 +291,68 @@ def test_a_head_that_copies_scores_one_and_one_that_suppresses_minus_one():
     model.embed.weight.copy_(torch.eye(V, 64))
     model.lm_head.weight.copy_(torch.eye(V, 64))
     tokens = unrepeated(26, np.arange(V - 1), V - 1)
-    assert copying(model, tokens).item() == pytest.approx(1, abs=1e-6) and copying_eigenvalues(model).item() == pytest.approx(1)
+    assert copying(model, tokens).item() == pytest.approx(1, abs=1e-6)
+    assert copying_eigenvalues(model).item() == pytest.approx(1)
     attn.w_o.weight.neg_()
-    assert copying(model, tokens).item() == pytest.approx(-1, abs=1e-6) and copying_eigenvalues(model).item() == pytest.approx(-1)
+    assert copying(model, tokens).item() == pytest.approx(-1, abs=1e-6)
+    assert copying_eigenvalues(model).item() == pytest.approx(-1)
 
 
 @pytest.mark.parametrize("shape", [{}, LIKE_PYTHIA], ids=["ours", "Pythia's"])
 @torch.no_grad()
 def test_eigenvalues_are_those_of_the_token_to_token_matrix(shape):
     model = make_model(**shape)
-    w_e, w_u = model.embed.weight.double(), centring(model) @ (model.lm_head.weight.double() * model.norm_final.gain.double()).T
-    found = copying_eigenvalues(model)
+    w_e = model.embed.weight.double()
+    w_u = centring(model) @ (model.lm_head.weight.double() * model.norm_final.gain.double()).T
+    scores = copying_eigenvalues(model)
     for layer, head in heads_of(model.config):
-        values = torch.linalg.eigvals(w_e @ dense(model, layer, head)["ov"] @ w_u)                          # V of them
-        assert found[layer, head].item() == pytest.approx((values.real.sum() / values.abs().sum()).item(), abs=1e-5)
+        values = torch.linalg.eigvals(w_e @ dense(model, layer, head)["ov"] @ w_u)      # V of them
+        expected = (values.real.sum() / values.abs().sum()).item()
+        assert scores[layer, head].item() == pytest.approx(expected, abs=1e-5)
 
 
 def by_chance(pairs: int = 200) -> float:
     """The ratio of random matrices of rank 8, 32 × 32, drawn anew."""
     draw = torch.Generator().manual_seed(7)
-    found = []
+    ratios = []
     for _ in range(pairs):
-        one, two = (torch.randn(32, 8, generator=draw) @ torch.randn(8, 32, generator=draw) for _ in range(2))
-        found.append(((one @ two).norm() / (one.norm() * two.norm())).item())
-    return float(np.mean(found))
+        one, two = (torch.randn(32, 8, generator=draw) @ torch.randn(8, 32, generator=draw)
+                    for _ in range(2))
+        ratios.append(((one @ two).norm() / (one.norm() * two.norm())).item())
+    return float(np.mean(ratios))
 
 
 @torch.no_grad()
 def test_composition_is_the_ratio_of_norms_above_chance():
     model = make_model()
-    found = composition(model, 0, 1)
+    measured = composition(model, 0, 1)
     ratios = {name: torch.zeros(4, 4, dtype=torch.float64) for name in "qkv"}
     for later in range(4):
         for earlier in range(4):
             one, two = dense(model, 0, earlier)["ov"], dense(model, 1, later)
-            for name, product, second in (("q", one @ two["qk"], two["qk"]), ("k", two["qk"] @ one.T, two["qk"]),
+            for name, product, second in (("q", one @ two["qk"], two["qk"]),
+                                          ("k", two["qk"] @ one.T, two["qk"]),
                                           ("v", one @ two["ov"], two["ov"])):
                 ratios[name][later, earlier] = product.norm() / (one.norm() * second.norm())
-    for name, matrix in zip("qkv", found):
+    for name, matrix in zip("qkv", measured):
         chance = ratios[name] - matrix
         assert chance.std() < 1e-7 and chance.mean().item() == pytest.approx(by_chance(), abs=0.01)
     model = make_model(1, d_model=64, n_kv_heads=4)
     with torch.no_grad():
         for block in model.blocks:
             block.norm_attn.gain.fill_(1)
-    assert all(abs(matrix.mean()) < 0.01 for matrix in composition(model, 0, 1))        # random weights compose as by chance
+    # Random weights compose as much as at chance.
+    assert all(abs(matrix.mean()) < 0.01 for matrix in composition(model, 0, 1))
 
 
 @pytest.mark.parametrize("shape", [{}, LIKE_PYTHIA], ids=["ours", "Pythia's"])
 @torch.no_grad()
 def test_the_qk_trace_is_the_diagonal_of_the_matrix_of_all_tokens(shape):
     model = make_model(**shape)
-    found, w_e = qk_trace(model, 0, 1), model.embed.weight.double()
+    traces, w_e = qk_trace(model, 0, 1), model.embed.weight.double()
     for later in range(4):
         for earlier in range(4):
-            scores = w_e @ dense(model, 1, later)["qk"] @ (w_e @ dense(model, 0, earlier)["ov"]).T              # (V, V)
+            copied = w_e @ dense(model, 0, earlier)["ov"]
+            scores = w_e @ dense(model, 1, later)["qk"] @ copied.T                      # (V, V)
             expected = (scores.diagonal().mean() - scores.mean()) / scores.std(correction=0)
-            assert found[later, earlier].item() == pytest.approx(expected.item(), abs=1e-5)
+            assert traces[later, earlier].item() == pytest.approx(expected.item(), abs=1e-5)

@@ -1,6 +1,7 @@
 """Tokenizers: exact round trips, and the same ids in Hugging Face's own library."""
 
 import random
+import socket
 from pathlib import Path
 
 from errors import UserError
@@ -8,7 +9,10 @@ from errors import UserError
 import numpy as np
 import pytest
 import tiktoken
+import tiktoken.registry
+import tiktoken_ext
 import tokenizers
+from commands import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,10 +20,11 @@ from data.byte_bpe import END_OF_TEXT, bytes_tokenizer, named_encoding, train_bp
 from data.config import TokenizerConfig
 from data.load_tokenizer import load_tokenizer, make_tokenizer
 
-TEXT = ["The cat sat on the mat.\n\n    def f(x):\n        return x + 1  # don't\n", "Ünïcödé 漢字 🙂\t\r\n 12345"] * 50
+TEXT = ["The cat sat on the mat.\n\n    def f(x):\n        return x + 1  # don't\n",
+        "Ünïcödé 漢字 🙂\t\r\n 12345"] * 50
 POOL = "ab c\n\t  'll \r\n don't 123 éü漢字🙂 \u00a0\u2003 <|endoftext|>x _=() \n\n   if   The cat"
-POSSESSIVE = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
-              r"|\s+(?!\S)|\s")
+POSSESSIVE = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+              r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
 TEXT.append(Path(random.__file__).read_text())
 TOKENIZERS = {"bpe": train_bpe(iter(TEXT), 400), "bytes": bytes_tokenizer()}
 
@@ -41,28 +46,35 @@ def test_any_bytes_come_back(raw):
         assert tokenizer.decode_bytes(tokenizer.encode(raw)) == raw
 
 
+def random_text(generator: random.Random) -> str:
+    characters = [generator.choice(POOL) for _ in range(generator.randint(0, 40))]
+    return "".join(characters).replace(END_OF_TEXT, "")
+
+
 def test_hugging_face_gives_the_same_ids(tokenizer, tmp_path):
-    theirs = tokenizers.Tokenizer.from_str(tokenizer.json)
-    draw = random.Random(0)
+    hf_tokenizer = tokenizers.Tokenizer.from_str(tokenizer.json)
+    generator = random.Random(0)
     for _ in range(1000):
-        text = "".join(draw.choice(POOL) for _ in range(draw.randint(0, 40))).replace(END_OF_TEXT, "")
+        text = random_text(generator)
         ids = tokenizer.encode(text).tolist()
-        assert ids == theirs.encode(text, add_special_tokens=False).ids
-        assert theirs.decode(ids) == text
-    assert theirs.token_to_id(END_OF_TEXT) == tokenizer.begin
-    assert theirs.encode(END_OF_TEXT).ids == [tokenizer.begin]
+        assert ids == hf_tokenizer.encode(text, add_special_tokens=False).ids
+        assert hf_tokenizer.decode(ids) == text
+    assert hf_tokenizer.token_to_id(END_OF_TEXT) == tokenizer.begin
+    assert hf_tokenizer.encode(END_OF_TEXT).ids == [tokenizer.begin]
 
 
-def test_a_file_holds_it_whole(tokenizer, tmp_path):
+def test_a_file_holds_all_of_a_tokenizer(tokenizer, tmp_path):
     (tmp_path / "tokenizer.json").write_text(tokenizer.json)
-    read = load_tokenizer(tmp_path / "tokenizer.json")
-    assert (read.ranks, read.special, read.pattern, read.hash) == (tokenizer.ranks, tokenizer.special, tokenizer.pattern, tokenizer.hash)
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    assert (loaded.ranks, loaded.special) == (tokenizer.ranks, tokenizer.special)
+    assert (loaded.pattern, loaded.hash) == (tokenizer.pattern, tokenizer.hash)
     assert make_tokenizer(TokenizerConfig(kind=str(tmp_path)), iter(())).hash == tokenizer.hash
 
 
 def test_a_bpe_has_the_size_asked_for_and_shortens_text():
     bpe = TOKENIZERS["bpe"]
-    assert bpe.n_vocab == 400 and bpe.begin == 399 and sorted(bpe.ranks.values()) == list(range(399))
+    assert bpe.n_vocab == 400 and bpe.begin == 399
+    assert sorted(bpe.ranks.values()) == list(range(399))
     assert len(bpe.encode(TEXT[0])) < len(TEXT[0]) / 2
     assert train_bpe(iter(TEXT), 400).hash == bpe.hash
     assert bpe.byte_lengths[bpe.encode(TEXT[1])].sum() == len(TEXT[1].encode())
@@ -74,36 +86,38 @@ def test_special_tokens_in_a_text_are_text(tokenizer):
 
 
 def test_encodings_are_found_by_name(monkeypatch, tmp_path):
-    """Through tiktoken's own registry, with a possessive pattern and gaps between special tokens as in cl100k_base."""
+    """Through tiktoken's own registry.
+
+    With a possessive pattern and unused ids between special tokens, as in cl100k_base.
+    """
     package = tmp_path / "tiktoken_ext"
     package.mkdir()
     (package / "testing.py").write_text(
-        "from data.tokenizer import train_bpe\n"
+        "from data.byte_bpe import train_bpe\n"
         "def tiny():\n"
         f"    ranks = train_bpe(iter({TEXT!r}), 400).ranks\n"
-        "    return dict(name='tiny', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 401, '<|other|>': 410},\n"
+        "    return dict(name='tiny', mergeable_ranks=ranks,\n"
+        "                special_tokens={'<|endoftext|>': 401, '<|other|>': 410},\n"
         f"                pat_str={POSSESSIVE!r})\n"
         "ENCODING_CONSTRUCTORS = {'tiny': tiny}\n")
-    import tiktoken.registry as registry
-    import tiktoken_ext
-    from commands import ROOT
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
     monkeypatch.setattr(tiktoken_ext, "__path__", [*tiktoken_ext.__path__, str(package)])
-    monkeypatch.setattr(registry, "ENCODING_CONSTRUCTORS", None)
-    registry._available_plugin_modules.cache_clear()
+    monkeypatch.setattr(tiktoken.registry, "ENCODING_CONSTRUCTORS", None)
+    tiktoken.registry._available_plugin_modules.cache_clear()
     tokenizer = named_encoding("tiny")
     assert (tokenizer.n_vocab, tokenizer.begin) == (411, 401)
-    theirs, original = tokenizers.Tokenizer.from_str(tokenizer.json), tiktoken.get_encoding("tiny")
-    draw = random.Random(0)
+    hf_tokenizer = tokenizers.Tokenizer.from_str(tokenizer.json)
+    original, generator = tiktoken.get_encoding("tiny"), random.Random(0)
     for _ in range(500):
-        text = "".join(draw.choice(POOL) for _ in range(draw.randint(0, 40))).replace(END_OF_TEXT, "")
+        text = random_text(generator)
         ids = original.encode_ordinary(text)
-        assert tokenizer.encode(text).tolist() == ids == theirs.encode(text, add_special_tokens=False).ids
-    assert theirs.token_to_id("<|other|>") == 410
+        assert tokenizer.encode(text).tolist() == ids
+        assert hf_tokenizer.encode(text, add_special_tokens=False).ids == ids
+    assert hf_tokenizer.token_to_id("<|other|>") == 410
     (tmp_path / "tokenizer.json").write_text(tokenizer.json)
     assert load_tokenizer(tmp_path / "tokenizer.json").special == tokenizer.special
     assert tokenizer.decode([400, 405]) == ""
-    registry._available_plugin_modules.cache_clear()
+    tiktoken.registry._available_plugin_modules.cache_clear()
 
 
 def test_a_download_that_fails_says_what_to_do(monkeypatch, tmp_path):
@@ -116,17 +130,17 @@ def test_a_download_that_fails_says_what_to_do(monkeypatch, tmp_path):
 
 
 def test_a_server_that_is_silent_is_not_waited_for(monkeypatch, tmp_path):
-    import socket
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-        monkeypatch.setattr("data.tokenizer.DOWNLOAD_SECONDS", 2)
+        monkeypatch.setattr("data.byte_bpe.DOWNLOAD_SECONDS", 2)
         with pytest.raises(UserError, match="no answer within 2 s"):
             named_encoding("gpt2")
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": {"vocab": {"漢": 0}}, "added_tokens": []}',
-                                     '{"model": {"vocab": [["a", 0]]}, "added_tokens": []}'])
+@pytest.mark.parametrize("content", [
+    "", "{}", "[]", '{"model": {"vocab": {"漢": 0}}, "added_tokens": []}',
+    '{"model": {"vocab": [["a", 0]]}, "added_tokens": []}'])
 def test_another_kind_of_file_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer\.json"):

@@ -1,4 +1,5 @@
-"""Watching heads while the real trainer trains: what is measured, what is kept, and that training does not notice."""
+"""Watching heads while the real trainer trains: what is measured, what is kept, and that training
+stays the same."""
 
 import json
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 from commands import command
 from conftest import TINY, metrics, wandb_history
+from PIL import Image
 from test_train import same_bits
 
 from data.config import DataConfig
@@ -16,11 +18,12 @@ from induction.probes import probes_of
 from induction.scores import Measured, measure
 from model.config import ModelConfig
 from model.taps import heads_of, taps
-from report.figures import grids
-from report.snapshots import Snapshots, spelled
+from report.figures import score_grids
+from report.snapshots import SnapshotFolder, spell
 from training.loaded_run import load_run
 
-SCORES = ("prefix_matching", "latest_match", "previous_token", "duplicate_token", "first_token", "entropy", "distance", "copying")
+SCORES = ("prefix_matching", "latest_match", "previous_token", "duplicate_token", "first_token",
+          "entropy", "distance", "copying")
 HEADS = [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
 
 
@@ -31,35 +34,43 @@ def train(*arguments: str):
 
 
 def test_training_is_the_same_bit_for_bit_with_probes_and_without(workplace):
-    """With random rows, a window, smeared keys and document masks: whatever could draw a number or keep a state."""
-    options = ["data.mixture=[{corpus: files, weight: 0.5}, {corpus: repeats, weight: 0.5}]", "data.corpus=null",
-               "data.repeats={period: [4, 12], held_out_periods: [6]}", "model.smear=true", "model.window=9", "data.mask_documents=true"]
+    """With random rows, a window, smeared keys and document masks: whatever could draw a number or
+    keep a state."""
+    options = ["data.mixture=[{corpus: files, weight: 0.5}, {corpus: repeats, weight: 0.5}]",
+               "data.corpus=null", "data.repeats={period: [4, 12], held_out_periods: [6]}",
+               "model.smear=true", "model.window=9", "data.mask_documents=true"]
     train("run=watched", "heads.every=1", *options)
     train("run=alone", "heads.every=0", *options)
     assert same_bits(*(Path(f"runs/{run}/checkpoints/000012") for run in ("watched", "alone")))
     watched, alone = metrics(Path("runs/watched")), metrics(Path("runs/alone"))
     assert all(watched[step][key] == value for step in alone for key, value in alone[step].items())
-    assert not any(key.startswith(("heads", "repeat", "phase")) for record in alone.values() for key in record)
+    assert not any(key.startswith(("heads", "repeat", "phase"))
+                   for record in alone.values() for key in record)
     assert not Path("runs/alone/heads").exists() and not Path("runs/alone/report.html").exists()
 
 
 def test_what_is_logged_is_what_the_checkpoint_measures(workplace):
     train("heads.every=5")
     records = metrics(Path("runs/tiny"))
-    assert [step for step, record in records.items() if "repeat/loss_first" in record] == [5, 10, 12]       # and at the end
+    measured_steps = [step for step, record in records.items() if "repeat/loss_first" in record]
+    assert measured_steps == [5, 10, 12]                                        # and at the end
     run = load_run("runs/tiny")
     probes = probes_of(DataConfig(**TINY["data"]), 32, run.tokenizer, 1)
     measured = measure(run.model, probes.held_out, probes.unrepeated)
+    metrics_at_end = records[12]
     for name in SCORES:
         for head in heads_of(run.model.config):
-            assert records[12][f"heads/{name}/{head}"] == pytest.approx(measured.scores[name][head].item(), abs=1e-4)
-    assert records[12]["heads/offset_profile/L1H3"] == pytest.approx(measured.offset_profile[1, 3].tolist(), abs=1e-4)
-    assert records[12]["repeat/loss_second"] == pytest.approx(measured.loss_second) and "icl/score" in records[12]
+            score = measured.scores[name][head].item()
+            assert metrics_at_end[f"heads/{name}/{head}"] == pytest.approx(score, abs=1e-4)
+    profile = measured.offset_profile[1, 3].tolist()
+    assert metrics_at_end["heads/offset_profile/L1H3"] == pytest.approx(profile, abs=1e-4)
+    assert metrics_at_end["repeat/loss_second"] == pytest.approx(measured.loss_second)
+    assert "icl/score" in metrics_at_end
 
 
 def test_snapshots_are_the_patterns_and_go_on_where_the_run_does(workplace):
     train("heads.every=2", "train.steps=8")
-    saved = Snapshots(Path("runs/tiny/heads"))
+    saved = SnapshotFolder(Path("runs/tiny/heads"))
     assert [(s.step, s.tokens) for s in saved] == [(2, 512), (4, 1024), (6, 1536), (8, 2048)]
     run = load_run("runs/tiny")
     last = list(saved)[-1]
@@ -76,36 +87,41 @@ def test_snapshots_are_the_patterns_and_go_on_where_the_run_does(workplace):
 
 
 def test_a_long_run_keeps_few_snapshots(workplace):
-    train("heads.every=1", "train.steps=100", "checkpoint.every=0", "eval.every=0", "train.batch_tokens=32")
-    assert [s.step for s in Snapshots(Path("runs/tiny/heads"))] == list(range(2, 101, 2))           # 64 at most
+    train("heads.every=1", "train.steps=100", "checkpoint.every=0", "eval.every=0",
+          "train.batch_tokens=32")
+    kept = [snapshot.step for snapshot in SnapshotFolder(Path("runs/tiny/heads"))]
+    assert kept == list(range(2, 101, 2))                                       # 64 at most
 
 
 def test_wandb_holds_every_key_image_table_and_page(workplace):
-    done = command("train.py", "tiny.yaml", "heads.every=4", "heads.images_every=8", "log.wandb=offline", env={"WANDB_MODE": "offline"})
+    done = command("train.py", "tiny.yaml", "heads.every=4", "heads.images_every=8",
+                   "log.wandb=offline", env={"WANDB_MODE": "offline"})
     assert done.returncode == 0, done.stderr
     run = Path("runs/tiny")
     history = wandb_history(run)
     text = json.dumps(history)
-    for key in [f"heads/{score}/{head}" for score in (*SCORES, "offset_profile") for head in HEADS] + [
-            "repeat/loss_first", "repeat/loss_second", "icl/score", "heads/patterns/random tokens", "heads/patterns/held-out text",
-            "heads/strongest/1", "heads/strongest/3", "heads/table", "heads/report"]:
+    scores = [f"heads/{score}/{head}" for score in (*SCORES, "offset_profile") for head in HEADS]
+    for key in [*scores, "repeat/loss_first", "repeat/loss_second", "icl/score",
+                "heads/patterns/random tokens", "heads/patterns/held-out text",
+                "heads/strongest/1", "heads/strongest/3", "heads/table", "heads/report"]:
         assert key in text, key
     media = next((run / "wandb").glob("offline-run-*")) / "files" / "media"
     images = sorted(media.glob("images/**/*.png"))
-    assert len(images) == 2 * 5                                             # steps 8 and 12: two mosaics, three heads
-    from PIL import Image
+    assert len(images) == 2 * 5                     # steps 8 and 12: two mosaics, three heads
     for path in images:
         image = np.asarray(Image.open(path).convert("L"))
         assert image.shape[0] > 100 and image.std() > 5
     page = next(media.glob("html/**/*.html")).read_text()
-    assert "tiny" in page and "prefix_matching" in page and page == (run / "report.html").read_text()
+    assert "tiny" in page and "prefix_matching" in page
+    assert page == (run / "report.html").read_text()
     table = json.loads(next(media.glob("table/**/*.json")).read_text())
     assert table["columns"] == ["head", *SCORES] and [row[0] for row in table["data"]] == HEADS
 
 
 def test_tokens_are_spelled_so_that_each_can_be_seen():
     tokenizer = make_tokenizer(DataConfig(tokenizer="bytes").tokenizer, iter(()))
-    assert spelled(torch.tensor([256, 7, 65, 10, 200, 127]), tokenizer) == ["<|endoftext|>", "\\x07", "A", "\n", "\\xc8", "\\x7f"]
+    ids = torch.tensor([256, 7, 65, 10, 200, 127])
+    assert spell(ids, tokenizer) == ["<|endoftext|>", "\\x07", "A", "\n", "\\xc8", "\\x7f"]
 
 
 def test_a_context_too_short_to_repeat_is_not_probed(workplace):
@@ -116,5 +132,6 @@ def test_a_context_too_short_to_repeat_is_not_probed(workplace):
 def test_a_figures_numbers_are_the_scores():
     """Without the zero before the point, and with every other digit: 10.36 is not 1.36."""
     values = torch.tensor([[10.36, -0.33, 0.5, 20.1]], dtype=torch.float64)
-    drawn = grids(ModelConfig(n_layers=1, n_heads=4, vocab_size=9), Measured({"distance": values}, torch.zeros(1, 4, 17), 0, 0))
+    measured = Measured({"distance": values}, torch.zeros(1, 4, 17), 0, 0)
+    drawn = score_grids(ModelConfig(n_layers=1, n_heads=4, vocab_size=9), measured)
     assert [text.get_text() for text in drawn.axes[0].texts] == ["10.36", "-.33", ".50", "20.10"]

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.hf_tokenizer import HuggingFaceTokenizer, read_tokenizer
+from data.hf_tokenizer import HuggingFaceTokenizer, read_hf_tokenizer
 from files import explain_disk_errors
 from model.config import ModelConfig
 from model.families import FAMILIES, by_their_name, family, read_description, to_theirs
@@ -169,7 +169,7 @@ def import_model(source: Path, target: Path, overrides: Sequence[str] = ()) -> I
                         f"  use it as it is: python sample.py {source}   or: init_from={source}")
     described, weights = _read_json(source / "config.json"), Weights(source)
     config = _config_of(source, described, weights, target, overrides)
-    tokenizer = read_tokenizer(source, described)
+    tokenizer = read_hf_tokenizer(source, described)
     assert config.model.vocab_size is not None          # every config.json has one
     if tokenizer.n_vocab > config.model.vocab_size:
         raise UserError(f"{source}: its tokenizer has {tokenizer.n_vocab} tokens, its model "
@@ -247,12 +247,12 @@ def main() -> None:
     target = Path(args.target)
     config, model, tokenizer = import_model(Path(args.source), target, args.overrides)
     shape = config.model
-    ends = " or ".join(map(tokenizer.spelled, tokenizer.ends))
+    ends = " or ".join(map(tokenizer.token_text, tokenizer.ends))
     print(f"imported   {args.source}: {family(shape)}, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, {shape.n_layers} layers × "
           f"{shape.n_heads} heads, context {shape.n_ctx}\n"
           f"tokens     {tokenizer.n_vocab:,}; a text begins with "
-          f"{tokenizer.spelled(tokenizer.begin)}, ends with {ends}\n"
+          f"{tokenizer.token_text(tokenizer.begin)}, ends with {ends}\n"
           f"saved      {target}\n"
           f"sample     python sample.py {target} \"Once upon a time\"\n"
           f"look       python heads.py {target}\n"

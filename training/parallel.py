@@ -172,7 +172,7 @@ class FullySharded(Parallel):
         rows_each = -(-rows // size)                # rows that a process holds, the last ones fewer
         sent = pieces.new_zeros(size, share, rows_each, C)
         sent.view(size * share, rows_each, C)[:N, :r] = pieces
-        received = torch.empty_like(sent)           # my matrices, by the process that holds the rows
+        received = torch.empty_like(sent)           # my matrices, by the process that had the rows
         dist.all_to_all_single(received, sent)
         matrices = received.transpose(0, 1).reshape(share, size * rows_each, C)
         if mine:

@@ -258,8 +258,9 @@ class Run:
 
     # --- the end ------------------------------------------------------------------------------
 
-    def summary(self) -> str:
-        """The results so far, and the paths of everything the run has written."""
+    def summary(self, heads: str | None = None) -> str:
+        """The results so far, and the paths of everything the run has written. `heads`: what to say
+        of its heads."""
         latest, steps = self.latest, self.config.train.steps
         lines = [f"step       {self.step} of {steps}, {short(self.tokens)} tokens, "
                  f"{self.seconds:.0f} s"]
@@ -268,14 +269,8 @@ class Run:
             when = "" if step == self.step else f" (at step {step})"
             lines.append(f"validation {latest['val/loss']:.4f} nats per token, "
                          f"{latest['val/bpb']:.4f} bits per byte{when}")
-        scores = {key.rsplit("/", 1)[-1]: value for key, value in latest.items()
-                  if key.startswith("heads/prefix_matching/")}
-        if scores:
-            best = max(scores, key=lambda head: scores[head])
-            lines.append(f"heads      {best} has prefix matching {scores[best]:.2f} (1: a perfect "
-                         f"induction head); loss on random tokens "
-                         f"{latest['repeat/loss_first']:.2f} nats, on their repetition "
-                         f"{latest['repeat/loss_second']:.2f}")
+        if heads:
+            lines.append(f"heads      {heads}")
         if "train/tokens_per_second" in latest:
             lines.append(f"speed      {short(latest['train/tokens_per_second'])} tokens/s")
         checkpoints = list_checkpoints(self.checkpoints)

@@ -99,7 +99,7 @@ class World:
                 raise UserError(message) if self.rank == rank else SystemExit(2)
 
     def error(self, message: str) -> BaseException:
-        """The exception to raise for a mistake that every process sees: only the first prints it."""
+        """The exception to raise for a mistake that every process sees. Only the first prints."""
         return UserError(message) if self.first else SystemExit(2)
 
     def in_turn(self, make: Callable[[], T]) -> T:
