@@ -116,7 +116,7 @@ def script_of(words: list[str]) -> tuple[str, list[str]]:
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Path:
-    """The repository as `git clone` leaves it, and some files of a reader's.
+    """The repository as `git clone` leaves it, with a reader's own files.
 
     The configs are cut to three steps of four windows.
     """
