@@ -10,7 +10,7 @@ quickstart: .venv/installed
 	@echo
 	$(BIN)/python sample.py runs/quickstart "def " --max-tokens 120 --slide
 	@echo
-	@echo "see heads    $(BIN)/python heads.py runs/quickstart"
+	@echo "see heads     $(BIN)/python heads.py runs/quickstart"
 	@echo "sample more   $(BIN)/python sample.py runs/quickstart \"class \" -n 3 --max-tokens 40"
 	@echo "train longer  $(BIN)/python train.py runs/quickstart train.steps=4600"
 
