@@ -96,7 +96,7 @@ def test_a_cache_keeps_its_addresses(shape):
             lambda: model(tokens[:, :1], cache=cache),
             cache.reset,
             lambda: model(tokens, cache=cache),
-            cache.count,
+            cache.make_ragged,
             lambda: model(tokens[:, :1], cache=cache),
             cache.reset,
             lambda: model(tokens[:, :1], cache=cache),

@@ -64,7 +64,9 @@ def test_a_full_context_ends_with_a_note_or_slides(trained):
     assert len(json.loads(stopped.stdout)[0]["tokens"]) < 32
     slid = sample(trained, "import os", "--max-tokens", "100", "--json", "--slide",
                   "--temperature", "0")
-    assert not slid.stderr and len(json.loads(slid.stdout)[0]["tokens"]) == 100
+    # A slow machine shows its progress on stderr.
+    assert "the context of" not in slid.stderr
+    assert len(json.loads(slid.stdout)[0]["tokens"]) == 100
     too_long = sample(trained, "word " * 60)
     fails(too_long, "longer than the model's context of 32", "--slide")
     assert not too_long.stdout
