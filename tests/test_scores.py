@@ -77,9 +77,9 @@ def test_a_run_is_probed_on_what_it_never_trained_on():
     held = {"corpus": "repeats", "repeats": {"period": [8, 32], "held_out_periods": [12, 18],
                                              "held_out_tokens": 0.25, "n_tokens": 128}}
     probes = of(**held)
-    assert set(probes.held_out.periods.tolist()) == {12, 18}
+    assert set(probes.scored.periods.tolist()) == {12, 18}
     assert not {12, 18} & set(probes.trained.periods.tolist())
-    known = set(probes.held_out.tokens[:, 1:].flatten().tolist())
+    known = set(probes.scored.tokens[:, 1:].flatten().tolist())
     unseen = set(probes.unseen_tokens.tokens[:, 1:].flatten().tolist())
     assert not known & unseen and max(known | unseen) < 128 and len(known) > 80
     assert all(len(set(row)) == len(row) == 26 for row in probes.unrepeated.tolist())
