@@ -170,7 +170,8 @@ def origin_of(config: Config, tokenizer: Tokenizer) -> Path:
     checkpoint = find_checkpoint(config.init_from)
     if load_tokenizer(checkpoint / "tokenizer.json").hash != tokenizer.hash:
         raise UserError(f"init_from={config.init_from} was trained with another tokenizer, its "
-                        f"weights belong to other token ids\n  use its own: data.tokenizer={checkpoint}")
+                        "weights belong to other token ids\n"
+                        f"  use its own: data.tokenizer={checkpoint}")
     return checkpoint
 
 

@@ -70,7 +70,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, step: int, tokens: int) -> Tensor:
-        """Make update `step` (the first is 1). Returns the gradient norm of the mean loss, a scalar.
+        """Make update `step` (the first is 1). Returns the mean loss's gradient norm, a scalar.
 
         The gradients are those of a loss summed over `tokens` tokens. Dividing them here, not the
         loss, keeps fp16 gradients in range without a loss scale to tune and to save. Among several

@@ -47,8 +47,8 @@ class Parallel:
         p.copy_(full)
 
     def replicate(self, model: GPT, loss: Loss) -> Loss:
-        """`loss`, such that its backward pass leaves the mean of every process's gradients. FSDP does
-        that by hooks of its own."""
+        """`loss`, such that its backward pass leaves the mean of every process's gradients. FSDP
+        does that by hooks of its own."""
         return loss
 
     def accumulate(self, parts: Sequence[Value], model: GPT, loss: Loss) -> Iterator[Value]:

@@ -102,8 +102,8 @@ class Plan:
 
     @property
     def muon_bytes(self) -> int:
-        """What Muon's step holds in addition to the state: the matrices of one shape of all layers at
-        once, dealt out over the shards, but never in pieces."""
+        """What Muon's step holds in addition to the state: the matrices of one shape of all layers
+        at once, dealt out over the shards, but never in pieces."""
         if self.optimizer != "muon":
             return 0
         model = self.model

@@ -124,7 +124,8 @@ def resume(config: Config, folder: Path, model: GPT, optimizer: Optimizer, data:
         if progress.step == 0:                  # imported: only weights
             if load_tokenizer(newest / "tokenizer.json").hash != data.tokenizer.hash:
                 raise world.error(
-                    f"{folder} was imported with another tokenizer, its weights belong to other token ids\n"
+                    f"{folder} was imported with another tokenizer, its weights belong to other "
+                    "token ids\n"
                     f"  use its own: data.tokenizer={folder}/checkpoints/latest")
             load_weights(model, newest, parallel)
         else:
