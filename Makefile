@@ -10,7 +10,7 @@ quickstart: .venv/installed
 	@echo
 	$(BIN)/python sample.py runs/quickstart "def " --max-tokens 120 --slide
 	@echo
-	@echo "see heads    $(BIN)/python heads.py runs/quickstart"
+	@echo "see heads     $(BIN)/python heads.py runs/quickstart"
 	@echo "sample more   $(BIN)/python sample.py runs/quickstart \"class \" -n 3 --max-tokens 40"
 	@echo "train longer  $(BIN)/python train.py runs/quickstart train.steps=4600"
 
@@ -24,23 +24,27 @@ lint: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -n 3 --dist worksteal
 
-# Every shape and mask of the kernels' protocol, and every tile for every target: half an hour on two cores, some of it in one test.
+# Every shape and mask in Triton's interpreter, every tile compiled for every target: half an hour
+# on two cores. One test takes much of it, so the time limit is longer.
 test-kernels: .venv/installed
 	PYTEST_TIMEOUT=7200 $(BIN)/python -m pytest -n 2 -m grid
 
-# Patterns, scores and ablations beside TransformerLens's, which has an environment of its own.
+# Patterns, scores and ablations compared with TransformerLens, in a separate environment.
 test-lens: .venv-lens/installed
 	HF_HUB_OFFLINE=1 .venv-lens/bin/python -m pytest -m lens tests/test_transformer_lens.py
 
-# The real trainer killed, starved, lied to: all of it, ten minutes on two idle cores. Writes docs/reliability.md.
+# Every fault: killed processes, full disks, damaged files. Ten minutes on two idle cores. Writes
+# docs/reliability.md.
 test-faults: .venv/installed
-	$(BIN)/python -m pytest -n 2 -m "faults or not faults" tests/faults tests/test_distributed.py --reliability docs/reliability.md
+	$(BIN)/python -m pytest -n 2 -m "faults or not faults" tests/faults tests/test_distributed.py \
+		--reliability docs/reliability.md
 
-# Everything there is to know of a GPU, in nine minutes, by .venv or else the machine's own Python; without a GPU, what that would be.
+# Every test and timing on a GPU, in nine minutes, with .venv or else the machine's own Python.
+# Without a GPU it lists the steps.
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu
 
-# Train the runs of a study and renew docs/studies: 15 to 25 minutes each on two cores.
+# Trains the runs of a study and rewrites its page in docs/studies: 15 to 25 minutes on two cores.
 study-%: .venv/installed
 	$(BIN)/python -m bench.study $*
 
@@ -49,7 +53,7 @@ venv: .venv/installed
 .venv/installed: requirements.txt
 .venv-lens/installed: requirements-lens.txt requirements.txt
 
-# Made anew where it is missing or broken, brought up to date where what it holds has changed.
+# Creates the environment if it is missing or broken, and installs again if the pins have changed.
 .venv/installed .venv-lens/installed:
 	@$(@D)/bin/python -c "" 2>/dev/null || $(PYTHON) -m venv --clear $(@D)
 	@echo "installing the pinned $< into $(@D) (a minute or two)"

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from errors import ArgumentParser, UserError, run_command  # isort: split
+from errors import ArgumentParser, UserError, run_command
 
 import numpy as np
 from tqdm import tqdm

@@ -146,9 +146,11 @@ def judge(run: str, condition: str, control: bool, model: GPT, probes: Probes,
             needed=removed >= MIN_GAIN_REMOVED,
             needed_more_than_others=(None if others is None else
                                      removed >= MIN_RATIO_TO_OTHERS * max(others, 0)))
-    return Verdict(run, condition, control, answer_of(criteria, probes), criteria, probes, measured,
-                   trained, unseen, transition, heads, strongest, peak, copying, ablation,
-                   previous_token)
+    return Verdict(
+        run=run, condition=condition, control=control, answer=answer_of(criteria, probes),
+        criteria=criteria, probes=probes, measured=measured, trained=trained, unseen=unseen,
+        transition=transition, heads=heads, strongest=strongest, peak=peak, copying=copying,
+        ablation=ablation, previous_token=previous_token)
 
 
 def answer_of(criteria: Criteria, probes: Probes) -> Answer:

@@ -123,7 +123,8 @@ class NoDevice:
         return 0
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        def launcher(x, y, z, stream, function, packed, about, enter, exit, *arguments) -> None:
+        def launcher(x: int, y: int, z: int, stream: int, function: int, packed: Any, about: Any,
+                     enter: Any, exit: Any, *arguments: Any) -> None:
             self.launched.append((source.fn.__name__, metadata.hash, (x, y, z), *arguments))
 
         return launcher
