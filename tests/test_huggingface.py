@@ -9,7 +9,6 @@ from errors import UserError
 import pytest
 import torch
 from small_models import checkpoint_of, continue_one, perturbed_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.families import OWN_TYPE, family, obstacles
 from model.huggingface import load_hf_state
@@ -36,6 +35,7 @@ SHAPES = {                  # the first word is the family
 @pytest.mark.parametrize("name", SHAPES)
 @torch.no_grad()
 def test_logits_and_greedy_text_are_theirs(name, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     model = perturbed_model(vocab_size=257, n_ctx=64, **SHAPES[name])
     path = checkpoint_of(model, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(path)

@@ -18,12 +18,6 @@ from small_models import (
     recomputed,
     tokens_by_row,
 )
-from transformers import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from data.byte_bpe import bytes_tokenizer
 from model.generate import Sampling, choose, generate
@@ -152,6 +146,12 @@ def test_choices_follow_the_formulas():
 
 
 def test_penalty_and_top_p_are_those_of_transformers():
+    from transformers import (
+        LogitsProcessorList,
+        RepetitionPenaltyLogitsProcessor,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
     torch.manual_seed(0)
     logits, context = torch.randn(6, 50) * 3, torch.randint(50, (6, 9))
     processors = LogitsProcessorList([
