@@ -43,7 +43,7 @@ from kernels.tiles import (
     sees,
 )
 
-# Its name until triton 3.6, and since.
+# The first is its name up to triton 3.6, the second from 3.7 on.
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 
