@@ -84,7 +84,7 @@ def test_a_run_is_probed_on_what_it_never_trained_on():
     assert not known & unseen and max(known | unseen) < 128 and len(known) > 80
     assert all(len(set(row)) == len(row) == 26 for row in probes.unrepeated.tolist())
     unnamed = of(corpus="repeats", repeats={"period": [16, 16]})
-    assert 16 not in unnamed.scored.periods and len(unnamed.held_out.periods.unique()) >= 3
+    assert 16 not in unnamed.scored.periods and len(unnamed.scored.periods.unique()) >= 3
     assert of().trained is None and of().unseen_tokens is None
     assert "training repeats nothing" in of().note
     assert of(n_ctx=6) is None
