@@ -69,7 +69,7 @@ def test_the_gpu_command_lists_its_steps_and_stops_slow_ones(tmp_path):
     words = "-c \"print('so far', flush=True); import time; time.sleep(600)\""
     slow = gpu.Running(gpu.Step("slow", 10, ""), words, tmp_path, tmp_path, 100)
     wait_until(slow.has_ended)
-    assert slow.row()["code"] == 124 and slow.row()["said"] == "so far"
+    assert slow.row()["code"] == 124 and slow.row()["last_line"] == "so far"
     assert slow.process.poll() is not None
     assert not gpu.importable("no_such_module", tmp_path) and gpu.importable("torch", tmp_path)
 
@@ -164,24 +164,14 @@ def test_a_cell_of_a_study_is_the_median_and_the_range():
 
 @pytest.mark.long
 def test_a_study(workplace):
-<<<<<<< HEAD
-    """One seed each of a study's conditions, for three steps: trained, judged, and a second call
-    trains nothing again."""
-=======
     """One seed of each condition for three steps; a second call trains nothing."""
->>>>>>> fdc01c52a93dfbed60e72377e3378d83480e4673
     (workplace / "study.py").write_text("""
 import sys
 sys.argv = ["study", "toy", "--seeds", "1", "--at-once", "1"]
 from bench import study
 changes = ("train.steps=3", "heads.every=1")
-<<<<<<< HEAD
-study.STUDIES["toy"] = study.Study(2, [study.Condition(name, name, changes)
-                                       for name in ("toy_2l", "toy_1l_smear")])
-=======
 study.STUDIES["toy"] = study.Study(2, [
     study.Condition(name, name, changes) for name in ("toy_2l", "toy_1l_smear")])
->>>>>>> fdc01c52a93dfbed60e72377e3378d83480e4673
 study.main()
 """)
     for trained in (2, 0):

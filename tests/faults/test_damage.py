@@ -116,7 +116,7 @@ def test_a_latest_that_points_nowhere_is_noted_and_ignored(lab: Lab, fault, comm
             link.symlink_to("000099")
             done = succeeds(command(script, f"runs/{run.name}{target}", *arguments,
                                     cwd=lab.folder))
-            assert ("latest names 000099, which is no whole checkpoint; the newest is"
+            assert ("latest points at 000099, which is not a complete checkpoint; the newest is"
                     in done.stderr)
             assert "000012" in done.stderr
         if script == "train.py":
