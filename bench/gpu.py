@@ -91,7 +91,7 @@ def measure(folder: Path, tiny: bool) -> int:
         end = "left out"
         if row["code"] is not None:
             end = f"exit code {row['code']}, {row['seconds']} s"
-        print(f"[{time.monotonic() - began:4.0f} s] {row['name']}: {end}: {row['said']}",
+        print(f"[{time.monotonic() - began:4.0f} s] {row['name']}: {end}: {row['last_line']}",
               flush=True)
         (folder / "steps.json").write_text(json.dumps(rows, indent=1))
         (folder / "page.md").write_text(page(folder))
@@ -102,7 +102,7 @@ def measure(folder: Path, tiny: bool) -> int:
             missing = [name for name in step.needs if not importable(name, folder)]
             if missing:
                 note({"name": step.name, "code": None, "seconds": 0,
-                      "said": f"{', '.join(missing)} not installed"})
+                      "last_line": f"{', '.join(missing)} not installed"})
             elif words:
                 print(f"{step.name}: at most {step.seconds} s", flush=True)
                 left = SECONDS - (time.monotonic() - began)
@@ -161,7 +161,7 @@ class Running:
         lines = [line for line in text.splitlines() if line.strip()]
         return {"name": self.name, "code": self.code,
                 "seconds": round(time.monotonic() - self.began, 1),
-                "said": lines[-1][:160] if lines else ""}
+                "last_line": lines[-1][:160] if lines else ""}
 
 
 def environment(folder: Path, results: Path) -> dict[str, str]:

@@ -42,7 +42,7 @@ def table(columns: tuple[str, ...], rows: Iterable[tuple]) -> list[str]:
 
 def step_cells(row: dict) -> tuple:
     code = "left out" if row["code"] is None else row["code"]
-    return row["name"], code, row["seconds"], row["said"].replace("|", "\\|")
+    return row["name"], code, row["seconds"], row["last_line"].replace("|", "\\|")
 
 
 # --- a section for each bench: its lines, from the figures in its JSON ---

@@ -107,7 +107,7 @@ def cost(tokens: int, n_ctx: int, n: int) -> dict[str, float]:
     windows.starts(index)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    return {"tokens": tokens, "us_an_index": together / n * 1e6, "us_alone": single * 1e6,
+    return {"tokens": tokens, "us_an_index": together / n * 1e6, "us_single": single * 1e6,
             "peak_bytes_an_index": peak / n}
 
 
@@ -192,7 +192,7 @@ def measure(tokens: int, n_ctx: int, batch_tokens: int, n: int, epoch_tokens: in
     figures["cost"] = [cost(10 ** e, n_ctx, min(n, 10 ** 6)) for e in range(6, 13)]
     print("tokens in the corpus, µs per index, µs for a single index, bytes of memory per index")
     for row in figures["cost"]:
-        print(f"  {row['tokens']:20,}   {row['us_an_index']:.3f}   {row['us_alone']:6.1f}"
+        print(f"  {row['tokens']:20,}   {row['us_an_index']:.3f}   {row['us_single']:6.1f}"
               f"   {row['peak_bytes_an_index']:6.1f}")
 
     for name, repeats in (("text", False), ("mixture", True)):

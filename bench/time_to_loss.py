@@ -134,7 +134,7 @@ def progress(name: str, step: int, steps: int, seconds: float) -> None:
 
 def compare(config: Config, data: Dataset, validation: list[Batch], recipe: Recipe, threads: int,
             seeds: int) -> dict:
-    """Train both recipes on so many threads, print and return how they compare."""
+    """Train both recipes on `threads` threads, print and return how they compare."""
     torch.set_num_threads(threads)
     plain = train_plain(data, validation, recipe, seed=0)
     ours = train_seeds(config, seeds, validation, plain["loss"])

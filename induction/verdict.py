@@ -110,6 +110,11 @@ class Verdict(NamedTuple):
     previous_token: PreviousTokenHeads | None
 
     @property
+    def one_layer(self) -> bool:
+        """Whether the model has a single layer."""
+        return len(self.measured.offset_profile) == 1
+
+    @property
     def best(self) -> float:
         """Prefix matching of the strongest head."""
         return self.measured.scores["prefix_matching"][self.strongest].item()

@@ -65,7 +65,7 @@ def portrait(pattern: np.ndarray, title: str, side: int = 320) -> np.ndarray:
 
 
 def write_gif(file: BinaryIO, frames: Sequence[np.ndarray], seconds: float = 8.0) -> None:
-    """Frames of one size as an endless GIF of about so many seconds; its last frame stays for two
+    """Frames of one size as an endless GIF of about `seconds` seconds; its last frame stays for two
     more."""
     images = [Image.fromarray(frame).quantize(64) for frame in frames]
     milliseconds = max(40, int(1000 * seconds / len(images)))

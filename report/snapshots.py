@@ -29,11 +29,12 @@ from model.config import ModelConfig
 from model.gpt import GPT
 from model.taps import heads_of, taps
 from report.pictures import mosaic, portrait
-from report.viewer import Passage, PatternSnapshot
+from report.viewer import Passage, PatternSnapshot, lower_triangles
 
 MAX_TOKENS = 128        # of a passage that are kept while training: a pattern grows with its square
 MAX_SNAPSHOTS = 64      # of a run
 PAGE_BYTES = 40e6       # of patterns in a page; deflate halves them, then base64 adds a third
+MAX_ENTRIES = 24 * 512 ** 2     # of all heads' patterns of one passage that a page can show at once
 STRONGEST = 3           # heads that get a picture of their own
 
 Table = tuple[list[str], list[list]]                # column names, rows
@@ -53,9 +54,13 @@ class PatternRecorder:
         self.config, self.last_step, self.document_start = config, steps, document_start
         n_tokens = tokens_shown(config, MAX_TOKENS)
         example, title = probes.scored.example(n_tokens)
-        self.ids = [example] if text is None else [example, text[:n_tokens]]
-        self.passages = [Passage(name, spell(ids, tokenizer))
-                         for name, ids in zip((title, "held-out text"), self.ids)]
+        self.ids = [example]
+        self.passages = [Passage(title, spell(example, tokenizer), key="random tokens")]
+        if text is not None:
+            ids = text[:n_tokens]
+            self.ids.append(ids)
+            self.passages.append(Passage("held-out text", spell(ids, tokenizer),
+                                         key="held-out text"))
         self.snapshots = SnapshotFolder(folder / "heads")
         self.snapshots.begin(self.passages, self.ids, step)
         most = max_snapshots(config, [len(ids) for ids in self.ids])
@@ -76,7 +81,7 @@ class PatternRecorder:
         patterns = attention_patterns(model, self.ids, self.document_start)
         pictures: dict[str, np.ndarray | Table] = {}
         for passage, pattern in zip(self.passages, patterns):
-            pictures[f"heads/patterns/{passage.title.split(',')[0]}"] = mosaic(pattern)
+            pictures[f"heads/patterns/{passage.key}"] = mosaic(pattern)
         score = measured.scores["prefix_matching"]
         strongest = sorted(heads_of(self.config), key=lambda head: -score[head])[:STRONGEST]
         for rank, head in enumerate(strongest, 1):
@@ -97,7 +102,7 @@ def score_table(config: ModelConfig, measured: Measured) -> Table:
 
 def tokens_shown(config: ModelConfig, length: int) -> int:
     """How many of `length` tokens a page can show at once: 512 for 24 heads, fewer for more."""
-    return min(length, int((24 * 512 ** 2 / (config.n_layers * config.n_heads)) ** 0.5))
+    return min(length, int((MAX_ENTRIES / (config.n_layers * config.n_heads)) ** 0.5))
 
 
 def max_snapshots(config: ModelConfig, lengths: list[int]) -> int:
@@ -191,12 +196,6 @@ def report_damage(path: Path) -> Iterator[None]:
         damaged = path.parent if path.suffix == ".json" else path
         raise UserError(f"{path} is damaged ({first_line(error)})\n"
                         f"  delete {damaged}: the report is then written without it") from None
-
-
-def lower_triangles(patterns: np.ndarray) -> np.ndarray:
-    """The rows of matrices (…, T, T) up to their diagonals, end to end: (…, T (T + 1) / 2). The
-    other half of a causal pattern is zeros."""
-    return patterns[..., *np.tril_indices(patterns.shape[-1])]
 
 
 def squares(rows: np.ndarray) -> np.ndarray:

@@ -1,28 +1,21 @@
 """What heads.py prints: tables and sentences, as strings."""
 
 import json
+import textwrap
 from collections.abc import Mapping
 
 from induction.examine import HeadScores, KeyComposition, ProbeExamination
 from induction.history import Record, icl_transition, model_transition, step_at
 from induction.metrics import LOSS_FIRST, LOSS_SECOND, scores_by_head
 from induction.phase import INDUCTION_HEAD, Transition
+from induction.scores import SCORES
 from induction.verdict import PREVIOUS_TOKEN_HEAD, PreviousTokenHeads, SetAblation
 from model.taps import Head
 
 SHORT = {"prefix_matching": "prefix", "latest_match": "latest", "previous_token": "previous",
          "duplicate_token": "duplicate", "first_token": "first", "copying_eigenvalues": "eigen"}
 
-LEGEND = {                          # columns → what they mean
-    "prefix, latest": "attention on tokens that follow an earlier copy of the current token: on "
-                      "all, on the latest",
-    "previous": "attention on the previous token",
-    "duplicate": "attention on earlier copies of the current token",
-    "first": "attention on the first token",
-    "entropy": "of the attention rows, from 0 (one key) to 1 (uniform)",
-    "distance": "mean look-back, in tokens",
-    "copying, eigen": "whether the output raises the logit of the token read, from −1 to 1",
-}
+EXPLANATIONS = SCORES | {"copying_eigenvalues": "the same as copying, from the head's weights"}
 
 
 def head_table(table: HeadScores, text: str, formed: Mapping[Head, Transition]) -> str:
@@ -41,17 +34,19 @@ def head_table(table: HeadScores, text: str, formed: Mapping[Head, Transition]) 
         if head in formed:
             line += f"{formed[head].onset / 1e6:8.2f} M"
         lines.append(line)
-    return "\n".join([*lines, "", *legend(list(columns), text, bool(formed))])
+    return "\n".join([*lines, "", *legend(list(table.scores), text, bool(formed))])
 
 
-def legend(columns: list[str], text: str, formed: bool) -> list[str]:
-    entries = {names: meaning for names, meaning in LEGEND.items()
-               if names.split(", ")[0] in columns}
-    entries["alone"] = (f"rise in loss on {text}, in nats, if only this head is mean-ablated;\n"
-                        f"{'':16}little for a head that other heads can replace")
+def legend(scores: list[str], text: str, formed: bool) -> list[str]:
+    """What the columns mean, in lines of at most 100 characters."""
+    entries = {SHORT.get(name, name): EXPLANATIONS[name] for name in scores
+               if name in EXPLANATIONS}
+    entries["alone"] = (f"rise in loss on {text}, in nats, if only this head is mean-ablated; "
+                        "little for a head that other heads can replace")
     if formed:
         entries["formed"] = "tokens seen when the head's prefix matching began to rise"
-    return [f"{names:16}{meaning}" for names, meaning in entries.items()]
+    return [textwrap.fill(meaning, 100, initial_indent=f"{column:11} ",
+                          subsequent_indent=" " * 12) for column, meaning in entries.items()]
 
 
 def scores_as_json(table: HeadScores) -> str:

@@ -19,9 +19,9 @@ def verdict_page(verdicts: list[Verdict]) -> str:
         lines.append(headline(condition, runs))
     lines += ["", describe_controls([verdict for verdict in verdicts if verdict.control])]
     not_controls = [verdict.run for verdict in verdicts
-                    if len(verdict.measured.offset_profile) == 1 and not verdict.control]
+                    if verdict.one_layer and not verdict.control]
     if not_controls:
-        lines.append("One-layer runs that are no controls (unfinished, or with smeared keys or a "
+        lines.append("One-layer runs that are not controls (unfinished, or with smeared keys or a "
                      "single period, which let one layer meet the probe): "
                      f"{', '.join(not_controls)}.")
     lines.append("")
@@ -139,7 +139,7 @@ def describe_peak(verdict: Verdict) -> str:
     text = f"{head} attends most {place} ({weight:.2f})"
     measured = verdict.measured
     if not verdict.heads and measured.loss_second < 0.5 * measured.loss_first:
-        text += "; the copy is predicted nevertheless: by another circuit than the standard one"
+        text += "; still, the model predicts the second copy, so it uses another circuit"
     return text
 
 

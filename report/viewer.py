@@ -29,6 +29,7 @@ class Passage(NamedTuple):
 
     title: str                  # "random tokens, period 18, held out of training"
     tokens: list[str]           # T of them, as text
+    key: str = ""               # names its picture in the log; empty if it is not logged
 
 
 class PatternSnapshot(NamedTuple):
@@ -86,14 +87,19 @@ def snapshot_chunks(index: int, snapshot: PatternSnapshot, view: View) -> bytes:
 
 
 def triangles(patterns: np.ndarray, view: View, passage: Passage) -> bytes:
-    """The rows of every head up to the diagonal, end to end: the other half of a causal pattern is
-    zeros."""
+    """The bytes of every head's lower triangle. Raises ValueError for another shape or dtype."""
     T = len(passage.tokens)
     expected = (view.n_layers, view.n_heads, T, T)
     if patterns.shape != expected or patterns.dtype != np.uint8:
         raise ValueError(f"patterns of {passage.title!r} are {patterns.dtype} {patterns.shape}, "
                          f"not uint8 {expected}")
-    return patterns[:, :, *np.tril_indices(T)].tobytes()                # (L, H, T (T + 1) / 2)
+    return lower_triangles(patterns).tobytes()                          # (L, H, T (T + 1) / 2)
+
+
+def lower_triangles(patterns: np.ndarray) -> np.ndarray:
+    """The rows of matrices (…, T, T) up to their diagonals, end to end: (…, T (T + 1) / 2). The
+    other half of a causal pattern is zeros."""
+    return patterns[..., *np.tril_indices(patterns.shape[-1])]
 
 
 def chunk(name: str, content: bytes) -> bytes:
@@ -109,7 +115,8 @@ def as_json(view: View, moments: list[dict]) -> str:
     """Everything but the patterns. `<` is escaped, so no text can end the script element around it
     or open a comment."""
     content = view._asdict() | {
-        "passages": [passage._asdict() for passage in view.passages],
+        "passages": [{"title": passage.title, "tokens": passage.tokens}
+                     for passage in view.passages],
         "snapshots": moments,
         "explanations": SCORES,
         "scores": {name: series(*score) for name, score in view.scores.items()},

@@ -78,15 +78,15 @@ def exact_and_plain(case: Case, q, k, v, grad) -> tuple[list[Tensor], list[Tenso
     return tuple(results)
 
 
-def assert_as_good(got: Tensor, exact: Tensor, plain: Tensor, what: str = "") -> None:
+def assert_as_good(got: Tensor, exact: Tensor, plain: Tensor, label: str = "") -> None:
     """`got` may be twice as far from the exact result as the plain computation in its dtype.
 
     A rounding step or so is allowed in addition.
     """
     finite = exact.isfinite()
-    assert torch.equal(got[~finite].double(), exact[~finite]), f"{what}: infinite elsewhere"
+    assert torch.equal(got[~finite].double(), exact[~finite]), f"{label}: infinite elsewhere"
     got, exact, plain = got[finite], exact[finite], plain[finite]
-    assert got.isfinite().all(), f"{what}: not finite"
+    assert got.isfinite().all(), f"{label}: not finite"
     if exact.numel():
         # 64 steps of float32 and not one: in dA − δ two numbers cancel that are √D times larger
         # than their difference.
@@ -95,4 +95,4 @@ def assert_as_good(got: Tensor, exact: Tensor, plain: Tensor, what: str = "") ->
         error = (got.double() - exact).abs().max().item()
         plain_error = (plain.double() - exact).abs().max().item()
         assert error <= 2 * plain_error + step, (
-            f"{what}: off by {error:.2e}, the plain computation by {plain_error:.2e}")
+            f"{label}: off by {error:.2e}, the plain computation by {plain_error:.2e}")

@@ -328,11 +328,19 @@ def bound(function: Any, names: dict[str, Any]) -> FunctionType:
     return FunctionType(python.__code__, scope, python.__name__, python.__defaults__)
 
 
+def simulated(argument: Any) -> Any:
+    """A kernel's argument as the simulated programs take it."""
+    if hasattr(argument, "block_shape"):        # a tensor descriptor
+        return Descriptor(argument)
+    if isinstance(argument, Tensor):
+        return Pointer.to(argument)
+    return argument
+
+
 def start(kernel: Any, like: Tensor, grid: tuple[int, ...], arguments: list[Any], *,
           num_warps: int, **options: Any) -> None:
     """In place of `kernels.launch.start`: run every program of the grid to its end."""
-    given = [Descriptor(value) if hasattr(value, "block_shape") else
-             Pointer.to(value) if isinstance(value, Tensor) else value for value in arguments]
+    given = [simulated(value) for value in arguments]
     for index in product(*map(range, grid)):
         program = Program(index, grid, num_warps)
         bound(kernel, program.names())(*given)

@@ -98,7 +98,7 @@ def recomputed(model: GPT, slide: bool) -> list[list[int]]:
 
 def generated(model: GPT, slide: bool, batch_size: int,
               step: CompiledStep | None = None) -> list[list[int]]:
-    """The greedy continuations of PROMPTS by `generate`, so many rows at a time."""
+    """The greedy continuations of PROMPTS by `generate`, `batch_size` rows at a time."""
     remaining = list(WANTED)
 
     def wanted(row: int) -> bool:

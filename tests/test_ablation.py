@@ -49,20 +49,21 @@ def test_mean_and_resample_put_in_what_the_intact_model_wrote():
         model.hidden(BATCH.tokens)
     z = {name: value.clone() for name, value in cache.items()}
 
-    def with_(replacement) -> torch.Tensor:
-        def at(layer: int, head: int):
-            def put(x):
+    def losses_with(replacement) -> torch.Tensor:
+        def replace_head(layer: int, head: int):
+            def tap(x):
                 x = x.clone()
                 x[:, head] = replacement(z[f"L{layer}.z"][:, head])
                 return x
-            return put
-        with taps(model, {f"L{layer}.z": at(layer, head) for layer, head in TWO}):
+            return tap
+        with taps(model, {f"L{layer}.z": replace_head(layer, head) for layer, head in TWO}):
             return model.losses(*BATCH)
 
     mean = losses_without(model, BATCH, TWO, "mean")
     resampled = losses_without(model, BATCH, TWO, "resample")
-    assert torch.allclose(mean, with_(lambda x: x.mean((0, 1))), atol=1e-6)
-    assert torch.allclose(resampled, with_(lambda x: torch.cat([x[1:], x[:1]])), atol=1e-6)
+    assert torch.allclose(mean, losses_with(lambda x: x.mean((0, 1))), atol=1e-6)
+    expected = losses_with(lambda x: torch.cat([x[1:], x[:1]]))
+    assert torch.allclose(resampled, expected, atol=1e-6)
     assert not torch.allclose(mean, resampled, atol=1e-3)
 
 

@@ -69,7 +69,7 @@ def test_the_gpu_command_lists_its_steps_and_stops_slow_ones(tmp_path):
     words = "-c \"print('so far', flush=True); import time; time.sleep(600)\""
     slow = gpu.Running(gpu.Step("slow", 10, ""), words, tmp_path, tmp_path, 100)
     wait_until(slow.has_ended)
-    assert slow.row()["code"] == 124 and slow.row()["said"] == "so far"
+    assert slow.row()["code"] == 124 and slow.row()["last_line"] == "so far"
     assert slow.process.poll() is not None
     assert not gpu.importable("no_such_module", tmp_path) and gpu.importable("torch", tmp_path)
 

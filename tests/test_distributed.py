@@ -31,7 +31,7 @@ def torchrun(processes: int, script: Path, *arguments: str,
 
 
 def train(processes: int, *arguments: str, cwd: Path) -> str:
-    """Train in so many processes, with torchrun if there are several; the output."""
+    """Train in `processes` processes, with torchrun if there are several; the output."""
     if processes == 1:
         return succeeds(command("train.py", *arguments, cwd=cwd)).stdout
     done = torchrun(processes, ROOT / "train.py", *arguments, cwd=cwd)
@@ -75,8 +75,8 @@ def check_same_training(run: Path, expected: Path) -> None:
 def trained_with(made_once) -> Callable[[str, int], Path]:
     """`trained_with("fsdp", 2)`: a folder with two runs of the same config.
 
-    runs/single was trained by one process, runs/parallel by so many; parallel.txt is the output of
-    the second.
+    runs/single was trained by one process, runs/parallel by this many; parallel.txt is the output
+    of the second.
     """
     def folder_of(strategy: str, processes: int) -> Path:
         recompute = f"train.checkpoint_activations={'true' if strategy == 'fsdp' else 'false'}"

@@ -14,6 +14,7 @@ from test_scores import dense_scores
 from induction.ablation import Effect, losses_without
 from induction.examine import HeadScores, probes_for
 from induction.phase import Transition
+from induction.scores import SCORES
 from induction.verdict import PreviousTokenHeads, SetAblation
 from model.taps import Head, heads_of, taps
 from report.text import (
@@ -111,6 +112,15 @@ def test_the_table_has_a_row_per_head_and_explains_its_columns():
     assert "loss on the given text" in explained and "copying" not in explained
     assert json.loads(scores_as_json(table))["L0H1"] == {"prefix_matching": 0.5, "of_our_own": 2.0,
                                                          "alone": -1.5}
+
+
+def test_the_table_explains_every_score():
+    scores = {name: torch.zeros(1, 1) for name in (*SCORES, "copying_eigenvalues")}
+    table, legend = head_table(HeadScores(scores, {Head(0, 0): 0.0}), "the text", {}).split("\n\n")
+    columns = table.split("\n")[0].split()[1:]
+    explained = [line.split()[0] for line in legend.split("\n") if line[0] != " "]
+    assert columns == explained and len(columns) == len(SCORES) + 2
+    assert all(len(line) <= 100 for line in legend.split("\n"))
 
 
 def test_given_tokens_are_taken_as_they_are(run):
@@ -245,7 +255,7 @@ def test_the_verdict(studied):
     assert trained > 0.8 and "**against**" in trap          # looks like induction on its own period
     assert "One-layer control: prefix matching at most 0.0" in page
     assert "what was averaged, not what was used" in page
-    assert "One-layer runs that are no controls" in page
+    assert "One-layer runs that are not controls" in page
     assert "meet the probe): toy_1l_smear, toy_fixed_period." in page
     first = sorted((studied / "runs/toy_1l/checkpoints").glob("0*"))[0]
     early = heads("verdict", first, cwd=studied).stdout

@@ -9,8 +9,8 @@ import pytest
 import torch
 from commands import command
 from conftest import TINY, metrics, wandb_history
+from faults.lab import same_bits
 from PIL import Image
-from test_train import same_bits
 
 from data.config import DataConfig
 from data.load_tokenizer import make_tokenizer
