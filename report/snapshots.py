@@ -46,10 +46,10 @@ class PatternRecorder:
     def __init__(self, config: ModelConfig, probes: Probes, text: Tensor | None,
                  tokenizer: Tokenizer, folder: Path, *, every: int, steps: int, step: int = 0,
                  document_start: int | None = None):
-        """text        (T,) token ids of held-out text, the second passage; None without text
-        folder      of the run; snapshots later than `step` are deleted, they will be made again
-        every       steps between two measurements of the heads, of `steps` in all
-        document_start   the token that begins a document, if documents must not see each other
+        """text            (T,) token ids of held-out text, the second passage; None without text
+        folder          of the run; snapshots later than `step` are deleted, they will be made again
+        every           steps between two measurements of the heads, of `steps` in all
+        document_start  the token that begins a document, if documents must not see each other
         """
         self.config, self.last_step, self.document_start = config, steps, document_start
         n_tokens = tokens_shown(config, MAX_TOKENS)
