@@ -15,8 +15,10 @@ interpreter, with times that mean nothing, and the output says so.
 import os
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -97,11 +99,11 @@ def rows_of_shape(T: int, D: int, groups: int, rounds: int, flex: bool) -> list[
     passes: dict[str, dict] = {name: {} for name in PASSES}
     memory = {}
     for name, attend in attentions(T, flex).items():
-        def forward(attend=attend):
+        def forward(attend: Any = attend) -> Any:
             with torch.no_grad():
                 return attend(q, k, v)
 
-        def both(attend=attend):
+        def both(attend: Any = attend) -> Any:
             return torch.autograd.grad(attend(q, k, v), (q, k, v), grad)
 
         try:
@@ -113,7 +115,7 @@ def rows_of_shape(T: int, D: int, groups: int, rounds: int, flex: bool) -> list[
             memory.pop(name, None)
             continue
 
-        def backward(out=out):
+        def backward(out: Any = out) -> Any:
             return torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
 
         passes["forward"][name] = forward
@@ -183,6 +185,12 @@ def windows(rounds: int) -> dict:
     return {"T": T, "window": window, "ms": times, "faster": times["full"] / times["window"]}
 
 
+def read_all(side: Callable[[Tensor, Tensor], Tensor], caches: list[list[Tensor]]) -> None:
+    """One call on each cache."""
+    for k, v in caches:
+        side(k, v)
+
+
 def decoding(rounds: int, copy_gb_s: float) -> list[dict]:
     """One new token per row against S keys, as a fraction of the copy bandwidth.
 
@@ -206,11 +214,11 @@ def decoding(rounds: int, copy_gb_s: float) -> list[dict]:
                   for _ in range(number)]
         # Rows of every length, as a batch of prompts has them: half of the cache on average.
         at = torch.linspace(0, S - 1, B + 2, device=DEVICE)[1:-1].long()[:, None]
-        sides = {"ours": lambda k, v, q=q: attention(q, k, v, backend="triton"),
-                 "flash": lambda k, v, q=q: flash(q, k, v),
-                 "ours, ragged": lambda k, v, q=q, at=at: decode(q, k, v, at, backend="triton")}
-        calls = {name: lambda side=side, caches=caches: [side(k, v) for k, v in caches]
-                 for name, side in sides.items()}
+        sides: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "ours": partial(attention, q, backend="triton"), "flash": partial(flash, q),
+            "ours, ragged": partial(decode, q, query_positions=at, backend="triton")}
+        calls: dict[str, Callable[[], object]] = {
+            name: partial(read_all, side, caches) for name, side in sides.items()}
         ms = {name: time / number for name, time in in_turn(calls, rounds).items()}
         rate = 2 * caches[0][0].nbytes / ms["ours"] / 1e6
         rows.append({"B": B, "S": S, "K": K, "groups": groups, "D": D, "ms": ms, "gb_s": rate,
@@ -226,10 +234,10 @@ def head_statistics_cost(rounds: int) -> list[dict]:
         ids = random_tokens(T)
         _, lse = attention(q, k, v, backend="triton", return_lse=True)
 
-        def forward(q=q, k=k, v=v):
+        def forward(q: Any = q, k: Any = k, v: Any = v) -> Any:
             return attention(q, k, v, backend="triton")
 
-        def statistics(q=q, k=k, lse=lse, ids=ids):
+        def statistics(q: Any = q, k: Any = k, lse: Any = lse, ids: Any = ids) -> Any:
             return head_statistics(q, k, lse, ids, backend="triton")
 
         ms = in_turn({"forward": forward, "statistics": statistics}, rounds)
@@ -252,10 +260,10 @@ def python_microseconds() -> dict[str, float]:
             print(f"{name} does not serve T=128: {first_words(error)}", flush=True)
             continue
 
-        def forward(attend=attend):
+        def forward(attend: Any = attend) -> Any:
             return attend(q, k, v)
 
-        def backward(out=out):
+        def backward(out: Any = out) -> Any:
             return torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
 
         microseconds[f"{name}, forward"] = host_microseconds(forward, calls, rounds)

@@ -18,7 +18,8 @@ from kernels.statistics import head_statistics
 # kernel → D → tiles (rows, columns, warps, stages, programs, maxnreg) that neither spill nor
 # serialise on Hopper (kernels/ahead_of_time.py). Either several programs fit a multiprocessor, or
 # each product reads few bytes.
-CANDIDATES = {
+Candidates = dict[str, dict[int, list[tuple[int, ...]]]]        # kernel → D → tiles' fields
+CANDIDATES: Candidates = {
     "forward": {
         64: [(128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 128, 4, 2), (64, 64, 4, 3)],
         128: [(128, 32, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3)],
@@ -41,8 +42,9 @@ CANDIDATES = {
         128: [(128, 128, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2)],
     },
 }
-TINY_CANDIDATES = {kernel: {16: [(32, 32, 4, 1), (16, 16, 4, 1)]}
-                   for kernel in ("forward", "backward_q", "backward_kv", "statistics_rows")}
+TINY_CANDIDATES: Candidates = {
+    kernel: {16: [(32, 32, 4, 1), (16, 16, 4, 1)]}
+    for kernel in ("forward", "backward_q", "backward_kv", "statistics_rows")}
 
 
 def tune() -> Iterator[dict]:

@@ -67,7 +67,8 @@ def prepare(folder: Path, target: str) -> None:
 def compile_share(share: int, shares: int, target: str) -> int:
     """Make every `shares`-th call of the tests and benches, up to the driver; returns how many."""
     with ahead_of_time.device(target):
-        launch.about = lambda device: launch.Device(132, 50 * 2 ** 20)
+        launch.about = lambda device: launch.Device(      # type: ignore[assignment]
+            132, 50 * 2 ** 20)
         calls = [*calls_of_tests(), *calls_of_benches()][share::shares]
         for call in calls:
             call()
@@ -111,7 +112,8 @@ def calls_of_benches() -> Iterator[Callable[[], object]]:
     def candidate(kernel: str, D: int, tile: tuple) -> None:
         with launch.tile_for(kernel, Tile(*tile)):
             ids = torch.zeros(1, 256, dtype=torch.long)
-            timed_call(kernel, *tensors(D), tensors(D)[0], ids)()
+            q, k, v = tensors(D)
+            timed_call(kernel, q, k, v, q, ids)()
 
     def windowed(D: int) -> None:
         flash_attention(*tensors(D), True, 100, None, D ** -0.5)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from errors import ArgumentParser, run_command
+from errors import ArgumentParser, UserError, run_command
 
 import torch
 
@@ -43,7 +43,10 @@ def measure(config: Config, rounds: int) -> tuple[torch.device, dict[str, list[f
     micro_batch = choose_micro_batch(config, model)
     optimizer = Optimizer(model, config.optimizer, config.train.steps)
     loss_of = training_loss(model, config.train.compile)
-    probes = probes_of(config.data, config.model.n_ctx, data.tokenizer, config.seed).to(device)
+    probes = probes_of(config.data, config.model.n_ctx, data.tokenizer, config.seed)
+    if probes is None:
+        raise UserError(f"model.n_ctx={config.model.n_ctx} is too short for a probe (try 64)")
+    probes = probes.to(device)
     step = 0
 
     def train() -> None:

@@ -123,7 +123,7 @@ def serve_transformers(pipe: Connection, path: Path, threads: int, cache: str) -
     from transformers import AutoModelForCausalLM, StoppingCriteria, logging
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE).to(DEVICE).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPE).to(DEVICE).eval()   # type: ignore[arg-type]
     # Random weights may produce the end token: both sides go on.
     model.generation_config.eos_token_id = None
 

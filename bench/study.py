@@ -31,6 +31,7 @@ from training.config import differences, load_config
 from training.device import choose_device
 from training.loaded_run import load_run
 from training.logger import read_metrics
+from training.resume import listed
 
 ROOT = Path(__file__).parent.parent
 CONFIGS, PAGES = ROOT / "configs" / "induction", ROOT / "docs" / "studies"
@@ -113,7 +114,7 @@ def finished(condition: Condition, seed: int) -> bool:
     if not (run / "config.yaml").exists():
         return False
     if changes := differences(load_config(run / "config.yaml"), wanted):
-        raise UserError(f"{run} was trained with another config ({'; '.join(changes[:3])})\n"
+        raise UserError(f"{run} was trained with another config ({listed(changes[:3])})\n"
                         "  move it away and run this again")
     checkpoints = list_checkpoints(run / "checkpoints")
     return bool(checkpoints) and int(checkpoints[-1].name) >= wanted.train.steps

@@ -190,6 +190,7 @@ def main() -> None:
     config = load_config(CONFIG, overrides)
     recipe = Recipe(steps=args.steps)
     data = Dataset(config.data, seed=0)
+    assert data.shards is not None                  # a text corpus
     validation = data.validation(2 ** 17, recipe.n_ctx, 256)
     validation_tokens = sum(batch.targets.numel() for batch in validation)
     print(f"{text.name}: {len(data.shards.train):,} bytes for training, "

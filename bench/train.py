@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from errors import ArgumentParser, run_command
 
@@ -144,8 +144,8 @@ def serve_plain(pipe: Connection, shape: Shape, threads: int, compiled: bool) ->
     time_steps(pipe, shape, forward_backward, update, before)
 
 
-def serve_ours(
-        pipe: Connection, shape: Shape, threads: int, compiled: bool, optimizer_kind: str) -> None:
+def serve_ours(pipe: Connection, shape: Shape, threads: int, compiled: bool,
+               optimizer_kind: Literal["muon", "adamw"]) -> None:
     """The trainer's step."""
     torch.set_num_threads(threads)
     if not GPU:

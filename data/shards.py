@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from errors import UserError
 
@@ -86,10 +86,17 @@ class Shard:
         return self.map_file(self.path)[part]
 
 
+class Tokens(Protocol):
+    """What a stream needs of a shard."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
 class TokenStream:
     """Several shards, read as one long sequence of tokens."""
 
-    def __init__(self, shards: Sequence[np.ndarray | Shard]):
+    def __init__(self, shards: Sequence[Tokens]):
         self.shards = [shard for shard in shards if len(shard)]
         self.ends = list(accumulate(len(shard) for shard in self.shards))
 
