@@ -76,4 +76,4 @@ def explain(error: Exception) -> str | None:
 def is_out_of_memory(error: Exception) -> bool:
     """PyTorch reports it as a RuntimeError, on the CPU as "can't allocate memory"."""
     return isinstance(error, MemoryError) or any(
-        words in str(error) for words in ("out of memory", "t allocate memory"))
+        words in str(error) for words in ("out of memory", "can't allocate memory"))

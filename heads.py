@@ -71,7 +71,7 @@ def show_probe(args: argparse.Namespace, run: LoadedRun, records: list[Record]) 
         name, figures = f"report-step-{args.step}.html", f"figures-step-{args.step}"
     pictures = None                                             # those kept during training
     if name != "report.html" or len(SnapshotFolder(run.folder / "heads")) == 0:
-        example, title = probes.held_out.example(run.config.model.n_ctx)
+        example, title = probes.scored.example(run.config.model.n_ctx)
         pictures = pictures_at(run, checkpoints(args, run), example, title)
     causal = {str(head): rise for head, rise in examination.table.ablated.items()}
     page = write_report(run.folder, run.config, records, causal, name=name, pictures=pictures)

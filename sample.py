@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from io import TextIOWrapper
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,8 @@ class Sampler:
         args = self.args
         return generate(self.model, ids, args.max_tokens, self.sampling, seed=args.seed,
                         ends=self.tokenizer.ends, slide=args.slide,
-                        n_tokens=self.tokenizer.n_vocab, batch_size=args.batch_size,
-                        step=self.step, **options)
+                        n_vocab=self.tokenizer.n_vocab, batch_size=args.batch_size,
+                        compiled_step=self.step, **options)
 
     def compile(self, ids: list[list[int]]) -> None:
         """With --compile, decode as far as the first steps are compiled."""
@@ -134,7 +135,7 @@ class Sampler:
         print("compiling a decoding step: 10 to 30 seconds on a CPU", file=sys.stderr)
         try:
             # Prefill, a choice, and the compiled step twice: a GPU captures it the first time.
-            for _ in zip(range(4), self.generate(ids)):
+            for _ in islice(self.generate(ids), 4):
                 pass
         except TorchDynamoException as error:
             raise UserError(

@@ -27,7 +27,7 @@ from report.page import write_report
 from report.snapshots import PatternRecorder
 from report.text import heads_summary
 from training.checkpoint import find_checkpoint, list_checkpoints, load_weights, verify
-from training.config import Config
+from training.config import Change, Config
 from training.device import (
     Hardware,
     check_memory,
@@ -41,7 +41,15 @@ from training.logger import read_metrics
 from training.optimizer import Optimizer
 from training.parallel import Parallel
 from training.profile import profiled
-from training.resume import Job, clean_up, job_of, newest_progress, only_trainer, resume
+from training.resume import (
+    Job,
+    clean_up,
+    job_of,
+    listed,
+    newest_progress,
+    only_trainer,
+    resume,
+)
 from training.run import Run
 from training.world import World, join
 
@@ -50,20 +58,20 @@ def train(job: Job, world: World) -> None:
     """Train a model as the job's config says, from the newest checkpoint of its run if there is
     one. `world`: the processes that train together."""
     config, folder, changes = job
-    begun = newest_progress(folder)
-    if begun.step >= config.train.steps:
+    saved = newest_progress(folder)
+    if saved.step >= config.train.steps:
         with world.together():
             if world.first:
-                finish(job, begun.step)
+                finish(job, saved.step)
         return
 
-    # Build: hardware, data, model, optimizer.
+    # Build: hardware, data, model, optimizer. `together`: a UserError in one process ends all.
     with world.together():
         check_shares(config, world)
         hardware = choose_hardware(config, world)
-    data = world.in_turn(lambda: Dataset(config.data, config.seed, begun.data_folder))
-    model, parallel = build_model(config, data.tokenizer, hardware, world, new=begun.step == 0)
-    micro_batch = choose_micro_batch(config, model, parallel)       # windows of a forward pass
+    data = world.in_turn(lambda: Dataset(config.data, config.seed, saved.data_folder))
+    model, parallel = build_model(config, data.tokenizer, hardware, world, new=saved.step == 0)
+    micro_batch = choose_micro_batch(config, model, parallel)       # rows of a forward pass
     with world.together():
         batches = data.training(config.train.batch_tokens, config.model.n_ctx)
         validation = data.validation(config.eval.tokens, config.model.n_ctx, micro_batch)
@@ -77,19 +85,20 @@ def train(job: Job, world: World) -> None:
         run.start(progress, model.config)
         announce(run, model, data, micro_batch, changes)
         full_model = parallel.full_model(model) if config.heads.every else None
-        look_at_heads = watch_heads(run, model, data, validation)
-        step_done = run.enter(profiled(run))
+        measure_heads = head_watch(run, model, data, validation)
+        step_done = run.enter(profiled(run))            # does nothing without train.profile
 
-        # Loop. A step is a completed update.
+        # Loop. A step is a completed update, the first is 1; update s uses batch s − 1.
         last = config.train.steps
-        mine = batches.prefetch(run.step, last, hardware.device, world.rank, world.size)
-        for step, batch in enumerate(mine, run.step + 1):
+        own_rows = batches.prefetch(run.step, last, hardware.device, world.rank, world.size)
+        for step, batch in enumerate(own_rows, run.step + 1):
             loss = torch.zeros((), device=hardware.device)
             micro_batches = list(batch.split(micro_batch))
             for part in parallel.accumulate(micro_batches, model, loss_of):
                 part_loss = loss_of(*part)      # a sum over tokens: accumulating equals one batch
                 part_loss.backward()
                 loss += part_loss.detach()
+            # Clips, sets the learning rate, updates, clears gradients.
             grad_norm = optimizer.step(step, config.train.batch_tokens // world.size)
             mean_loss = world.sum(loss) / config.train.batch_tokens
             run.record_update(step, mean_loss, grad_norm, optimizer.lr(step))
@@ -100,8 +109,8 @@ def train(job: Job, world: World) -> None:
                     run.add_metrics(evaluate(model, validation, data, world))
                 if due(step, config.heads.every, last):
                     parallel.gather_weights(model, full_model)
-                    if look_at_heads and full_model:
-                        look_at_heads(full_model, step)     # the same weights, uncompiled, tapped
+                    if measure_heads and full_model:        # in the first process
+                        measure_heads(full_model, step)     # the same weights, uncompiled, tapped
                 run.write_record()
                 if (due(step, config.checkpoint.every, last) or step in config.checkpoint.steps
                         or stopping):
@@ -112,7 +121,7 @@ def train(job: Job, world: World) -> None:
 
         # Save: the last checkpoint, the report, the summary.
         run.wait_for_checkpoint()
-        if look_at_heads:
+        if measure_heads:
             with run.explained("writing the report of"):
                 page = write_report(folder, config, run.metrics.read())
             if page:
@@ -145,7 +154,7 @@ def build_model(config: Config, tokenizer: Tokenizer, hardware: Hardware, world:
         check_memory(model, hardware.device, world)
     model.compute_dtype = hardware.precision
     model.attention_backend = hardware.attention
-    model.recompute = config.train.checkpoint_activations
+    model.recompute_activations = config.train.checkpoint_activations
     parallel = choose_parallel(config, model.config, hardware.device, world)
     parallel.place(model, hardware.device)
     if origin:
@@ -161,11 +170,13 @@ def origin_of(config: Config, tokenizer: Tokenizer) -> Path:
     checkpoint = find_checkpoint(config.init_from)
     if load_tokenizer(checkpoint / "tokenizer.json").hash != tokenizer.hash:
         raise UserError(f"init_from={config.init_from} was trained with another tokenizer, its "
-                        f"weights mean other tokens\n  use its own: data.tokenizer={checkpoint}")
+                        "weights belong to other token ids\n"
+                        f"  use its own: data.tokenizer={checkpoint}")
     return checkpoint
 
 
-def announce(run: Run, model: GPT, data: Dataset, micro_batch: int, changes: list[str]) -> None:
+def announce(run: Run, model: GPT, data: Dataset, micro_batch: int,
+             changes: list[Change]) -> None:
     """Print what is trained, on what, and what is out of the ordinary."""
     world, config = run.world, run.config
     parameters = sum(p.numel() for p in model.parameters())
@@ -177,7 +188,7 @@ def announce(run: Run, model: GPT, data: Dataset, micro_batch: int, changes: lis
     run.say(f"{verb} {run.folder}: {parameters:,} parameters, {dtype} on {run.hardware.device}, "
             f"{processes}{passes} × {micro_batch} windows a step of {source}")
     if changes:
-        run.say(f"changed    {'; '.join(changes)} (from step {run.step + 1})")
+        run.say(f"changed    {listed(changes)} (from step {run.step + 1})")
     if reasons := obstacles(model.config):
         run.say(f"note       transformers has no model of this shape ({'; '.join(reasons)}): "
                 "these checkpoints load only in this project")
@@ -185,8 +196,8 @@ def announce(run: Run, model: GPT, data: Dataset, micro_batch: int, changes: lis
 
 # --- measure ----------------------------------------------------------------------------------
 
-def watch_heads(run: Run, model: GPT, data: Dataset,
-                validation: list[Batch]) -> Callable[[GPT, int], None] | None:
+def head_watch(run: Run, model: GPT, data: Dataset,
+               validation: list[Batch]) -> Callable[[GPT, int], None] | None:
     """A function of (model, step) that measures all heads, records their scores, and now and then
     keeps pictures of their patterns. None if the config, or this process, does not watch heads."""
     config, device = run.config, run.hardware.device
@@ -201,16 +212,16 @@ def watch_heads(run: Run, model: GPT, data: Dataset,
     recorder = PatternRecorder(
         model.config, probes, text, data.tokenizer, run.folder, every=config.heads.every,
         steps=config.train.steps, step=run.step,
-        separator=data.begin if config.data.mask_documents else None)
+        document_start=data.begin if config.data.mask_documents else None)
 
-    def look_at_heads(model: GPT, step: int) -> None:
+    def measure_heads(model: GPT, step: int) -> None:
         run.add_metrics(watch(model, run.tokens))
         if recorder.due(step):
             recorder.save(model, step, run.tokens)
         if due(step, config.heads.images_every, config.train.steps):
             run.log_media(lambda: recorder.pictures(model, watch.measured))
 
-    return look_at_heads
+    return measure_heads
 
 
 def evaluate(model: GPT, validation: list[Batch], data: Dataset, world: World) -> dict[str, float]:
@@ -219,11 +230,11 @@ def evaluate(model: GPT, validation: list[Batch], data: Dataset, world: World) -
     device = model.embed.weight.device
     # Each process takes a batch a round. In the last round some do the last batch again, because
     # all processes must gather sharded weights.
-    mine = []
+    own_losses = []
     for first in range(0, len(validation), world.size):
         batch = validation[min(first + world.rank, len(validation) - 1)]
-        mine.append(model.losses(*batch.to(device)).cpu())
-    rounds = zip(*world.gather(mine))
+        own_losses.append(model.losses(*batch.to(device)).cpu())
+    rounds = zip(*world.gather(own_losses))             # a round: process 0's, process 1's, …
     in_order = [losses for one_round in rounds for losses in one_round]
     losses = torch.cat(in_order[:len(validation)])                              # (windows, T)
     lengths = data.tokenizer.byte_lengths
@@ -244,13 +255,13 @@ def finish(job: Job, step: int) -> None:
         verify(list_checkpoints(folder / "checkpoints")[-1])
         clean_up(folder / "checkpoints", config)
         page = folder / "report.html"
-        snapshots = [path.stat().st_mtime for path in folder.glob("heads/*.npz")]
-        if snapshots and (not page.exists() or page.stat().st_mtime < max(snapshots)):
+        snapshot_times = [path.stat().st_mtime for path in folder.glob("heads/*.npz")]
+        if snapshot_times and (not page.exists() or page.stat().st_mtime < max(snapshot_times)):
             write_report(folder, config, read_metrics(folder / "metrics.jsonl"))
     print(f"{folder} is finished: {step} steps; "
           f"to go further: python train.py {folder} train.steps={2 * step}")
     if changes:
-        print(f"  nothing was changed ({'; '.join(changes)})")
+        print(f"  nothing was changed ({listed(changes)})")
 
 
 def list_configs() -> None:

@@ -104,12 +104,13 @@ def serve_ours(pipe: Connection, path: Path, threads: int, compile: bool) -> Non
                     return remaining[row] > 0
 
                 for _ in generate(model, prompts, 128, greedy, batch_size=batch_size,
-                                  wanted=wanted, step=step):
+                                  wanted=wanted, compiled_step=step):
                     pass
                 pipe.send(time.perf_counter() - started)
             case ("continue", batch, context, n):
                 prompts, times, tokens = random_prompts(batch, context).tolist(), [], []
-                for row_tokens in generate(model, prompts, n, greedy, batch_size=batch, step=step):
+                for row_tokens in generate(model, prompts, n, greedy, batch_size=batch,
+                                           compiled_step=step):
                     times.append(time.perf_counter())
                     tokens.append(row_tokens[0])
                 pipe.send(continuation(started, times, tokens))

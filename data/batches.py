@@ -61,12 +61,12 @@ class Source(Protocol):
 class Batches:
     """`batches[step]` is the global batch of one update; the first update has step 0.
 
-    `separator`: the token that begins each document. With it attention stays inside documents.
+    `document_start`: the token that begins each document. With it attention stays inside documents.
     """
 
     def __init__(self, sources: dict[str, Source], entries: list[MixtureEntry], batch_tokens: int,
-                 n_ctx: int, separator: int | None = None):
-        self.sources, self.n_ctx, self.separator = sources, n_ctx, separator
+                 n_ctx: int, document_start: int | None = None):
+        self.sources, self.n_ctx, self.document_start = sources, n_ctx, document_start
         self.windows_per_step = batch_tokens // n_ctx
         self.quotas = Quotas(entries, self.windows_per_step)
 
@@ -88,7 +88,7 @@ class Batches:
         for source in places:
             index_array = np.array(indices[source], np.int64)
             rows[places[source]] = self.sources[source].rows(index_array)
-        return as_batch(rows, self.separator)
+        return as_batch(rows, self.document_start)
 
     def prefetch(self, first: int, end: int, device: torch.device, rank: int = 0,
                  world_size: int = 1) -> Iterator[Batch]:
@@ -109,16 +109,16 @@ class Batches:
                 yield batch.to(device)
 
 
-def as_batch(rows: np.ndarray, separator: int | None = None) -> Batch:
+def as_batch(rows: np.ndarray, document_start: int | None = None) -> Batch:
     """Rows (B, T + 1) of tokens → inputs (B, T) and the targets one position later (B, T)."""
     windows = torch.from_numpy(rows)
     tokens = windows[:, :-1].contiguous()
-    return Batch(tokens, windows[:, 1:].contiguous(), document_ids(tokens, separator))
+    return Batch(tokens, windows[:, 1:].contiguous(), document_ids(tokens, document_start))
 
 
-def document_ids(tokens: Tensor, separator: int | None) -> Tensor | None:
-    """(B, T) how many documents have begun in the row so far; None without a separator."""
-    return None if separator is None else (tokens == separator).cumsum(dim=1)
+def document_ids(tokens: Tensor, document_start: int | None) -> Tensor | None:
+    """(B, T) how many documents have begun in the row so far; None without a document_start."""
+    return None if document_start is None else (tokens == document_start).cumsum(dim=1)
 
 
 # --- which source a window comes from -------------------------------------------------------------

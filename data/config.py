@@ -10,6 +10,7 @@ from pydantic import Field, PositiveInt, model_validator
 from settings.validate import Conflicts, Settings, Size
 
 Corpus = Literal["stdlib", "files", "hub", "repeats"]
+SHORTEST_PERIOD = 3         # of the repeated random tokens in a probe
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 

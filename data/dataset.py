@@ -46,7 +46,7 @@ class Dataset:
         if "repeats" in self.config.corpora:
             sources["repeats"] = self._repeats(n_ctx, "repeats")
         entries = self.config.mixture or [MixtureEntry(corpus=self.config.corpora[0], weight=1.0)]
-        return Batches(sources, entries, batch_tokens, n_ctx, self._separator)
+        return Batches(sources, entries, batch_tokens, n_ctx, self._document_start)
 
     def validation(self, tokens: int, n_ctx: int, windows_per_batch: int) -> list[Batch]:
         """About `tokens` tokens, always the same.
@@ -67,12 +67,12 @@ class Dataset:
             count = min(count, last_start // length + 1)
             starts = [n * last_start // max(1, count - 1) for n in range(count)]
             rows = np.stack([text.read(start, length + 1) for start in starts])
-        return list(as_batch(rows, self._separator).split(windows_per_batch))
+        return list(as_batch(rows, self._document_start).split(windows_per_batch))
 
     def _repeats(self, n_ctx: int, stream: str) -> RepeatRows:
         return RepeatRows(self.config.repeats, n_ctx, self.begin, self.tokenizer.ordinary_ids,
                           self.seed, stream)
 
     @property
-    def _separator(self) -> int | None:
+    def _document_start(self) -> int | None:
         return self.begin if self.config.mask_documents else None

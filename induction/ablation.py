@@ -21,7 +21,7 @@ from model.taps import Head, TapFunction, heads_of, taps
 
 Method = Literal["zero", "mean", "resample"]
 Replacement = Callable[[Tensor], Tensor]        # a tap that replaces the activation
-Progress = Callable[[Iterable], Iterable]       # wraps an iterable to show a progress bar
+ProgressBar = Callable[[Iterable], Iterable]       # wraps an iterable to show a progress bar
 
 
 def losses_without(model: GPT, batch: Batch, heads: Collection[Head], method: Method = "zero", *,
@@ -43,7 +43,7 @@ def losses_without(model: GPT, batch: Batch, heads: Collection[Head], method: Me
     for layer in layers:
         indices = [head.index for head in heads if head.layer == layer]
         name = f"L{layer}.z"
-        replacements[name] = ablate(indices, method, intact.pop(name, None))
+        replacements[name] = ablation_tap(indices, method, intact.pop(name, None))
     for name, value in intact.items():                  # what is left are q and k
         replacements[name] = replace_by(value)
     with taps(model, replacements):
@@ -51,7 +51,7 @@ def losses_without(model: GPT, batch: Batch, heads: Collection[Head], method: Me
 
 
 def ablate_each_head(model: GPT, batch: Batch, counted: Tensor,
-                     progress: Progress = iter) -> dict[Head, float]:
+                     progress: ProgressBar = iter) -> dict[Head, float]:
     """For each head the rise in loss, in nats, when only that head is mean-ablated, over the
     targets that `counted` (B, T) bool selects. One forward pass per head."""
     means: dict[int, Tensor] = {}                       # layer → (1, H, 1, D)
@@ -73,16 +73,17 @@ def ablate_each_head(model: GPT, batch: Batch, counted: Tensor,
 @torch.no_grad()
 def activations(model: GPT, batch: Batch, names: list[str]) -> dict[str, Tensor]:
     """The named activations of the intact model."""
-    with taps(model, names) as cache:
+    with taps(model, names) as acts:
         model.hidden(batch.tokens, segments=batch.segments)
-    return cache
+    return acts
 
 
-def ablate(indices: list[int], method: Method, intact: Tensor | None) -> Replacement:
+def ablation_tap(indices: list[int], method: Method, intact: Tensor | None) -> Replacement:
     """A tap on z (B, H, T, D) that ablates some heads; `intact` is z in the intact model, which the
     method "zero" does not need."""
-    if intact is None or method == "zero":
+    if method == "zero":
         return lambda z: replace_heads(indices, torch.zeros_like(z))(z)
+    assert intact is not None
     if method == "mean":
         return replace_heads(indices, intact.mean((0, 2), keepdim=True))
     return replace_heads(indices, intact.roll(-1, 0))
@@ -107,10 +108,11 @@ def replace_by(value: Tensor) -> Replacement:
 class Effect(NamedTuple):
     """What an ablation changes, in nats; positive is worse."""
 
-    second_copy: float              # loss in the second copy of random tokens
-    gain_removed: float             # the same as a fraction of the repeat gain: loss_first − second
-    icl: float | None               # ICL score on text
-    validation: float | None        # loss on text
+    second_copy: float              # rise of the loss in the second copy of random tokens
+    gain_removed: float             # the same as a fraction of the repeat gain, the loss in the
+                                    # first copy minus the loss in the second
+    icl: float | None               # change of the ICL score on text
+    validation: float | None        # rise of the loss on text
 
 
 def ablation_effect(model: GPT, heads: Collection[Head], probe: Repeats, text: Batch | None = None,
@@ -182,7 +184,7 @@ def path_patch(model: GPT, batch: Batch, senders: Collection[Head], receivers: C
     for n in {head.layer for head in senders}:
         z = intact[f"L{n}.z"]
         indices = [head.index for head in senders if head.layer == n]
-        held[f"L{n}.z"] = replace_by(ablate(indices, method, z)(z))
+        held[f"L{n}.z"] = replace_by(ablation_tap(indices, method, z)(z))
     with torch.no_grad(), taps(model, held | {name: None}) as direct:
         model.hidden(batch.tokens, segments=batch.segments)
 

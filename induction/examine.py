@@ -7,7 +7,7 @@ from errors import UserError
 from torch import Tensor
 
 from data.batches import Batch
-from induction.ablation import Progress, ablate_each_head
+from induction.ablation import ProgressBar, ablate_each_head
 from induction.history import Record, condition_of, model_transition
 from induction.probes import Probes, probes_of
 from induction.scores import (
@@ -55,7 +55,7 @@ def measure_checkpoints(run: LoadedRun, probes: Probes) -> list[Record]:
     records = []
     for checkpoint in run.checkpoints():
         loaded = load_run(checkpoint, device=run.model.embed.weight.device)
-        measured = measure(loaded.model, probes.held_out, probes.unrepeated)
+        measured = measure(loaded.model, probes.scored, probes.unrepeated)
         records.append({"step": loaded.step, "tokens": loaded.state["tokens"]}
                        | as_metrics(loaded.model.config, measured))
     return records
@@ -87,10 +87,10 @@ class ProbeExamination(NamedTuple):
     composition: KeyComposition | None
 
 
-def examine_on_probe(model: GPT, probes: Probes, progress: Progress = iter) -> ProbeExamination:
+def examine_on_probe(model: GPT, probes: Probes, progress: ProgressBar = iter) -> ProbeExamination:
     """Score every head, ablate each head, and ablate the induction heads together; `progress` wraps
     what is ablated one by one."""
-    probe = probes.held_out
+    probe = probes.scored
     measured = measure(model, probe, probes.unrepeated)
     scores = measured.scores | {"copying_eigenvalues": copying_eigenvalues(model)}
     table = HeadScores(scores, ablate_each_head(model, probe.batch, probe.second_copy, progress))
@@ -115,7 +115,7 @@ def key_composition(model: GPT, head: Head) -> KeyComposition | None:
     return KeyComposition(head, earlier, strengths[earlier], trace)
 
 
-def examine_on_rows(model: GPT, rows: TokenRows, progress: Progress = iter) -> HeadScores:
+def examine_on_rows(model: GPT, rows: TokenRows, progress: ProgressBar = iter) -> HeadScores:
     """Score every head on all of the user's rows, and ablate each head on the first BATCH rows."""
     device = model.embed.weight.device
     tokens, queries = rows.tokens[:BATCH], rows.queries[:BATCH]

@@ -79,7 +79,7 @@ def head_transitions(records: list[Record], model: ModelConfig) -> dict[Head, Tr
 
 
 def step_at(records: list[Record], tokens: float) -> int:
-    """The step by which a run had seen so many tokens."""
+    """The step by which a run had seen this many tokens."""
     for record in records:
         if record["tokens"] >= tokens:
             return record["step"]

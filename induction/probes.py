@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch, random_key, repeat_row, repeat_vocabulary
-from data.config import DataConfig
+from data.config import SHORTEST_PERIOD, DataConfig
 from data.tokenizer import Tokenizer
 
-ROWS = 16               # of a probe: scores to ±0.01 for a few milliseconds on a small model
+FULL_ROWS_CONTEXT = 256                 # longer contexts get fewer rows
+ROWS = 16               # of a probe: enough for scores within ±0.01; takes a few milliseconds
 UNREPEATED = 25         # random tokens in a row that measures copying, as in Olsson et al. 2022
 
 
@@ -86,15 +87,15 @@ def unrepeated(length: int, vocabulary: np.ndarray, begin: int, *, rows: int = R
 
 
 class Probes(NamedTuple):
-    """The probes of a run. `held_out` and `unrepeated` are measured during training, the others
+    """The probes of a run. `scored` and `unrepeated` are measured during training, the others
     only for the verdict."""
 
-    held_out: Repeats               # periods that training never repeats, if it leaves any
-    never_trained: bool             # False if it leaves none: then `held_out` has trained periods
+    scored: Repeats                 # periods that training never repeats, if it leaves any
+    never_trained: bool             # False if it leaves none: then `scored` has trained periods
     trained: Repeats | None         # periods that training repeats, if any
     unseen_tokens: Repeats | None   # tokens that training never repeats, if any are held out
     unrepeated: Tensor              # (B, 1 + n) distinct random tokens, for `copying`
-    note: str                       # which periods `held_out` has, in words
+    note: str                       # which periods `scored` has, in words
 
     def to(self, device: torch.device) -> "Probes":
         return Probes._make(part.to(device) if isinstance(part, (Repeats, Tensor)) else part
@@ -110,13 +111,13 @@ def probes_of(data: DataConfig, n_ctx: int, tokenizer: Tokenizer, seed: int,
     """
     known, unseen = repeat_vocabulary(data.repeats, tokenizer.ordinary_ids, seed)
     longest = min((n_ctx - 1) // 2, len(known))         # it must fit twice after the first token
-    fitting = list(range(3, longest + 1))
+    fitting = list(range(SHORTEST_PERIOD, longest + 1))
     if not fitting:
         return None
     trained = trained_periods(data, fitting)
     held_out = held_out_periods(data, fitting, trained)
     scored = held_out or trained
-    rows = min(most, max(4, 256 * most // n_ctx))
+    rows = min(most, max(4, FULL_ROWS_CONTEXT * most // n_ctx))
 
     def probe(periods: list[int], vocabulary: np.ndarray) -> Repeats | None:
         periods = [p for p in periods if p <= len(vocabulary)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from induction.probes import Repeats
 from kernels.planes import REACH
 from kernels.statistics import head_statistics
-from model.circuits import embedding, readers, unembedding, writers
+from model.circuits import readers, token_embedding, unembedding_after_norm, writers
 from model.cross_entropy import cross_entropies
 from model.gpt import GPT
 from model.taps import TapFunction, taps
@@ -55,11 +55,11 @@ def attention_scores(model: GPT, tokens: Tensor, queries: Tensor) -> PatternScor
     weight = queries.float() / queries.sum().clamp(min=1)                       # (B, T), sums to 1
     layers: list[dict[str, Tensor]] = []
 
-    with taps(model, ["L*.q", "L*.k"]) as cache:
+    with taps(model, ["L*.q", "L*.k"]) as acts:
         # lse comes after q and k, so each layer is measured, and dropped, before the next.
         def measure_layer(layer: int, window: int | None) -> TapFunction:
             def on_lse(lse: Tensor) -> None:
-                q, k = cache.pop(f"L{layer}.q"), cache.pop(f"L{layer}.k")
+                q, k = acts.pop(f"L{layer}.q"), acts.pop(f"L{layer}.k")
                 layers.append(layer_scores(q, k, lse, tokens, weight, window))
             return on_lse
 
@@ -149,12 +149,12 @@ def copying(model: GPT, tokens: Tensor) -> Tensor:
     that ignores what it reads scores 2/n − 1. A bias of the values is part of v; the bias of W_O
     belongs to no head.
     """
-    with taps(model, "L*.v") as cache:
+    with taps(model, "L*.v") as acts:
         model.hidden(tokens)
-    unembed = unembedding(model).T[tokens[:, 1:]].float()                       # (B, n, E)
+    unembed = unembedding_after_norm(model).T[tokens[:, 1:]].float()            # (B, n, E)
     scores = []
     for layer in range(model.config.n_layers):
-        v = cache[f"L{layer}.v"][:, :, 1:].float()                              # (B, K, n, D)
+        v = acts[f"L{layer}.v"][:, :, 1:].float()                              # (B, K, n, D)
         v = v.repeat_interleave(model.config.n_heads // v.shape[1], dim=1)      # (B, H, n, D)
         logits = v @ writers(model, layer) @ unembed[:, None].mT                # (B, H, n read, n)
         raised = (logits - logits.mean(-1, keepdim=True)).relu()
@@ -170,10 +170,11 @@ def copying_eigenvalues(model: GPT) -> Tensor:
 
     The V × V circuit has at most D nonzero eigenvalues, those of the D × D matrix W_O W_U W_E W_V.
     """
-    w_ue = float64(unembedding(model)) @ float64(embedding(model))              # (E, E)
+    w_u, w_e = float64(unembedding_after_norm(model)), float64(token_embedding(model))
+    w_ue = w_u @ w_e                                                            # (E, E)
     scores = []
     for layer in range(model.config.n_layers):
-        w_v, w_o = float64(readers(model, layer)[2]), float64(writers(model, layer))
+        w_v, w_o = float64(readers(model, layer).v), float64(writers(model, layer))
         eigenvalues = torch.linalg.eigvals(w_o @ w_ue @ w_v)                    # (H, D)
         scores.append(eigenvalues.real.sum(-1) / eigenvalues.abs().sum(-1).clamp(min=1e-30))
     return torch.stack(scores)
@@ -202,7 +203,7 @@ def composition(model: GPT, earlier: int, later: int, samples: int = 100) -> Com
     Elhage et al. 2021, "Virtual weights and composition". Under RoPE the QK circuit is the one at
     distance 0.
     """
-    v_earlier, o_earlier = float64(readers(model, earlier)[2]), float64(writers(model, earlier))
+    v_earlier, o_earlier = float64(readers(model, earlier).v), float64(writers(model, earlier))
     q, k, v = map(float64, readers(model, later))                               # (H, E, D) each
     o_later = float64(writers(model, later))                                    # (H, D, E)
     draw = torch.Generator().manual_seed(0)
@@ -234,19 +235,19 @@ def norm_ratio(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
 def qk_trace(model: GPT, earlier: int, later: int) -> Tensor:
     """Whether a later head looks for the token that an earlier head copies: (H later, H earlier).
 
-    In M = W_E W_Q W_Kᵀ W_OVᵀ W_Eᵀ (V × V), an entry is the attention score of a query token for a
-    key at which the earlier head wrote another token. The score is the mean of M's diagonal minus
+    M = W_E W_Q W_Kᵀ W_OVᵀ W_Eᵀ is V × V. M[a, b] is the attention score of a query with token a for
+    a key at which the earlier head wrote token b. The result is the mean of M's diagonal minus
     the mean of all entries, in standard deviations of the entries: large for an induction head
     above a previous-token head. Computed from E × E products; at distance 0 under RoPE.
     """
-    w_e = float64(embedding(model))                                             # (V, E)
+    w_e = float64(token_embedding(model))                                       # (V, E)
     q, k, _ = map(float64, readers(model, later))                               # (H later, E, D)
-    ov = float64(readers(model, earlier)[2]) @ float64(writers(model, earlier))  # (H earlier, E, E)
+    ov = float64(readers(model, earlier).v) @ float64(writers(model, earlier))  # (H earlier, E, E)
     gram, total, V = w_e.T @ w_e, w_e.sum(0), len(w_e)
     scores = []
     for w_q, w_k in zip(q, k):
         x = w_q @ (ov @ w_k).mT                         # (H earlier, E, E), M = W_E x W_Eᵀ
-        mean = total @ x.mT @ total / V ** 2
+        mean = total @ x @ total / V ** 2
         variance = (x @ gram @ x.mT * gram).sum((-2, -1)) / V ** 2 - mean ** 2
         diagonal = (x * gram).sum((-2, -1)) / V
         scores.append((diagonal - mean) / variance.clamp(min=1e-30).sqrt())

@@ -12,7 +12,7 @@ from torch import Tensor
 from data.batches import Batch
 from induction.ablation import (
     Effect,
-    Progress,
+    ProgressBar,
     ablation_effect,
     losses_without,
     matched_sets,
@@ -27,6 +27,7 @@ from model.taps import Head, heads_of
 
 PREVIOUS_TOKEN_HEAD = 0.25      # previous-token score from which a head counts as one
 MIN_COPYING_RATIO = 3.0         # share of the token read in what is raised, relative to chance
+MIN_HELD_OUT_RATIO = 0.5        # prefix matching on held-out periods, as a fraction of trained ones
 MIN_GAIN_REMOVED = 0.5          # fraction of the repeat gain that ablating the heads must remove
 MIN_RATIO_TO_OTHERS = 2.0       # the same, relative to matched sets of other heads
 MAX_CONTROL = 0.15              # prefix matching that a one-layer control may reach
@@ -124,7 +125,7 @@ class Verdict(NamedTuple):
 def judge(run: str, condition: str, control: bool, model: GPT, probes: Probes,
           transition: Transition | None, text: Batch | None = None) -> Verdict:
     """The verdict on one model; `transition` is that of its run, `text` held-out text."""
-    measured = measure(model, probes.held_out, probes.unrepeated)
+    measured = measure(model, probes.scored, probes.unrepeated)
     prefix_matching = measured.scores["prefix_matching"]
     heads = induction_heads(model, measured)
     strongest = max(heads_of(model.config), key=lambda head: prefix_matching[head].item())
@@ -180,13 +181,17 @@ def beyond_trained_periods(measured: Measured, trained: Measured | None) -> bool
         return None
     best_held_out = measured.scores["prefix_matching"].max().item()
     best_trained = trained.scores["prefix_matching"].max().item()
-    return False if best_trained >= INDUCTION_HEAD and best_held_out < 0.5 * best_trained else None
+    if best_trained >= INDUCTION_HEAD and best_held_out < MIN_HELD_OUT_RATIO * best_trained:
+        return False
+    return None
 
 
 def highest_peak(measured: Measured) -> Head:
     """The head that attends most to any position around the induction target."""
     profile = measured.offset_profile                                   # (L, H, 2 · REACH + 1)
-    return Head(*divmod(int(profile.flatten(0, 1).max(-1).values.argmax()), profile.shape[1]))
+    peaks = profile.max(-1).values                                      # (L, H)
+    layer, index = (peaks == peaks.max()).nonzero()[0].tolist()
+    return Head(layer, index)
 
 
 def peak_of(head: Head, measured: Measured) -> Peak:
@@ -197,16 +202,17 @@ def peak_of(head: Head, measured: Measured) -> Peak:
 def copying_of(model: GPT, head: Head, measured: Measured, unrepeated: Tensor) -> Copying:
     score, n = measured.scores["copying"][head].item(), unrepeated.shape[1] - 1
     eigenvalues = copying_eigenvalues(model)[head].item()
-    return Copying(score, 2 / n - 1, (score + 1) / 2 * n, eigenvalues)
+    share = (score + 1) / 2                         # of what is raised, on the token read
+    return Copying(score, chance=2 / n - 1, ratio=share * n, eigenvalues=eigenvalues)
 
 
 def ablate_set(model: GPT, heads: list[Head], probes: Probes, text: Batch | None = None,
-               progress: Progress = iter) -> SetAblation:
+               progress: ProgressBar = iter) -> SetAblation:
     """Ablate `heads` together (redundant heads are hardly missed one by one), then matched sets of
     other heads; `progress` wraps those."""
     others = matched_sets(model.config, heads)
-    effect = ablation_effect(model, heads, probes.held_out, text, "mean")
-    removed = [ablation_effect(model, other, probes.held_out, method="mean").gain_removed
+    effect = ablation_effect(model, heads, probes.scored, text, "mean")
+    removed = [ablation_effect(model, other, probes.scored, method="mean").gain_removed
                for other in progress(others)]
     return SetAblation(heads, effect, removed, {len(other) for other in others})
 
@@ -224,7 +230,7 @@ def previous_token_heads(model: GPT, measured: Measured, heads: list[Head],
                if head.layer < layer and score[head] >= PREVIOUS_TOKEN_HEAD]
     if not senders:
         return None
-    probe, receivers = probes.held_out, [head for head in heads if head.layer == layer]
+    probe, receivers = probes.scored, [head for head in heads if head.layer == layer]
 
     def second_copy(losses: Tensor) -> float:
         return mean_of(losses, probe.second_copy)

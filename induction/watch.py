@@ -35,7 +35,7 @@ class HeadWatch:
 
     def __call__(self, model: GPT, tokens_seen: int) -> Metrics:
         """Measure `model` as it is; the metrics for the run's record."""
-        self.measured = measure(model, self.probes.held_out, self.probes.unrepeated)
+        self.measured = measure(model, self.probes.scored, self.probes.unrepeated)
         best = float(self.measured.scores["prefix_matching"].max())
         self.history.append((tokens_seen, best))
         metrics = as_metrics(self.model_config, self.measured)

@@ -39,8 +39,8 @@ def segment_ends(segments: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.amin(-1), blocks.amax(-1)
 
 
-def for_copy_engine(tensor: Tensor) -> Tensor:
-    """The tensor itself if the copy engine can read it, else a copy that it can read.
+def for_tma(tensor: Tensor) -> Tensor:
+    """The tensor itself if TMA can read it, else a copy that it can read.
 
     It reads tensors whose columns are adjacent and whose other strides are multiples of 16 bytes.
     A projection writes such memory if 8 divides D.
@@ -60,10 +60,10 @@ def for_copy_engine(tensor: Tensor) -> Tensor:
 
 
 def descriptor(tensor: Tensor, rows: int, dims: int) -> TensorDescriptor:
-    """A (B, heads, positions, D) tensor for the copy engine, read `rows` positions at a time.
+    """A (B, heads, positions, D) tensor for TMA, read `rows` positions at a time.
 
     Made without triton's checks, which take 3 µs for each of a call's up to nine descriptors:
-    `for_copy_engine` has checked the same.
+    `for_tma` has checked the same.
     """
     shape, strides = list(tensor.shape), list(tensor.stride())
     if 1 in shape:                          # the stride of a dimension of 1 may have any value

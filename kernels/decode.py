@@ -153,7 +153,7 @@ def decode(q: Tensor, k: Tensor, v: Tensor, query_positions: Tensor | None,
         key_positions = key_positions.contiguous()
     # By pointers: the rows of q belong to several heads, and a cache may have any layout.
     launch(decode_part, lambda tile: (B * K * cdiv(packed, tile.rows), parts, 1), q,
-           columns={"k": k, "v": v}, copy_engine=False, n_rows=rows, q=q, q_strides=q.stride(),
+           columns={"k": k, "v": v}, allow_tma=False, n_rows=rows, q=q, q_strides=q.stride(),
            out=part_out, lse=part_lse, query_positions=query_positions,
            key_positions=key_positions, H=H, K=K, T=T, S=S, window=window or 0, chunk=chunk,
            scale=scale, WINDOW=window is not None, ORDERED=key_positions is None)

@@ -43,7 +43,7 @@ from kernels.tiles import (
     sees,
 )
 
-# Its name until triton 3.6, and since.
+# The first is its name up to triton 3.6, the second from 3.7 on.
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 
@@ -61,7 +61,7 @@ class Shared(NamedTuple):
 @gluon.jit
 def allocate(q, k, v, ROWS: gl.constexpr, COLUMNS: gl.constexpr, DIMS: gl.constexpr,
              STAGES: gl.constexpr):
-    """A program's `Shared`, with barriers that the copy engine can see."""
+    """A program's `Shared`, with barriers that TMA can see."""
     q_tile = gl.allocate_shared_memory(q.dtype, [1, 1, ROWS, DIMS], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, COLUMNS, DIMS], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, COLUMNS, DIMS], v.layout)
@@ -72,7 +72,7 @@ def allocate(q, k, v, ROWS: gl.constexpr, COLUMNS: gl.constexpr, DIMS: gl.conste
     for n in gl.static_range(STAGES):
         mbarrier.init(k_here.index(n), count=1)
         mbarrier.init(v_here.index(n), count=1)
-    fence_async_shared()                            # the copy engine sees what `init` wrote
+    fence_async_shared()                            # TMA sees what `init` wrote
     return Shared(q_tile, k_tiles, v_tiles, q_here, k_here, v_here)
 
 
@@ -84,7 +84,7 @@ def expect(tensor, arrived, needed=True):
 
 @gluon.jit
 def copy(tensor, batch, head, position, arrived, tile, needed=True):
-    """Make the copy engine fill a tile of shared memory and then signal the barrier `arrived`."""
+    """Make TMA fill a tile of shared memory and then signal the barrier `arrived`."""
     at = [batch, head, position, 0]
     tma.async_copy_global_to_shared(tensor, at, arrived, tile, pred=needed)
 

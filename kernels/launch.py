@@ -16,7 +16,7 @@ from triton import JITFunction
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.arguments import descriptor, for_copy_engine, for_pointers
+from kernels.arguments import descriptor, for_pointers, for_tma
 
 # A kernel is not compiled again if only these change.
 VARYING = frozenset({"H", "K", "T", "S", "blocks", "window", "together", "chunk", "parts",
@@ -121,7 +121,9 @@ def family(device: torch.device) -> str:
     if torch.version.hip:
         return "cdna"
     capability = torch.cuda.get_device_capability(device)[0]
-    return "blackwell" if capability > 9 else "hopper" if capability == 9 else "ampere"
+    if capability > 9:
+        return "blackwell"
+    return "hopper" if capability == 9 else "ampere"
 
 
 def tiles(kernel: str, device_family: str, element: int, dims: int) -> list[Tile]:
@@ -157,8 +159,8 @@ def has_tiles(kernel: str, like: Tensor) -> bool:
 
 # --- a launch ---
 
-def has_copy_engine(like: Tensor) -> bool:
-    """Whether the copy engine fetches tiles of such tensors.
+def has_tma(like: Tensor) -> bool:
+    """Whether TMA fetches tiles of such tensors.
 
     Not float32 tiles: through descriptors they spill a kilobyte per thread.
     """
@@ -172,7 +174,7 @@ def cdiv(a: int, b: int) -> int:
 
 def readable(*tensors: Tensor) -> list[Tensor]:
     """(B, heads, positions, D) tensors as kernels can read them: almost always unchanged."""
-    return [for_copy_engine(t) if has_copy_engine(t) else for_pointers(t) for t in tensors]
+    return [for_tma(t) if has_tma(t) else for_pointers(t) for t in tensors]
 
 
 def query_grid(q: Tensor) -> Callable[[Tile], Grid]:
@@ -196,7 +198,7 @@ MOST_PLANS = 4096                   # prompts of ever new lengths have ever new 
 
 def launch(kernel: JITFunction, grid: Callable[[Tile], Grid], like: Tensor, /, *,
            columns: dict[str, Tensor] | None = None, rows: dict[str, Tensor] | None = None,
-           copy_engine: bool = True, n_rows: int | None = None,
+           allow_tma: bool = True, n_rows: int | None = None,
            describe: Callable[[Tensor, int, int], TensorDescriptor] = descriptor,
            **arguments: Any) -> None:
     """Start `kernel` on the `grid` of the first tile that fits, on the device of `like` (…, D).
@@ -204,9 +206,9 @@ def launch(kernel: JITFunction, grid: Callable[[Tile], Grid], like: Tensor, /, *
     like          its device, dtype and D choose the tile
     rows          name → `readable` tensor, which programs read in tiles of ROWS positions
     columns       name → `readable` tensor, which programs read in tiles of COLUMNS positions
-    copy_engine   whether rows and columns come through the copy engine, if there is one
+    allow_tma     whether rows and columns come through TMA, if there is one
     n_rows        rows of a tile, if the amount of work decides and not the table
-    describe      makes a tensor descriptor for the copy engine
+    describe      makes a tensor descriptor for TMA
     arguments     the others; the kernel takes those that it has a name for
 
     Raises ValueError if no tile fits.
@@ -227,7 +229,7 @@ def launch(kernel: JITFunction, grid: Callable[[Tile], Grid], like: Tensor, /, *
     if plan is None:
         if len(plans) >= MOST_PLANS:
             plans.clear()
-        plans[key] = first_launch(kernel, grid, like, rows, columns, copy_engine, n_rows, describe,
+        plans[key] = first_launch(kernel, grid, like, rows, columns, allow_tma, n_rows, describe,
                                   arguments)
         return
     call = arguments | plan.constants | sources(rows, columns, plan, describe)
@@ -235,13 +237,13 @@ def launch(kernel: JITFunction, grid: Callable[[Tile], Grid], like: Tensor, /, *
 
 
 def first_launch(kernel: JITFunction, grid: Callable[[Tile], Grid], like: Tensor,
-                 rows: dict[str, Tensor], columns: dict[str, Tensor], copy_engine: bool,
+                 rows: dict[str, Tensor], columns: dict[str, Tensor], allow_tma: bool,
                  n_rows: int | None, describe: Callable[[Tensor, int, int], TensorDescriptor],
                  arguments: dict[str, Any]) -> Plan:
     """`launch` with the first tile that fits; returns how to do it again."""
     device_family, D = family(like.device), like.shape[-1]
     dims = max(16, triton.next_power_of_2(D))
-    tma = copy_engine and has_copy_engine(like)
+    tma = allow_tma and has_tma(like)
     # AMD's matrix units multiply float32 directly, NVIDIA's do not.
     precision = "ieee" if device_family == "cdna" else "tf32x3"
     constants = {"D": D, "DIMS": dims, "TMA": tma, "PRECISION": precision}
@@ -266,7 +268,7 @@ def first_launch(kernel: JITFunction, grid: Callable[[Tile], Grid], like: Tensor
 
 def sources(rows: dict[str, Tensor], columns: dict[str, Tensor], plan: Plan,
             describe: Callable) -> dict[str, Any]:
-    """The tensors as `load_tile` reads them: descriptors for the copy engine, or as they are."""
+    """The tensors as `load_tile` reads them: descriptors for TMA, or as they are."""
     if not plan.tma:
         return rows | columns
     tile, dims = plan.tile, plan.constants["DIMS"]

@@ -61,7 +61,7 @@ def load_tile(source, strides, batch, head, start, stop, D: tl.constexpr, ROWS: 
               DIMS: tl.constexpr, TMA: tl.constexpr, WHOLE: tl.constexpr = False):
     """Positions start … start + ROWS of one head: (ROWS, DIMS), with zeros from column D on.
 
-    With TMA, `source` is a tensor descriptor and the copy engine fetches the tile. Otherwise it is
+    With TMA, `source` is a tensor descriptor and TMA fetches the tile. Otherwise it is
     a pointer, read with any strides. Rows from position `stop` on hold zeros or repeat the last
     row: finite numbers that the caller masks. A repeat needs no bounds check; on sm_80 the check
     makes the compiler spill registers. WHOLE: there are no such rows.

@@ -21,8 +21,9 @@ class Context:
     """What one forward pass gives every layer, besides the residual stream."""
 
     taps: Taps                          # who reads or replaces activations
-    rotation: Tensor | None = None      # rope_table at the tokens' positions: (2, T, D), or for
-                                        # ragged rows (2, B, 1, T, D); rope_dims in place of D
+    # rope_table at the tokens' positions: (2, T, R), for ragged rows (2, B, 1, T, R), where R is
+    # rope_dims, or D without it.
+    rotation: Tensor | None = None
     segments: Tensor | None = None      # (B, T): documents that must not see each other
     cache: KVCache | None = None        # when sampling
     backend: str = "auto"               # of kernels.attention, without a cache
@@ -51,7 +52,7 @@ class CausalSelfAttention(nn.Module):
         H, K, D, taps = self.n_heads, self.n_kv_heads, self.d_head, context.taps
         qkv = apply_joined(x, self.w_q, self.w_k, self.w_v, packed=self.w_qkv)
         by_head = qkv.unflatten(-1, (H + 2 * K, D)).transpose(1, 2)             # (B, H + 2K, T, D)
-        qk, v = by_head.split((H + K, K), dim=1)
+        qk, v = by_head.split((H + K, K), dim=1)        # q and k stay one tensor: one rotation
         if self.norm_q is not None:
             q, k = qk.split((H, K), dim=1)
             qk = torch.cat([self.norm_q(q), self.norm_k(k)], dim=1)
@@ -67,9 +68,11 @@ class CausalSelfAttention(nn.Module):
         return taps("attn_out", out, self.layer)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        """Each query's average of the values: (B, H, T, D).
+        """Each query's average of the values it sees, z_i = Σ_j softmax_j(q_i·k_j / √D) v_j:
+        (B, H, T, D).
 
-        The pattern is only made where a tap asks for it, and only used if the tap replaced it.
+        The pattern is only made if a tap asks for it, and only used if the tap changed it: a tap
+        that reads must not change a bit of the result.
         """
         taps, layer = context.taps, self.layer
         if context.cache is not None:
@@ -102,8 +105,8 @@ class CausalSelfAttention(nn.Module):
             if context.segments is not None:                # likewise at the start of a document
                 starts = F.pad(context.segments.diff(dim=1) != 0, (1, 0), value=True)
                 previous = previous.masked_fill(starts[:, None, :, None], 0)
-        own = self.smear_alpha.sigmoid().to(k.dtype)[:, None, None]
-        return own * k + (1 - own) * previous
+        gate = self.smear_alpha.sigmoid().to(k.dtype)[:, None, None]
+        return gate * k + (1 - gate) * previous
 
     def pack(self) -> None:
         """Lay the matrices out for decoding. The parameters must not change afterwards."""

@@ -43,13 +43,14 @@ def writers(model: GPT, layer: int) -> Tensor:
     return model.blocks[layer].attn.w_o.weight.T.unflatten(0, (-1, model.config.head_size))
 
 
-def embedding(model: GPT) -> Tensor:
+def token_embedding(model: GPT) -> Tensor:
     """W_E (V, E): what a token writes to the residual stream, without its position."""
     return model.embed.weight
 
 
-def unembedding(model: GPT) -> Tensor:
-    """W_U (E, V): what the residual stream says about the next token."""
+def unembedding_after_norm(model: GPT) -> Tensor:
+    """W_U (E, V) with the gain of the last norm: what the residual stream says about the next
+    token."""
     return _after_norm(model.config, model.norm_final, model.unembedding).T
 
 

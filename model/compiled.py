@@ -15,7 +15,7 @@ from torch import Tensor
 from model.gpt import GPT
 from model.kv_cache import KVCache
 
-GRAIN = 512             # slots: a captured step serves for so many tokens
+GRAIN = 512             # slots: a captured step serves for this many tokens
 # Weights become constants, laid out for generated products.
 CPU_OPTIONS = {"freezing": True, "max_autotune": True, "cpp_wrapper": True}
 

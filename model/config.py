@@ -66,7 +66,7 @@ class ModelConfig(Settings):
     n_ctx: Size = 256                           # C longest sequence
     position: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
     rope_base: Positive = 10000.0
-    rope_dims: Size | None = None               # rope rotates the first so many numbers of each
+    rope_dims: Size | None = None               # rope rotates only these first numbers of each
                                                 # head; null: all
     rope_scaling: RopeScaling | None = None     # for longer contexts
     qk_norm: bool = False                       # RMSNorm on every query and key before positions

@@ -1,4 +1,4 @@
-"""Text from a model: prefill the prompts, then decode one token a row at a time."""
+"""Text from a model: prefill the prompts, then decode one token per row at a time."""
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -34,9 +34,9 @@ class Sampling:
 @torch.inference_mode()
 def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int,
              sampling: Sampling = Sampling(), *, seed: int = 0, ends: Collection[int] = (),
-             slide: bool = False, n_tokens: int | None = None, batch_size: int = 32,
+             slide: bool = False, n_vocab: int | None = None, batch_size: int = 32,
              wanted: Callable[[int], bool] = lambda number: True,
-             step: CompiledStep | None = None) -> Iterator[dict[int, int]]:
+             compiled_step: CompiledStep | None = None) -> Iterator[dict[int, int]]:
     """Continue every prompt. Yields, step by step, the next token of each prompt that is being
     continued, by its number.
 
@@ -44,14 +44,14 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int,
     at once (continuous batching, Yu et al. 2022, "Orca", section 3). Prompt n draws its random
     numbers from (seed, n), so its text does not depend on the other rows.
 
-    max_tokens  of each continuation
-    ends        tokens that end a text
-    wanted      of a prompt's number: whether to go on with it
-    slide       when a text fills n_ctx, forget all but its newest half and go on; else it ends
-    n_tokens    choose among the first so many ids, if the model's vocabulary is larger than the
-                tokenizer's
-    step        makes the logits in the model's place once prompts are read; the number of rows then
-                never changes
+    max_tokens      of each continuation
+    ends            tokens that end a text
+    wanted          wanted(n) is asked after each token of prompt n; False ends it
+    slide           when a text fills n_ctx, forget all but its newest half and go on; else it ends
+    n_vocab         choose only among the first n_vocab ids: a model's vocabulary may be larger than
+                    its tokenizer's
+    compiled_step   computes the logits after prefill, instead of the model; the number of rows then
+                    never changes
     Raises ValueError for an empty prompt, and without `slide` for one longer than n_ctx.
     """
     n_ctx, longest = model.config.n_ctx, max(map(len, prompts))
@@ -60,7 +60,7 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int,
     if not slide and longest > n_ctx:
         raise ValueError(f"a prompt of {longest} tokens is longer than model.n_ctx={n_ctx}")
     capacity = min(longest + max_tokens, n_ctx)
-    if step:
+    if compiled_step:
         # Each capacity is compiled anew, so it is one of few powers of two. The cache is never
         # full: that would be another program.
         power = 1 << (capacity - 1).bit_length()
@@ -69,33 +69,39 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int,
     # In the order of the cache.
     rows = [Row(*waiting.popleft(), seed) for _ in prompts[:batch_size]]
     unread = list(range(len(rows)))             # rows whose text the cache does not hold
-    cache, chosen = None, torch.empty(0)
+    cache: KVCache | None = None
+    chosen = torch.empty(0)                     # the newest token of each row
     while True:
         # Logits of each row's next token.
         for n in unread:
             rows[n].forget_old_half(n_ctx)
         if cache is None or len(unread) == len(rows):
             cache = None                        # frees the old one first
-            cache, logits = prefill(model, rows, capacity, step)
-            if step and waiting and len(rows) > 1:
-                cache.make_ragged()             # they will be: compile that program at once
+            cache, logits = prefill(model, rows, capacity, compiled_step)
+            if compiled_step and waiting and len(rows) > 1:
+                # Rows become ragged once a waiting prompt enters: compile that program at once.
+                cache.make_ragged()
         else:
             tokens = chosen[:, None]                                            # (B, 1)
-            logits = (step(tokens, cache) if step else model(tokens, cache=cache))[:, 0]
+            if compiled_step:
+                logits = compiled_step(tokens, cache)[:, 0]                     # (B, V)
+            else:
+                logits = model(tokens, cache=cache)[:, 0]
             if unread:
-                read, logits[unread] = prefill(model, [rows[n] for n in unread], capacity)
-                cache.replace_rows(unread, read)
+                new_cache, logits[unread] = prefill(model, [rows[n] for n in unread], capacity)
+                cache.replace_rows(unread, new_cache)
 
         # The next token of each row.
         draws = torch.from_numpy(np.array([next(row.random) for row in rows])).to(logits.device)
-        chosen = choose(logits[:, :n_tokens].float(), sampling, draws,
+        chosen = choose(logits[:, :n_vocab].float(), sampling, draws,
                         [row.tokens for row in rows])                           # (B,)
         next_tokens = chosen.tolist()
         yield {row.number: token for row, token in zip(rows, next_tokens) if not row.ended}
 
         # Rows that end, slide, or make room for a waiting prompt.
         unread, finished = [], []
-        for n, (row, token) in enumerate(zip(rows, next_tokens)):
+        for n, token in enumerate(next_tokens):
+            row = rows[n]
             if row.ended:
                 continue
             row.tokens.append(token)
@@ -109,15 +115,15 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int,
                 finished.append(n)
             elif full:
                 unread.append(n)
-        going = [n for n, row in enumerate(rows) if not row.ended]
-        if not going:
+        active = [n for n, row in enumerate(rows) if not row.ended]
+        if not active:
             return
         if cache.ragged and (unread or finished):
             cache.clear_rows([*unread, *finished])      # so the next step reads fewer slots
-        if 2 * len(going) <= len(rows) and not step:    # no prompt waits for the other places
-            cache = cache.select_rows(going)
-            unread = [going.index(n) for n in unread]
-            rows, chosen = [rows[n] for n in going], chosen[going]
+        if 2 * len(active) <= len(rows) and not compiled_step:  # nobody waits for the other places
+            cache = cache.select_rows(active)
+            unread = [active.index(n) for n in unread]
+            rows, chosen = [rows[n] for n in active], chosen[active]
 
 
 class Row:
@@ -157,7 +163,7 @@ def uniform_numbers(seed: int, number: int) -> Iterator[np.float32]:
 
 
 def prefill(model: GPT, rows: Sequence[Row], capacity: int,
-            step: CompiledStep | None = None) -> tuple[KVCache, Tensor]:
+            compiled_step: CompiledStep | None = None) -> tuple[KVCache, Tensor]:
     """Read rows of any lengths in one pass: a cache of that capacity, and the logits (B, V) of each
     row's next token."""
     device, texts = model.embed.weight.device, [row.held for row in rows]
@@ -165,8 +171,8 @@ def prefill(model: GPT, rows: Sequence[Row], capacity: int,
     T = max(map(len, texts))
     padded = [text + [0] * (T - len(text)) for text in texts]
     tokens = torch.tensor(padded, device=device)                                # (B, T)
-    if step:
-        cache = step.new_cache(len(rows), capacity)
+    if compiled_step:
+        cache = compiled_step.new_cache(len(rows), capacity)
     else:
         cache = KVCache(model.config, len(rows), capacity, model.compute_dtype, device)
     equal = bool((lengths == T).all())
@@ -176,13 +182,13 @@ def prefill(model: GPT, rows: Sequence[Row], capacity: int,
 
 
 def choose(logits: Tensor, sampling: Sampling, draws: Tensor,
-           rows: Sequence[Sequence[int]]) -> Tensor:
-    """One token a row (B,) from logits (B, V). The uniform random numbers `draws` (B,) decide;
-    `rows` are the tokens of each row so far."""
+           texts: Sequence[Sequence[int]]) -> Tensor:
+    """One token per row (B,) from logits (B, V). The uniform random numbers `draws` (B,) decide;
+    `texts` are the tokens of each row so far."""
     if sampling.repetition_penalty != 1.0:
         penalty, seen = sampling.repetition_penalty, torch.zeros_like(logits, dtype=torch.bool)
-        for n, row in enumerate(rows):
-            seen[n, torch.tensor(row, device=logits.device)] = True
+        for n, text in enumerate(texts):
+            seen[n, torch.tensor(text, device=logits.device)] = True
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, penalised, logits)
     if sampling.temperature == 0:
@@ -202,7 +208,7 @@ def choose(logits: Tensor, sampling: Sampling, draws: Tensor,
     if sampling.min_p is not None:
         p = p.masked_fill(p < sampling.min_p * p.amax(dim=-1, keepdim=True), 0)
     cumulative = p.cumsum(dim=-1)
-    # The factor keeps rounding from choosing a token after the last one with probability.
+    # The factor keeps rounding from choosing a token after the last one with nonzero probability.
     target = draws[:, None] * cumulative[:, -1:] * (1 - 1e-6)
     token = torch.searchsorted(cumulative, target, right=True)[:, 0]
     return token.clamp(max=logits.shape[-1] - 1)

@@ -21,9 +21,9 @@ from model.layers import (
     Joined,
     Linear,
     apply_joined,
-    embedding,
     for_decoding,
     join_for_decoding,
+    new_embedding,
 )
 from model.position import rope_table, sinusoidal_table
 from model.taps import TapSet, refuse, run_eagerly, taps_of
@@ -34,7 +34,7 @@ class GPT(nn.Module):
 
     compute_dtype           dtype of activations
     attention_backend       one of `kernels.attention`'s
-    recompute               keep only a block's input for the backward pass (Chen et al. 2016)
+    recompute_activations   keep only a block's input for the backward pass (Chen et al. 2016)
     """
 
     rope: Tensor                # position tables, from make_tables
@@ -47,12 +47,12 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self.attention_backend = "auto"
-        self.recompute = False
+        self.recompute_activations = False
         self.tapped: dict[int, tuple[TapSet, ...]] = {}     # taps by thread: model/taps.py
-        self.embed = embedding(config.vocab_size, config.d_model)
+        self.embed = new_embedding(config.vocab_size, config.d_model)
         self.embed_position = None
         if config.position == "learned":
-            self.embed_position = embedding(config.n_ctx, config.d_model)
+            self.embed_position = new_embedding(config.n_ctx, config.d_model)
         blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.blocks = cast("Sequence[Block]", blocks)
         self.norm_final = NORMS[config.norm](config.d_model, config.norm_eps)
@@ -105,7 +105,7 @@ class GPT(nn.Module):
             elif part == "gain":
                 fill(p, torch.ones(p.shape))
                 continue
-            elif part in ("bias", "smear_alpha"):           # σ(0): each key is half its own
+            elif part in ("bias", "smear_alpha"):           # α = 0: half this key, half the last
                 fill(p, torch.zeros(p.shape))
                 continue
             else:
@@ -128,7 +128,7 @@ class GPT(nn.Module):
         Raises ValueError if the positions of equally long rows run past n_ctx. For ragged rows the
         caller has to check.
         """
-        if self.tapped and torch.compiler.is_compiling():
+        if self.tapped and torch.compiler.is_compiling():   # a tap may run any Python
             return run_eagerly(self.hidden, tokens, cache=cache, lengths=lengths,
                                segments=segments)
         T = tokens.shape[1]
@@ -141,13 +141,15 @@ class GPT(nn.Module):
                           backend=self.attention_backend)
         match self.config.position:
             case "rope":
-                context.rotation = self._rows(self.rope, positions)
+                cos_sin = self.rope[:, self._index(positions)]          # (2, T or (B, T), D)
+                ragged = cos_sin.dim() == 4
+                context.rotation = cos_sin[:, :, None] if ragged else cos_sin
             case "learned":
-                x = x + self._rows(self.embed_position.weight[None], positions)[0]
+                x = x + self.embed_position.weight[self._index(positions)]
             case "sinusoidal":
-                x = x + self._rows(self.sinusoids[None], positions)[0]
+                x = x + self.sinusoids[self._index(positions)]
         x = context.taps("embed", x.to(self.compute_dtype))
-        recompute = self.recompute and torch.is_grad_enabled()
+        recompute = self.recompute_activations and torch.is_grad_enabled()
         for block in self.blocks:
             if recompute:
                 x = checkpoint(block, x, context, use_reentrant=False)
@@ -193,13 +195,12 @@ class GPT(nn.Module):
         owner.weight.data = for_decoding(owner.weight)
         return self
 
-    def _rows(self, table: Tensor, positions: slice | Tensor) -> Tensor:
-        """Rows of a table (N, C, …) at positions: (N, T, …). For ragged rows, whose positions are
-        (B, T): (N, B, 1, T, …) for rope, with a place for heads, else (N, B, T, …)."""
+    def _index(self, positions: slice | Tensor) -> slice | Tensor:
+        """Positions as an index into a table of C rows. The padding of ragged rows may run past
+        C; no one sees what it reads."""
         if isinstance(positions, slice):
-            return table[:, positions]
-        rows = table[:, positions.clamp(max=self.config.n_ctx - 1)]     # padding may run past C
-        return rows[:, :, None] if self.config.position == "rope" else rows
+            return positions
+        return positions.clamp(max=self.config.n_ctx - 1)                           # (B, T)
 
 
 class Block(nn.Module):

@@ -5,8 +5,9 @@ The exact ModelConfig is kept inside config.json under `gpt`; our own loading re
 model/families.py holds the tables of names.
 """
 
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from errors import UserError
@@ -15,16 +16,9 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.families import (
-    OWN,
-    architecture_of,
-    by_their_name,
-    describe,
-    family,
-    to_ours,
-    to_theirs,
-)
+from model.families import OWN, Family, architecture_of, family
 from model.gpt import GPT
+from model.hf_config import describe
 
 
 def hf_config(config: ModelConfig, begin: int, ends: Sequence[int]) -> dict[str, Any]:
@@ -96,6 +90,44 @@ def _empty_mlps(config: ModelConfig) -> dict[str, Tensor]:
               "mlp.down_proj": (E, 1)}
     return {f"model.layers.{layer}.{part}.weight": torch.zeros(shape)
             for layer in range(config.n_layers) for part, shape in shapes.items()}
+
+
+# --- names and layouts ------------------------------------------------------------------------
+
+def by_their_name(names: Iterable[str], spec: Family) -> dict[str, list[str]]:
+    """The family's tensors, and which of our parameters `names` each holds, in order."""
+    tensors: dict[str, list[str]] = {}
+    for name in names:
+        module, leaf = name.rsplit(".", 1)
+        layer = re.search(r"\.(\d+)(\.|$)", module)
+        template = spec.names[re.sub(r"\.\d+(?=\.|$)", ".{}", module, count=1)]
+        their_module = template.format(layer[1] if layer else "")
+        their_leaf = "weight" if leaf == "gain" else leaf
+        tensors.setdefault(f"{their_module}.{their_leaf}", []).append(name)
+    return tensors
+
+
+def to_theirs(parts: Sequence[Tensor], name: str, spec: Family, n_heads: int) -> Tensor:
+    """The tensor that a family makes of our parameters, the first of which is called `name`."""
+    if spec.layout == "by head" and len(parts) > 1:         # (H D, …) each → (H · parts · D, …)
+        by_head = [part.unflatten(0, (n_heads, -1)) for part in parts]
+        return torch.stack(by_head, dim=1).flatten(0, 2)
+    tensor = torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+    return tensor.mT if _transposed(tensor, name, spec) else tensor
+
+
+def to_ours(tensor: Tensor, name: str, count: int, spec: Family, n_heads: int) -> Iterator[Tensor]:
+    """The `count` parameters in a family's tensor, the first of which is called `name`."""
+    if spec.layout == "by head" and count > 1:
+        by_head = tensor.unflatten(0, (n_heads, count, -1))
+        yield from (part.flatten(0, 1) for part in by_head.unbind(1))
+    else:
+        yield from (tensor.mT if _transposed(tensor, name, spec) else tensor).chunk(count)
+
+
+def _transposed(tensor: Tensor, name: str, spec: Family) -> bool:
+    return spec.layout == "transposed" and tensor.ndim == 2 and name.startswith("blocks.")
+
 
 
 if __name__ == "__main__":                                  # the command of earlier versions

@@ -14,16 +14,16 @@ from model.config import ModelConfig
 class KVCache:
     """Everything that decoding remembers of one batch of sequences; passed to the model.
 
-    Tensors are written in place and never replaced: a step captured on a GPU knows only their
-    addresses. Rows may hold different numbers of tokens (ragged prompts). A layer with a window
-    keeps a ring of `window` slots: the token at position p is in slot p mod slots, so memory stays
-    at the window however long the text is.
+    Tensors are written in place and never replaced: a CUDA graph knows only their addresses. Rows
+    may hold different numbers of tokens (ragged prompts). A layer with a window keeps a ring of
+    `window` slots: the token at position p is in slot p mod slots, so memory stays at the window
+    however long the text is.
 
     keys, values    one (B, K, slots, D) tensor per layer
     longest         tokens of the longest row
     ragged          whether rows may hold fewer than that; equal rows need no masks
-    grain           ragged rows read a multiple of so many slots, so that a captured step serves
-                    for that many tokens
+    grain           the number of slots that ragged rows read is rounded up to a multiple of it,
+                    so that one CUDA graph serves for `grain` tokens
     """
 
     def __init__(self, config: ModelConfig, batch: int, capacity: int,
@@ -36,11 +36,14 @@ class KVCache:
 
         self.keys = [zeros(batch, K, n, D) for n in slots]
         self.values = [zeros(batch, K, n, D) for n in slots]
-        # The key before the next one, without its position: smeared keys need it.
+        # The newest token's key before smearing and rotation: the next smeared key needs it.
         self.last_raw_key = [zeros(batch, K, D) for _ in slots]
         self.windows, self.capacity = config.windows, capacity
         self.longest, self.ragged, self.grain = 0, False, 1
         self._lengths = torch.zeros(batch, dtype=torch.long, device=device)     # if ragged
+        # The pass between `begin` and `end`: tokens per row, and how many of them are real.
+        self.T: int = 0
+        self.new: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -73,7 +76,7 @@ class KVCache:
         T, slots, window = q.shape[2], keys.shape[2], self.windows[layer]
         equal = not self.ragged and self.new is None
         n = self.longest + T
-        if equal and n < slots:                             # in order, no wrap
+        if equal and n < slots:         # in order, no wrap; n < window, so no mask is needed
             keys[:, :, self.longest:n] = k
             values[:, :, self.longest:n] = v
             return attention(q, keys[:, :, :n], values[:, :, :n])
@@ -177,7 +180,7 @@ class KVCache:
     @staticmethod
     def _slot_positions(slots: int, lengths: Tensor) -> Tensor:
         """The position that each slot holds if rows have `lengths` (B,) tokens: (B, slots),
-        negative where empty."""
+        negative where empty. With 4 slots and 6 tokens: 4, 5, 2, 3."""
         last = lengths[:, None] - 1
         return last - (last - torch.arange(slots, device=lengths.device)) % slots
 

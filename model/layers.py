@@ -13,9 +13,7 @@ class Linear(nn.Linear):
     nothing hidden."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool = False):
-        super().__init__(n_in, n_out, bias=False)
-        if bias:
-            self.bias = nn.Parameter(torch.zeros(n_out))
+        super().__init__(n_in, n_out, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return affine(x, self.weight, self.bias)
@@ -26,7 +24,7 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def embedding(rows: int, size: int) -> nn.Embedding:
+def new_embedding(rows: int, size: int) -> nn.Embedding:
     """An embedding whose values are set later. nn.Embedding draws them, which on the meta device
     would load PyTorch's compiler: a second at every start."""
     return nn.Embedding.from_pretrained(torch.empty(rows, size), freeze=False)
@@ -82,9 +80,11 @@ def apply_joined(x: Tensor, *matrices: Linear, packed: Joined | None = None) -> 
     One large product is faster than several small ones, and each matrix stays a parameter of its
     own. `packed`: the matrices already joined, if they are.
     """
-    if packed is None and matrices[0].weight.dtype == x.dtype != torch.float32:
-        # 16-bit weights were gathered by FSDP and are here only for this block. The backward pass
-        # would keep a joined copy of them.
+    dtype = matrices[0].weight.dtype
+    gathered_in_16_bits = dtype == x.dtype and dtype != torch.float32
+    if packed is None and gathered_in_16_bits:
+        # FSDP gathered these weights only for this block. The backward pass would keep a joined
+        # copy of them.
         return torch.cat([matrix(x) for matrix in matrices], dim=-1)
     weight, bias = join(*matrices) if packed is None else packed
     return affine(x, weight, bias)

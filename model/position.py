@@ -60,13 +60,14 @@ def scaled(frequencies: Tensor, base: float, scaling: RopeScaling) -> Tensor:
             first, last = floor(first), ceil(last)
         first, last = max(first, 0), min(last, 2 * pairs - 1)       # the bounds of the reference
         index = torch.arange(pairs, dtype=frequencies.dtype, device=frequencies.device)
-        kept = 1 - ((index - first) / (last - first or 0.001)).clamp(0, 1)
+        span = last - first if last != first else 0.001             # as in the reference code
+        kept = 1 - ((index - first) / span).clamp(0, 1)
     kept = kept.clamp(0, 1)
     return kept * frequencies + (1 - kept) * slower
 
 
 def _pair_that_turns(turns: float, pairs: int, base: float, n_ctx: int) -> float:
-    """The index, a real number, of the pair that turns so many times in n_ctx positions."""
+    """The index, a real number, of the pair that turns `turns` times in n_ctx positions."""
     return pairs * log(n_ctx / (turns * 2 * pi)) / log(base)
 
 

@@ -1,8 +1,8 @@
 """Reading and replacing activations by name, while a model runs.
 
-    with taps(model, ["L0.pattern", "L*.z"]) as cache:      # read: names or wildcards
+    with taps(model, ["L0.pattern", "L*.z"]) as acts:       # read: names or wildcards
         model(tokens)
-    cache["L0.pattern"]                                     # (B, H, T, T)
+    acts["L0.pattern"]                                      # (B, H, T, T)
 
     def silence(z):                                         # replace: what the function returns
         return z.index_fill(1, torch.tensor([3]), 0)        # takes the activation's place
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 
-T = TypeVar("T")
+Result = TypeVar("Result")
 TapFunction = Callable[[Tensor], Tensor | None]         # a returned tensor replaces the activation
 TapTarget = str | Sequence[str] | Callable[[str], bool] | Mapping[str, TapFunction | None]
 
@@ -97,7 +97,7 @@ def taps(model: Tappable, target: TapTarget) -> Iterator[dict[str, Tensor]]:
     outer = model.tapped.get(thread, ())
     model.tapped[thread] = (*outer, tap_set)
     try:
-        yield tap_set.cache
+        yield tap_set.activations
     finally:
         if outer:
             model.tapped[thread] = outer
@@ -136,7 +136,7 @@ class TapSet:
 
     def __init__(self, functions: dict[str, list[TapFunction]]):
         self.functions = functions
-        self.cache: dict[str, Tensor] = {}
+        self.activations: dict[str, Tensor] = {}
 
     def apply(self, name: str, x: Tensor) -> Tensor:
         """Call the functions on an activation; what goes on in its place."""
@@ -150,7 +150,7 @@ class TapSet:
                 raise ValueError(f"taps: {name} is {tuple(x.shape)} {x.dtype}, its replacement "
                                  f"{tuple(replacement.shape)} {replacement.dtype}")
             x = replacement
-        self.cache[name] = x
+        self.activations[name] = x
         return x
 
 
@@ -200,7 +200,7 @@ def refuse(model: Tappable, part: str, reason: str) -> None:
         run_eagerly(lambda: taps_of(model).refuse(part, reason))
 
 
-def run_eagerly(function: Callable[..., T], *arguments: Any, **options: Any) -> T:
+def run_eagerly(function: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
     """Call `function` from compiled code without compiling it.
 
     Compiled code is guarded by `tapped` being empty. So a pass without taps has no trace of them,

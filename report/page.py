@@ -63,14 +63,14 @@ def pictures_at(run: LoadedRun, checkpoints: list[Path], ids: Tensor, title: str
     fits, device = tokens_shown(run.config.model, len(ids)), run.model.embed.weight.device
     if fits < len(ids):
         title = f"{title}, its first {fits} tokens"
-    separator = run.tokenizer.begin if run.config.data.mask_documents else None
+    document_start = run.tokenizer.begin if run.config.data.mask_documents else None
 
     def snapshots() -> Iterator[PatternSnapshot]:
         for checkpoint in checkpoints:
             loaded = checkpoint == run.checkpoint
             model = run.model if loaded else load_run(checkpoint, device=device).model
             state = read_state(checkpoint)
-            patterns = attention_patterns(model, [ids[:fits].to(device)], separator)
+            patterns = attention_patterns(model, [ids[:fits].to(device)], document_start)
             yield PatternSnapshot(state["step"], state["tokens"], patterns)
 
     return Pictures([Passage(title, spell(ids[:fits], run.tokenizer))], snapshots())

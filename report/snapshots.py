@@ -45,15 +45,15 @@ class PatternRecorder:
 
     def __init__(self, config: ModelConfig, probes: Probes, text: Tensor | None,
                  tokenizer: Tokenizer, folder: Path, *, every: int, steps: int, step: int = 0,
-                 separator: int | None = None):
-        """text        (T,) token ids of held-out text, the second passage; None without text
-        folder      of the run; snapshots later than `step` are deleted, they will be made again
-        every       steps between two measurements of the heads, of `steps` in all
-        separator   the token that begins a document, if documents must not see each other
+                 document_start: int | None = None):
+        """text            (T,) token ids of held-out text, the second passage; None without text
+        folder          of the run; snapshots later than `step` are deleted, they will be made again
+        every           steps between two measurements of the heads, of `steps` in all
+        document_start  the token that begins a document, if documents must not see each other
         """
-        self.config, self.last_step, self.separator = config, steps, separator
+        self.config, self.last_step, self.document_start = config, steps, document_start
         n_tokens = tokens_shown(config, MAX_TOKENS)
-        example, title = probes.held_out.example(n_tokens)
+        example, title = probes.scored.example(n_tokens)
         self.ids = [example]
         self.passages = [Passage(title, spell(example, tokenizer), key="random tokens")]
         if text is not None:
@@ -72,13 +72,13 @@ class PatternRecorder:
 
     def save(self, model: GPT, step: int, tokens_seen: int) -> None:
         """Take a snapshot of the model's patterns."""
-        patterns = attention_patterns(model, self.ids, self.separator)
+        patterns = attention_patterns(model, self.ids, self.document_start)
         self.snapshots.save(PatternSnapshot(step, tokens_seen, patterns))
 
     def pictures(self, model: GPT, measured: Measured) -> dict[str, np.ndarray | Table]:
         """What wandb shows: all patterns in one picture for each passage, the strongest heads one
         by one, and the table of all scores."""
-        patterns = attention_patterns(model, self.ids, self.separator)
+        patterns = attention_patterns(model, self.ids, self.document_start)
         pictures: dict[str, np.ndarray | Table] = {}
         for passage, pattern in zip(self.passages, patterns):
             pictures[f"heads/patterns/{passage.key}"] = mosaic(pattern)
@@ -113,16 +113,16 @@ def max_snapshots(config: ModelConfig, lengths: list[int]) -> int:
 
 @torch.no_grad()
 def attention_patterns(model: GPT, passages: list[Tensor],
-                       separator: int | None = None) -> list[np.ndarray]:
+                       document_start: int | None = None) -> list[np.ndarray]:
     """The patterns of all heads on passages (T,) of token ids: (L, H, T, T) uint8 each.
 
-    `separator`: the token that begins a document, if documents must not see each other.
+    `document_start`: the token that begins a document, if documents must not see each other.
     """
     patterns = []
     for passage in passages:
-        with taps(model, "L*.pattern") as cache:
-            model.hidden(passage[None], segments=document_ids(passage[None], separator))
-        stacked = torch.stack([cache[f"L{layer}.pattern"][0]
+        with taps(model, "L*.pattern") as acts:
+            model.hidden(passage[None], segments=document_ids(passage[None], document_start))
+        stacked = torch.stack([acts[f"L{layer}.pattern"][0]
                                for layer in range(model.config.n_layers)])      # (L, H, T, T)
         patterns.append((stacked.float() * 255).round().byte().cpu().numpy())
     return patterns

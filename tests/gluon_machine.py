@@ -6,7 +6,7 @@ of torch, scalars those of Python, and layouts mean nothing (the compiler checks
 
 Whatever a device does by itself happens as late as it can, and to rely on less is an error:
 
-- the copy engine delivers a tile when the program waits for its barrier, not before;
+- TMA delivers a tile when the program waits for its barrier, not before;
 - a matrix product reads shared memory and has no result until the program waits for it;
 - warps pass a wait one by one, so memory may be overwritten only after `thread_barrier`.
 """
@@ -81,7 +81,7 @@ class Barrier:
 
     def __init__(self) -> None:
         self.count: int | None = None           # of arrivals a phase, from `init`
-        self.visible = False                    # to the copy engine: after a fence
+        self.visible = False                    # to TMA: after a fence
         self.phase = 0
         self._begin_phase()
 
@@ -145,7 +145,7 @@ class Pointer:
 
 
 class Descriptor:
-    """A tensor as the copy engine reads it, from what the host says of it."""
+    """A tensor as TMA reads it, from what the host says of it."""
 
     def __init__(self, host: Any) -> None:
         base = host.base

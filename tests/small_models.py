@@ -106,6 +106,6 @@ def generated(model: GPT, slide: bool, batch_size: int,
         return remaining[row] > 0
 
     steps = list(generate(model, PROMPTS, 20, GREEDY, slide=slide, batch_size=batch_size,
-                          wanted=wanted, step=step))
+                          wanted=wanted, compiled_step=step))
     assert all(0 < len(tokens) <= batch_size for tokens in steps)
     return tokens_by_row(steps, len(PROMPTS))

@@ -40,7 +40,7 @@ def poisoned():
 
 @pytest.fixture
 def pointers(monkeypatch):
-    """As on a device without a copy engine, with that device's larger tiles."""
+    """As on a device without TMA, with that device's larger tiles."""
     if DEVICE == "cpu":
         monkeypatch.setattr(launch, "family", lambda device: "ampere")
 
@@ -99,7 +99,7 @@ def test_cases(case, dtype):
     Case(130, 130, 20, documents=3, dtype="bf16"), Case(60, 60, 16, layout="columns"),
     Case(200, 70, 16, causal=False, dtype="bf16"),
 ], ids=str)
-def test_without_a_copy_engine(case, pointers):
+def test_without_tma(case, pointers):
     check(case)
 
 

@@ -69,7 +69,7 @@ def test_alone_is_the_loss_without_that_head(run):
     assert heads("runs/tiny", "--json", "s.json", cwd=run.parent.parent).returncode == 0
     scores = json.loads((run.parent.parent / "s.json").read_text())
     opened = load_run(run)
-    probe = probes_for(opened).held_out
+    probe = probes_for(opened).scored
     intact = losses_without(opened.model, probe.batch, [])[probe.second_copy].mean().item()
     for head in heads_of(opened.model.config):
         without = losses_without(opened.model, probe.batch, [head], "mean")

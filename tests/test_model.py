@@ -242,7 +242,7 @@ def test_activations_computed_again_give_the_same_gradients_from_less_memory():
     tokens = torch.arange(24).view(2, 12) % 50
     for recompute in (False, True):
         model = perturbed_model(n_layers=4)
-        model.recompute = recompute
+        model.recompute_activations = recompute
         with saved_for_backward() as saved:
             loss = model.loss(tokens, tokens)
         saved_bytes.append(sum(tensor.nbytes for tensor in saved))

@@ -17,7 +17,7 @@ import pytest
 import yaml
 from commands import ROOT, command, succeeds
 from conftest import read_records
-from theirs import make_theirs
+from theirs import save_hf_model
 from torch.distributed.run import get_args_parser
 
 from settings.validate import key_paths
@@ -170,7 +170,7 @@ def test_a_page_runs_as_it_stands(name, checkout):
     for overrides in RUNS.get(name, []):
         succeeds(command("train.py", "configs/quickstart.yaml", *overrides))
     if name == "docs/import.md":
-        make_theirs("gpt_neox", checkout / "path/to/pythia-160m")
+        save_hf_model("gpt_neox", checkout / "path/to/pythia-160m")
     run_page(name, checkout)
 
 

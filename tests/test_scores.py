@@ -77,20 +77,20 @@ def test_a_run_is_probed_on_what_it_never_trained_on():
     held = {"corpus": "repeats", "repeats": {"period": [8, 32], "held_out_periods": [12, 18],
                                              "held_out_tokens": 0.25, "n_tokens": 128}}
     probes = of(**held)
-    assert set(probes.held_out.periods.tolist()) == {12, 18}
+    assert set(probes.scored.periods.tolist()) == {12, 18}
     assert not {12, 18} & set(probes.trained.periods.tolist())
-    known = set(probes.held_out.tokens[:, 1:].flatten().tolist())
+    known = set(probes.scored.tokens[:, 1:].flatten().tolist())
     unseen = set(probes.unseen_tokens.tokens[:, 1:].flatten().tolist())
     assert not known & unseen and max(known | unseen) < 128 and len(known) > 80
     assert all(len(set(row)) == len(row) == 26 for row in probes.unrepeated.tolist())
     unnamed = of(corpus="repeats", repeats={"period": [16, 16]})
-    assert 16 not in unnamed.held_out.periods and len(unnamed.held_out.periods.unique()) >= 3
+    assert 16 not in unnamed.scored.periods and len(unnamed.scored.periods.unique()) >= 3
     assert of().trained is None and of().unseen_tokens is None
     assert "training repeats nothing" in of().note
     assert of(n_ctx=6) is None
     # All periods from 8 on are trained: the shortest are left.
     short = of(corpus="repeats", repeats={"period": [8, 32]})
-    assert short.never_trained and set(short.held_out.periods.tolist()) == {3, 5, 7}
+    assert short.never_trained and set(short.scored.periods.tolist()) == {3, 5, 7}
     every = of(corpus="repeats", repeats={"period": [2, 32]})
     assert not every.never_trained and "every period that fits was trained on" in every.note
 

@@ -124,7 +124,8 @@ def test_a_dumped_config_reads_back_the_same():
 def test_differences_say_which_values_are_defaults():
     a = {"model": {"n_ctx": 64}, "data": {"hub": None}}
     b = {"model": {"n_ctx": 32, "n_heads": 2}, "data": {"hub": {"dataset": "a/b"}}}
-    assert differences(validate(Config, a, "a"), validate(Config, b, "b")) == [
+    changes = differences(validate(Config, a, "a"), validate(Config, b, "b"))
+    assert [str(change) for change in changes] == [
         "model.n_heads: 4 (by default) → 2", "model.n_ctx: 64 → 32",
         "data.hub.dataset: None → 'a/b'", "data.hub.split: None → 'train'",
         "data.hub.column: None → 'text'"]

@@ -56,7 +56,7 @@ def test_what_is_logged_is_what_the_checkpoint_measures(workplace):
     assert measured_steps == [5, 10, 12]                                        # and at the end
     run = load_run("runs/tiny")
     probes = probes_of(DataConfig(**TINY["data"]), 32, run.tokenizer, 1)
-    measured = measure(run.model, probes.held_out, probes.unrepeated)
+    measured = measure(run.model, probes.scored, probes.unrepeated)
     metrics_at_end = records[12]
     for name in SCORES:
         for head in heads_of(run.model.config):

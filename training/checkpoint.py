@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -340,7 +340,7 @@ def _manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
         return dict(json.loads((checkpoint / "manifest.json").read_text("utf-8")))
 
 
-def verify(checkpoint: Path, names: Iterable[str] = (), parallel: Parallel = ONE_PROCESS) -> None:
+def verify(checkpoint: Path, names: Sequence[str] = (), parallel: Parallel = ONE_PROCESS) -> None:
     """Raise a UserError unless every file, or those of `names`, has the bytes it was saved with.
 
     Several processes share the reading.

@@ -7,12 +7,12 @@ import json
 from collections.abc import Sequence
 from math import isqrt
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from data.config import DataConfig
+from data.config import SHORTEST_PERIOD, DataConfig
 from model.config import ModelConfig
 from settings.schema import json_schema
 from settings.validate import Conflicts, Settings, validate
@@ -74,7 +74,7 @@ class EvalConfig(Settings):
 
 class CheckpointConfig(Settings):
     every: Every = 250
-    keep: PositiveInt = 3                       # the newest so many, in addition to the best one
+    keep: PositiveInt = 3                       # the newest, in addition to the best one
                                                 # and those in `steps`
     steps: list[PositiveInt] = []               # further steps to save and to keep
     background: bool = False                    # write while training continues
@@ -138,7 +138,8 @@ class Config(Settings):
         if held_out and all(2 * length >= n_ctx for length in held_out):
             yield ("data.repeats.held_out_periods", "model.n_ctx"), (
                 f"data.repeats.held_out_periods={held_out}: none fits twice behind the first token "
-                f"of model.n_ctx={n_ctx} (shortest allowed: 3, longest: {(n_ctx - 1) // 2})")
+                f"of model.n_ctx={n_ctx} (shortest allowed: {SHORTEST_PERIOD}, longest: "
+                f"{(n_ctx - 1) // 2})")
         if "repeats" in self.data.corpora and 2 * period[-1] > n_ctx:
             yield ("data.repeats.period", "model.n_ctx"), (
                 f"data.repeats.period={period} does not fit twice into model.n_ctx={n_ctx} "
@@ -165,16 +166,25 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def differences(a: Config, b: Config) -> list[str]:
-    """`key.path: a → b` for every value that differs, with a note if a's value is a default."""
+class Change(NamedTuple):
+    """A value that differs between two configs."""
+
+    key: str                    # its path: optimizer.lr
+    before: Any
+    after: Any
+    was_default: bool
+
+    def __str__(self) -> str:
+        note = " (by default)" if self.was_default else ""
+        return f"{self.key}: {self.before!r}{note} → {self.after!r}"
+
+
+def differences(a: Config, b: Config) -> list[Change]:
+    """Every value that differs between a and b."""
     left, right = flatten(a.model_dump()), flatten(b.model_dump())
     explicit = flatten(a.model_dump(exclude_unset=True))
-    lines = []
-    for key in {**left, **right}:
-        if left.get(key) != right.get(key):
-            note = " (by default)" if key in left and key not in explicit else ""
-            lines.append(f"{key}: {left.get(key)!r}{note} → {right.get(key)!r}")
-    return lines
+    return [Change(key, left.get(key), right.get(key), key in left and key not in explicit)
+            for key in {**left, **right} if left.get(key) != right.get(key)]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,7 +19,7 @@ from model.config import ModelConfig
 from model.gpt import GPT
 from training.config import Config, divisors
 from training.parallel import ONE_PROCESS, DataParallel, FullySharded, Parallel
-from training.plan import Cluster, Plan
+from training.plan import BF16, FP32, Cluster, Plan
 from training.world import World
 
 CPU_TOKENS = 16384      # of a micro-batch on the CPU: larger ones leave its caches and gain nothing
@@ -146,7 +146,7 @@ def choose_micro_batch(config: Config, model: GPT, parallel: Parallel = ONE_PROC
     if device.type == "cuda":
         strategy: Literal["ddp", "fsdp"] = "fsdp" if parallel.sharded else "ddp"
         fit = windows_that_fit(config, model.config, device, world, strategy)
-        fit = fit * 2 // model.compute_dtype.itemsize
+        fit = fit * BF16 // model.compute_dtype.itemsize
     else:
         fit = CPU_TOKENS // config.model.n_ctx
     fit = max(1, min(world.gather(fit)))
@@ -168,7 +168,7 @@ def windows_that_fit(config: Config, model: ModelConfig, device: torch.device, w
 def check_memory(model: GPT, device: torch.device, world: World = ONE_PROCESS.world) -> None:
     """Raise a UserError if weights, gradients and two moments of each exceed the memory."""
     count = sum(p.numel() for p in model.parameters())
-    needed = 4 * 4 * count                          # float32
+    needed = FP32 * (1 + 1 + 2) * count             # weights, gradients, two moments
     if device.type == "cuda":
         available = torch.cuda.mem_get_info(device)[1] * world.size
     else:

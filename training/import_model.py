@@ -17,13 +17,14 @@ from torch import Tensor
 from data.hf_tokenizer import HuggingFaceTokenizer, read_hf_tokenizer
 from files import explain_disk_errors
 from model.config import ModelConfig
-from model.families import FAMILIES, by_their_name, family, read_description, to_theirs
+from model.families import FAMILIES, family
 from model.gpt import GPT
-from model.huggingface import load_hf_state
+from model.hf_config import read_description
+from model.huggingface import by_their_name, load_hf_state, to_theirs
 from settings.validate import validate
 from settings.yaml12 import override
 from training.checkpoint import checkpoint_contents, save_checkpoint
-from training.config import Config, dump_config
+from training.config import Config, TrainConfig, dump_config
 
 LONGEST = 2 ** 22           # positions: more would make position tables of gigabytes
 # Tensors in older files that are no parameters: causal masks and RoPE's frequencies.
@@ -227,7 +228,8 @@ def _config_of(source: Path, described: dict[str, Any], weights: Weights, target
             raise UserError(f"model.n_ctx={n_ctx} is too long: at most {longest} here "
                             f"(for example model.n_ctx={min(longest, 2048)})")
         if isinstance(tree["train"], dict):
-            tree["train"].setdefault("batch_tokens", n_ctx * max(1, 4096 // n_ctx))
+            windows = max(1, TrainConfig().batch_tokens // n_ctx)
+            tree["train"].setdefault("batch_tokens", windows * n_ctx)
     return validate(Config, tree, path, overridden)
 
 

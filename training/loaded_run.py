@@ -40,8 +40,8 @@ class LoadedRun(NamedTuple):
         return [record for record in records if record["step"] <= self.step]
 
     def validation(self, windows: int) -> Batch | None:
-        """So many windows of the validation text, on the model's device; None if the run was not
-        trained on text."""
+        """`windows` windows of the validation text, on the model's device. None if the run was not
+        trained on text, or not yet."""
         data, n_ctx = self.config.data, self.config.model.n_ctx
         if not data.text_corpus or not self.step:
             return None
@@ -56,7 +56,7 @@ def load_run(where: str | Path, step: int | None = None,
     itself names. Raises UserError if it is not there, or damaged.
 
         run = load_run("runs/quickstart")
-        with taps(run.model, "L*.pattern") as cache:
+        with taps(run.model, "L*.pattern") as acts:
             run.model(tokens)
     """
     checkpoint = find_checkpoint(where)

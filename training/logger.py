@@ -73,10 +73,10 @@ def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     for line in path.read_bytes().splitlines(keepends=True):
         try:
             record = json.loads(line)
-            record["step"] + 0
+            step = record["step"]
         except (ValueError, KeyError, TypeError):
             continue
-        if line.endswith(b"\n"):
+        if line.endswith(b"\n") and isinstance(step, int):
             yield line, record
 
 

@@ -41,20 +41,20 @@ def momentum(config: OptimizerConfig, step: int) -> float:
     return min(config.momentum, MOMENTUM_START + risen * (config.momentum - MOMENTUM_START))
 
 
-def is_matrix(name: str, p: Tensor) -> bool:
+def is_hidden_matrix(name: str, p: Tensor) -> bool:
     """Whether Muon moves the parameter: a matrix of a block, not an embedding or the head."""
     return p.ndim == 2 and "embed" not in name and "lm_head" not in name
 
 
 class Optimizer:
-    """Every parameter of a model in one group; `step` clips, sets learning rates and updates."""
+    """Puts every parameter in exactly one group; `step` clips, sets learning rates and updates."""
 
     def __init__(self, model: nn.Module, config: OptimizerConfig, steps: int,
                  parallel: Parallel = ONE_PROCESS):
         self.config, self.steps, self.parallel = config, steps, parallel
         self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-        matrices = [p for p, name in self.names.items() if is_matrix(name, p)]
-        others = [p for p, name in self.names.items() if not is_matrix(name, p)]
+        matrices = [p for p, name in self.names.items() if is_hidden_matrix(name, p)]
+        others = [p for p, name in self.names.items() if not is_hidden_matrix(name, p)]
         matrix_group = {"params": matrices, "base_lr": config.lr,
                         "weight_decay": config.weight_decay}
         device = next(iter(self.names)).device.type
@@ -70,7 +70,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, step: int, tokens: int) -> Tensor:
-        """Make update `step` (the first is 1); returns the gradient norm of the mean loss, ().
+        """Make update `step` (the first is 1). Returns the mean loss's gradient norm, a scalar.
 
         The gradients are those of a loss summed over `tokens` tokens. Dividing them here, not the
         loss, keeps fp16 gradients in range without a loss scale to tune and to save. Among several

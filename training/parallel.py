@@ -1,4 +1,5 @@
-"""How the processes of a world share one model: one immutable choice, made before the model is.
+"""How the processes of a world share one model: one immutable choice, made before the model has
+memory.
 
     Parallel        the base class, and the case of one process: it holds the whole model
     DataParallel    every process holds the whole model; they average gradients (DDP, Li et al.
@@ -23,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from model.gpt import GPT
 from training.world import World
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 Loss = Callable[..., Tensor]
 MatrixFunction = Callable[[Tensor], Tensor]         # (N, R, C) → (N, R, C), matrix by matrix
 
@@ -46,10 +47,11 @@ class Parallel:
         p.copy_(full)
 
     def replicate(self, model: GPT, loss: Loss) -> Loss:
-        """`loss`, such that its backward pass leaves the mean of every process's gradients."""
+        """`loss`, such that its backward pass leaves the mean of every process's gradients. FSDP
+        does that by hooks of its own."""
         return loss
 
-    def accumulate(self, parts: Sequence[T], model: GPT, loss: Loss) -> Iterator[T]:
+    def accumulate(self, parts: Sequence[Value], model: GPT, loss: Loss) -> Iterator[Value]:
         """The micro-batches of a batch. Gradients are exchanged only after the last one."""
         yield from parts
 
@@ -86,7 +88,7 @@ class DataParallel(Parallel):
                 _LossModule(model, loss), broadcast_buffers=False, gradient_as_bucket_view=True,
                 device_ids=[device] if device.type == "cuda" else None)
 
-    def accumulate(self, parts: Sequence[T], model: GPT, loss: Loss) -> Iterator[T]:
+    def accumulate(self, parts: Sequence[Value], model: GPT, loss: Loss) -> Iterator[Value]:
         assert isinstance(loss, DistributedDataParallel)
         for number, part in enumerate(parts, 1):
             loss.require_backward_grad_sync = number == len(parts)
@@ -134,12 +136,12 @@ class FullySharded(Parallel):
         if mine is p:                           # not sharded: an optimizer's step counter
             p.copy_(full)
             return
-        # fully_shard gives every process as many rows, the last ones fewer.
+        # fully_shard gives every process the same number of rows, the last ones fewer.
         rows = -(-p.shape[0] // self.world.size)
         start = rows * self.world.rank
         mine.copy_(full[start:start + len(mine)])
 
-    def accumulate(self, parts: Sequence[T], model: GPT, loss: Loss) -> Iterator[T]:
+    def accumulate(self, parts: Sequence[Value], model: GPT, loss: Loss) -> Iterator[Value]:
         for number, part in enumerate(parts, 1):
             model.set_requires_gradient_sync(number == len(parts))      # type: ignore[operator]
             yield part

@@ -22,7 +22,7 @@ from model.config import ModelConfig
 from model.cross_entropy import CHUNK_ELEMENTS
 from settings.validate import Settings, validate
 from settings.yaml12 import override, read_file
-from training.config import load_config
+from training.config import divisors, load_config
 
 BF16, FP32 = 2, 4           # bytes
 # Of a device's memory. The driver, NCCL's buffers and fragmentation take the rest.
@@ -81,7 +81,7 @@ class Plan:
 
     @property
     def pass_bytes(self) -> Counter[str]:
-        """What a forward and backward pass holds at its peak, besides state and activations.
+        """What a forward and backward pass holds at its peak, in addition to state and activations.
 
         Under DDP autograd saves the bf16 copies of the weights that it multiplied by; with
         recomputation, one block's. Under FSDP it saves none: they are gathered again.
@@ -102,19 +102,19 @@ class Plan:
 
     @property
     def muon_bytes(self) -> int:
-        """What Muon's step holds besides the state: the matrices of one shape of all layers at
-        once, dealt out over the shards, but never in pieces."""
+        """What Muon's step holds in addition to the state: the matrices of one shape of all layers
+        at once, dealt out over the shards, but never in pieces."""
         if self.optimizer != "muon":
             return 0
-        c = self.model
-        E, F = c.d_model, c.mlp_size
-        query_rows, key_rows = c.n_heads * c.head_size, c.kv_heads * c.head_size
+        model = self.model
+        E, F = model.d_model, model.mlp_size
+        query_rows, key_rows = model.n_heads * model.head_size, model.kv_heads * model.head_size
         shapes = [(query_rows, E), (key_rows, E), (key_rows, E), (E, query_rows)]
         if F:
             shapes += [(F, E), (E, F)]
-            if c.mlp == "swiglu":
+            if model.mlp == "swiglu":
                 shapes.append((F, E))
-        matrices = Counter({shape: shapes.count(shape) * c.n_layers for shape in shapes})
+        matrices = Counter({shape: shapes.count(shape) * model.n_layers for shape in shapes})
         return max(MUON_BYTES * rows * columns * -(-n // self.shards)
                    for (rows, columns), n in matrices.items())
 
@@ -146,8 +146,7 @@ class Plan:
     def micro_batch(self) -> int:
         """Windows of a forward pass: the largest divisor of a device's windows that fits, or 0."""
         most = min(self.windows_per_device, self.windows_that_fit)
-        divisors = [n for n in range(1, most + 1) if self.windows_per_device % n == 0]
-        return max(divisors, default=0)
+        return max((n for n in divisors(self.windows_per_device) if n <= most), default=0)
 
     @property
     def passes(self) -> int:
@@ -304,7 +303,7 @@ def with_vocabulary(config: ModelConfig, tokenizer: str | dict[str, Any]) -> Mod
 
 
 def positive(text: str) -> float:
-    """A number above zero, as argparse calls it."""
+    """Parse a number above zero. The function's name appears in argparse's errors."""
     number = float(text)
     if not number > 0:
         raise ValueError(text)
@@ -315,7 +314,7 @@ def main() -> None:
     parser = ArgumentParser(
         "python -m training.plan",
         description="Parameters, FLOPs and memory of a config, without allocating it; with "
-                    "--world-size, what fits on so many devices and how long a step takes.")
+                    "--world-size, what fits on that many devices and how long a step takes.")
     parser.add_argument("config", help="a YAML file of configs/, or runs/NAME")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value",
                         help="change a value, for example model.n_ctx=4096")

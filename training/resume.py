@@ -20,14 +20,14 @@ from training.checkpoint import (
     prune,
     read_state,
 )
-from training.config import Config, differences, load_config
+from training.config import Change, Config, differences, load_config
 from training.optimizer import Optimizer
 from training.parallel import Parallel
 
-# A run cannot be continued with another value of these: before its first step (an imported model),
-# and after it.
-FIXED_BEFORE_TRAINING = ("run:", "seed:", "init_from:", "model.", "data.tokenizer.")
-FIXED = ("run:", "seed:", "init_from:", "model.", "data.", "optimizer.kind:")
+# Keys, with all keys below them, whose values must not change when a run is continued: before its
+# first step (an imported model), and later.
+FIXED_BEFORE_TRAINING = ("run", "seed", "init_from", "model", "data.tokenizer")
+FIXED = ("run", "seed", "init_from", "model", "data", "optimizer.kind")
 
 
 class Job(NamedTuple):
@@ -35,7 +35,7 @@ class Job(NamedTuple):
 
     config: Config
     folder: Path                # the run directory
-    changes: list[str]          # how the config differs from the one the run began with
+    changes: list[Change]       # how the config differs from the one the run began with
 
 
 class Progress(NamedTuple):
@@ -59,8 +59,9 @@ def job_of(target: str, overrides: list[str]) -> Job:
         if (folder / "config.yaml").exists():
             changes = differences(load_config(folder / "config.yaml"), config)
             if changes:
-                shown = "; ".join(changes[:3] if len(changes) <= 3 else [*changes[:3], "…"])
-                raise UserError(f"{folder} holds a run of another config ({shown})\n"
+                more = "; …" if len(changes) > 3 else ""
+                raise UserError(f"{folder} holds a run of another config "
+                                f"({listed(changes[:3])}{more})\n"
                                 f"  continue it with: python train.py {folder}   "
                                 "or begin another with: run=NEW")
         return Job(config, folder, [])
@@ -73,11 +74,20 @@ def job_of(target: str, overrides: list[str]) -> Job:
     config = load_config(saved, overrides)
     changes = differences(load_config(saved), config)
     fixed = FIXED if newest_progress(folder).step else FIXED_BEFORE_TRAINING
-    if impossible := [change for change in changes if change.startswith(fixed)]:
-        raise UserError(f"{target} cannot be continued with another {'; '.join(impossible[:3])}\n"
+    if impossible := [change for change in changes if is_below(change.key, fixed)]:
+        raise UserError(f"{target} cannot be continued with another {listed(impossible[:3])}\n"
                         "  start a run from its weights instead: python train.py CONFIG run=NEW "
                         f"init_from={target} data.tokenizer={target}/checkpoints/latest")
     return Job(config, folder, changes)
+
+
+def listed(changes: list[Change]) -> str:
+    return "; ".join(map(str, changes))
+
+
+def is_below(key: str, parents: tuple[str, ...]) -> bool:
+    """Whether a key is one of `parents`, or inside one of them."""
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
 
 
 def newest_progress(folder: Path) -> Progress:
@@ -111,10 +121,11 @@ def resume(config: Config, folder: Path, model: GPT, optimizer: Optimizer, data:
         newest = checkpoints[-1]
         state = read_state(newest)
         progress = _progress(state)
-        if progress.step == 0:
+        if progress.step == 0:                  # imported: only weights
             if load_tokenizer(newest / "tokenizer.json").hash != data.tokenizer.hash:
                 raise world.error(
-                    f"{folder} was imported with another tokenizer, its weights mean other tokens\n"
+                    f"{folder} was imported with another tokenizer, its weights belong to other "
+                    "token ids\n"
                     f"  use its own: data.tokenizer={folder}/checkpoints/latest")
             load_weights(model, newest, parallel)
         else:
@@ -125,9 +136,9 @@ def resume(config: Config, folder: Path, model: GPT, optimizer: Optimizer, data:
             load_weights(model, newest, parallel)
             saved = load_config(newest / "training_state" / "config.yaml")
             if other := [change for change in differences(config, saved)
-                         if change.startswith(FIXED)]:
+                         if is_below(change.key, FIXED)]:
                 raise world.error(
-                    f"{newest} belongs to another run ({'; '.join(other[:3])})\n"
+                    f"{newest} belongs to another run ({listed(other[:3])})\n"
                     "  delete it to go on from the one before, or begin another run with: run=NEW")
             optimizer.load_state_dict(load_optimizer(newest))
     world.barrier()                     # all have read what is about to be pruned

@@ -35,7 +35,7 @@ from training.optimizer import Optimizer
 from training.parallel import Parallel
 from training.resume import Progress, only_trainer
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 Record = dict[str, Any]             # a line of metrics.jsonl
 PEAK_FLOPS = {                      # dense 16-bit matrix products, from the makers' data sheets
     "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
@@ -49,6 +49,11 @@ class Update(NamedTuple):
     step: int
     loss: Tensor                # ()
     grad_norm: Tensor           # ()
+
+
+class Evaluation(NamedTuple):
+    step: int
+    loss: float
 
 
 class Run:
@@ -95,7 +100,8 @@ class Run:
     def start(self, progress: Progress, model_config: ModelConfig) -> None:
         """Open the logs at the step the run goes on from, and stop on Ctrl-C and SIGTERM from now
         on."""
-        self.step, self.tokens, self.seconds_before = progress[:3]
+        self.step, self.tokens = progress.step, progress.tokens
+        self.seconds_before = progress.seconds
         device = self.hardware.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.git = git_revision()
@@ -107,11 +113,11 @@ class Run:
         half = self.hardware.precision.itemsize == 2
         self.peak_flops = next(
             (flops for model, flops in PEAK_FLOPS.items() if half and model in name), None)
+        # The backward pass costs two forward passes.
         self.flops_per_token = 3 * flops_per_token(model_config).total()
         self.record: Record = {}                # this step's metrics
         self.latest: Record = {}                # the newest value of every metric
-        # Step and loss of the last evaluation.
-        self.validated: tuple[int | None, float | None] = (None, None)
+        self.evaluated: Evaluation | None = None            # the newest
         self.unchecked: Update | None = None
         self.opened = self.timed_from = time.monotonic()
         self.timed_tokens = 0
@@ -139,7 +145,7 @@ class Run:
         self.stop_requested = True
         self.say(f"{signal.Signals(number).name}: finishing this step, then saving")
 
-    def enter(self, context: AbstractContextManager[T]) -> T:
+    def enter(self, context: AbstractContextManager[Value]) -> Value:
         """Enter a context that is left when the run is closed."""
         return self.stack.enter_context(context)
 
@@ -151,7 +157,8 @@ class Run:
     # --- metrics ------------------------------------------------------------------------------
 
     def record_update(self, step: int, loss: Tensor, grad_norm: Tensor, lr: float) -> None:
-        """Record a completed update: the mean loss () of all processes and the gradient norm ()."""
+        """Record a completed update: the mean loss of all processes and the gradient
+        norm, scalar tensors."""
         self.check_finite()
         self.unchecked = Update(step, loss, grad_norm)
         self.step = step
@@ -173,12 +180,13 @@ class Run:
     def check_finite(self) -> None:
         """Raise a UserError if the newest update has a loss or a gradient norm that is not finite.
 
-        It is asked one step later, when the device has long finished the update, or just before
-        something is built on it: asking at once would make the host wait for the device.
+        It is called one step later, when the device has long finished the update, or just before
+        something is built on it. Reading the loss at once would make the host wait.
         """
         if self.unchecked is None:
             return
-        (step, loss, grad_norm), self.unchecked = self.unchecked, None
+        step, loss, grad_norm = self.unchecked
+        self.unchecked = None
         for name, value in (("loss", loss.item()), ("gradient norm", grad_norm.item())):
             if math.isfinite(value):
                 continue
@@ -207,7 +215,7 @@ class Run:
             self.wandb.log(self.record)
             self.latest |= self.record
             if "val/loss" in self.record:
-                self.validated = (self.step, self.record["val/loss"])
+                self.evaluated = Evaluation(self.step, self.record["val/loss"])
         self.record = {}
 
     def log_media(self, make: Callable[[], dict[str, Any]]) -> None:
@@ -233,10 +241,10 @@ class Run:
         """Save a checkpoint of this step and delete those that are no longer kept."""
         self.check_finite()
         self.wait_for_checkpoint()
-        step, loss = self.validated
+        newest = self.evaluated
         state = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds,
                  "data": data.identity, "git": self.git,
-                 "val_loss": loss if step == self.step else None}
+                 "val_loss": newest.loss if newest and newest.step == self.step else None}
         background = self.config.checkpoint.background
         contents = checkpoint_contents(model, optimizer.state_dict(), state,
                                        dump_config(self.config), data.tokenizer,
@@ -265,7 +273,7 @@ class Run:
         lines = [f"step       {self.step} of {steps}, {short(self.tokens)} tokens, "
                  f"{self.seconds:.0f} s"]
         if "val/loss" in latest:
-            step = self.validated[0]
+            step = self.evaluated.step if self.evaluated else None
             when = "" if step == self.step else f" (at step {step})"
             lines.append(f"validation {latest['val/loss']:.4f} nats per token, "
                          f"{latest['val/bpb']:.4f} bits per byte{when}")

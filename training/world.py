@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 # The other processes wait for minutes while one prepares a corpus. A process that dies is noticed
 # at once, whatever this limit is.
 MESSAGE_TIMEOUT = timedelta(days=7)
@@ -57,7 +57,7 @@ class World:
         if self.size > 1:
             dist.destroy_process_group()
 
-    def gather(self, value: T, saving: bool = False) -> list[T]:
+    def gather(self, value: Value, saving: bool = False) -> list[Value]:
         """Every process's `value`, by rank."""
         if self.size == 1:
             return [value]
@@ -102,17 +102,17 @@ class World:
         """The exception to raise for a mistake that every process sees. Only the first prints."""
         return UserError(message) if self.first else SystemExit(2)
 
-    def in_turn(self, make: Callable[[], T]) -> T:
+    def in_turn(self, make: Callable[[], Value]) -> Value:
         """Call `make` in every process: in the first one, then in the first of each machine, then
         in the rest. What the earlier ones leave on disk, the later ones find."""
-        made: list[T] = []
+        if self.size == 1:
+            return make()
+        made = False
         for turn in (self.first, self.local_rank == 0, True):
             with self.together():
                 if turn and not made:
-                    made.append(make())
-            if self.size == 1:
-                break
-        return made[0]
+                    value, made = make(), True
+        return value
 
     @contextmanager
     def explain_lost_process(self, target: str) -> Iterator[None]:
