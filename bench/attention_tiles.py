@@ -51,7 +51,7 @@ def tune() -> Iterator[dict]:
     """Milliseconds of forward and backward with each candidate tile in place of the table's."""
     T = CONTEXTS[3 if GPU else 0]
     for kernel, by_size in (CANDIDATES if GPU else TINY_CANDIDATES).items():
-        if kernel not in launch.TILES[launch.family(torch.device(DEVICE.type, 0))]:
+        if kernel not in launch.TILES[launch.gpu_family(torch.device(DEVICE.type, 0))]:
             continue                                            # Gluon's is only for Hopper
         for D, tiles in by_size.items():
             q, k, v, grad = (t.detach() for t in tensors(T, D, 1))

@@ -143,14 +143,14 @@ def device(name: str) -> Iterator[NoDevice]:
 
     So do `attention` and the others with backend="triton".
     """
-    kept, driver = (launch.family, attention.INTERPRETED), NoDevice(name)
+    kept, driver = (launch.gpu_family, attention.INTERPRETED), NoDevice(name)
     triton.runtime.driver.set_active(driver)
-    launch.family, attention.INTERPRETED = (lambda device: TARGETS[name].family), True
+    launch.gpu_family, attention.INTERPRETED = (lambda device: TARGETS[name].family), True
     launch.plans.clear()
     try:
         yield driver
     finally:
-        launch.family, attention.INTERPRETED = kept
+        launch.gpu_family, attention.INTERPRETED = kept
         launch.plans.clear()
 
 

@@ -114,7 +114,7 @@ _too_large: set[tuple] = set()
 
 
 @cache
-def family(device: torch.device) -> str:
+def gpu_family(device: torch.device) -> str:
     """Which rows of TILES a device reads. On a CPU the interpreter runs the kernels."""
     if device.type != "cuda":
         return "interpreter"
@@ -153,7 +153,7 @@ def tile_for(kernel: str, tile: Tile) -> Iterator[None]:
 
 def has_tiles(kernel: str, like: Tensor) -> bool:
     """Whether the table has tiles of a kernel for such tensors on their device."""
-    table = TILES[family(like.device)].get(kernel, {})
+    table = TILES[gpu_family(like.device)].get(kernel, {})
     return any(element == like.itemsize for element, _ in table)
 
 
@@ -164,7 +164,7 @@ def has_tma(like: Tensor) -> bool:
 
     Not float32 tiles: through descriptors they spill a kilobyte per thread.
     """
-    return like.itemsize == 2 and family(like.device) in ("hopper", "blackwell", "interpreter")
+    return like.itemsize == 2 and gpu_family(like.device) in ("hopper", "blackwell", "interpreter")
 
 
 def cdiv(a: int, b: int) -> int:
@@ -217,7 +217,7 @@ def launch(kernel: JITFunction, grid: Callable[[Tile], Grid], like: Tensor, /, *
     arguments |= {f"{name}_strides": t.stride() for name, t in (rows | columns).items()}
     # All that a kernel is compiled for: triton specialises on whether 16 divides an address or a
     # number.
-    key = (kernel.__name__, family(like.device), like.device, like.shape[-1], n_rows,
+    key = (kernel.__name__, gpu_family(like.device), like.device, like.shape[-1], n_rows,
            *[(t.dtype, t.data_ptr() % 16) for t in (*rows.values(), *columns.values())],
            *[(value.dtype, value.data_ptr() % 16) if isinstance(value, Tensor) else value
              for name, value in arguments.items() if name not in VARYING])
@@ -241,7 +241,7 @@ def first_launch(kernel: JITFunction, grid: Callable[[Tile], Grid], like: Tensor
                  n_rows: int | None, describe: Callable[[Tensor, int, int], TensorDescriptor],
                  arguments: dict[str, Any]) -> Plan:
     """`launch` with the first tile that fits; returns how to do it again."""
-    device_family, D = family(like.device), like.shape[-1]
+    device_family, D = gpu_family(like.device), like.shape[-1]
     dims = max(16, triton.next_power_of_2(D))
     tma = allow_tma and has_tma(like)
     # AMD's matrix units multiply float32 directly, NVIDIA's do not.

@@ -18,7 +18,7 @@ from model.taps import Taps
 
 @dataclass
 class Context:
-    """What one forward pass gives every layer, besides the residual stream."""
+    """What one forward pass gives every layer, in addition to the residual stream."""
 
     taps: Taps                          # who reads or replaces activations
     # rope_table at the tokens' positions: (2, T, R), for ragged rows (2, B, 1, T, R), where R is

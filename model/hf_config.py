@@ -137,21 +137,21 @@ def _read_rope(given: Settings, spec: Family, sizes: dict[str, Any], source: str
         raise _unsupported(source, "partial_rotary_factor", share, [1.0])
     ours: dict[str, Any] = {"rope_base": base,
                             "rope_dims": None if rotated == head_size else rotated}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind == "default":
+    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
+    if rope_type == "default":
         return ours
-    if kind not in ROPE_SCALING:
-        raise _unsupported(source, "rope_scaling type", kind, ["default", *ROPE_SCALING])
+    if rope_type not in ROPE_SCALING:
+        raise _unsupported(source, "rope_scaling type", rope_type, ["default", *ROPE_SCALING])
     for key in ("mscale", "mscale_all_dim"):
         if parameters.get(key):
             raise _unsupported(source, f"rope_scaling {key}", parameters[key], [None])
-    scaling: dict[str, Any] = {"kind": kind}
-    for key, theirs in ROPE_SCALING[kind].items():
+    scaling: dict[str, Any] = {"kind": rope_type}
+    for key, theirs in ROPE_SCALING[rope_type].items():
         value = parameters.get(theirs)
         if value is not None:
             exact = key in ("original_n_ctx", "truncate")           # an int and a bool
             scaling[key] = value if exact else _number(source, theirs, value)
-    if kind != "linear":
+    if rope_type != "linear":
         scaling.setdefault("original_n_ctx", sizes["n_ctx"])
     return ours | {"rope_scaling": scaling}
 

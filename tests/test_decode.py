@@ -117,9 +117,9 @@ def test_what_slots_hold_that_nobody_sees(monkeypatch, window):
     want, _ = exact(q, k, v, at, positions, window)
     unseen = (positions[0] < 0) | (positions[0] <= 127 - (window or 256))
     k[:, :, unseen] = v[:, :, unseen] = torch.nan
-    families = ("interpreter", "ampere") if DEVICE == "cpu" else (launch.family(q.device),)
+    families = ("interpreter", "ampere") if DEVICE == "cpu" else (launch.gpu_family(q.device),)
     for family in families:
-        monkeypatch.setattr(launch, "family", lambda device, family=family: family)
+        monkeypatch.setattr(launch, "gpu_family", lambda device, family=family: family)
         got, _ = decode_kernels.decode(q, k, v, at, positions, window, 0.25)
         assert torch.allclose(got.double(), want, atol=1e-6)
         public = decode(q, k, v, at, positions, window=window, backend="triton")

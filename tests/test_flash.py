@@ -42,7 +42,7 @@ def poisoned():
 def pointers(monkeypatch):
     """As on a device without TMA, with that device's larger tiles."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(launch, "family", lambda device: "ampere")
+        monkeypatch.setattr(launch, "gpu_family", lambda device: "ampere")
 
 
 def run(case: Case, q, k, v, grad) -> list[torch.Tensor]:
@@ -268,7 +268,7 @@ def test_a_tile_that_does_not_fit_gives_way_to_a_smaller_one(monkeypatch):
     monkeypatch.setattr(launch, "start", small_device)
     monkeypatch.setattr(launch, "_too_large", set())
     monkeypatch.setattr(launch, "plans", {})
-    monkeypatch.setattr(launch, "family", lambda device: "ampere")
+    monkeypatch.setattr(launch, "gpu_family", lambda device: "ampere")
     case = Case(30, 30, 16, dtype="fp16")
     q, k, v, _ = case.tensors()
     out = attention(q, k, v, backend="triton", return_lse=True)[0].clone()

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from kernels import flash, flash_gluon, launch
 from kernels.flash import flash_attention
 from kernels.flash_gluon import forward_gluon, launch_gluon
-from kernels.launch import TILES, Tile, family, readable
+from kernels.launch import TILES, Tile, gpu_family, readable
 from kernels.problem import Problem
 
 # Small and with unequal sides, so that tests of a hundred positions cross many borders. Only the
@@ -44,7 +44,7 @@ def device(monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(launch, "start", gluon_machine.start)
         monkeypatch.setitem(launch.forced, "forward_gluon", SMALL)
-    elif family(torch.device(DEVICE, 0)) != "hopper":
+    elif gpu_family(torch.device(DEVICE, 0)) != "hopper":
         pytest.skip("needs a Hopper GPU")
 
 
@@ -251,14 +251,14 @@ def test_the_switch(monkeypatch):
     launched = []
     monkeypatch.setattr(flash, "USE_GLUON", True)
     monkeypatch.setattr(flash, "launch_gluon", launch_gluon, raising=False)
-    monkeypatch.setattr(launch, "family", lambda device: "hopper")
+    monkeypatch.setattr(launch, "gpu_family", lambda device: "hopper")
     monkeypatch.setattr(flash, "launch", lambda kernel, *_, **named: launched.append("forward"))
     monkeypatch.setattr(flash_gluon, "launch",
                         lambda kernel, *_, **named: launched.append("forward_gluon"))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         q = torch.zeros(1, 1, 3, 16, dtype=dtype, device=DEVICE)
         flash_attention(q, q, q, True, None, None, 0.25)
-    monkeypatch.setattr(launch, "family", lambda device: "blackwell")
+    monkeypatch.setattr(launch, "gpu_family", lambda device: "blackwell")
     flash_attention(q.half(), q.half(), q.half(), True, None, None, 0.25)
     assert launched == ["forward_gluon", "forward_gluon", "forward", "forward"]
     assert "forward_gluon" not in TILES["blackwell"]

@@ -97,8 +97,8 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the next step depends on, as tensors by name: `adam.exp_avg.blocks.0.…`."""
-        return {f"{kind}.{key}.{self.names[p]}": value.detach()
-                for kind, optimizer in self.optimizers.items()
+        return {f"{part}.{key}.{self.names[p]}": value.detach()
+                for part, optimizer in self.optimizers.items()
                 for p, state in optimizer.state.items()
                 for key, value in state.items()}
 
@@ -106,14 +106,14 @@ class Optimizer:
         """Restore what `state_dict` gave, whole tensors by name; a process keeps its share."""
         parameters = {name: p for p, name in self.names.items()}
         for full_name, value in state.items():
-            kind, key, name = full_name.split(".", 2)
+            part, key, name = full_name.split(".", 2)
             p = parameters[name]
             if value.shape == p.shape:
                 target = torch.empty_like(p, dtype=value.dtype)
             else:                                               # a step counter
                 target = torch.empty_like(value, device=p.device)
             self.parallel.fill(target, value)
-            self.optimizers[kind].state[p][key] = target
+            self.optimizers[part].state[p][key] = target
 
 
 class Muon(torch.optim.Optimizer):

@@ -90,12 +90,12 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None,
                  traceback: TracebackType | None) -> None:
         try:
             self.wait_for_checkpoint()
         finally:
-            self.stack.__exit__(kind, error, traceback)
+            self.stack.__exit__(error_type, error, traceback)
 
     def start(self, progress: Progress, model_config: ModelConfig) -> None:
         """Open the logs at the step the run goes on from, and stop on Ctrl-C and SIGTERM from now
@@ -136,8 +136,8 @@ class Run:
                            self.config.model_dump() | versions, self.say)
         self.stack.push(self._finish_wandb)
 
-    def _finish_wandb(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.wandb.finish(exit_code=0 if kind is None else 1)
+    def _finish_wandb(self, error_type: type[BaseException] | None, *_: object) -> None:
+        self.wandb.finish(exit_code=0 if error_type is None else 1)
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
         if self.stop_requested and number == signal.SIGINT:         # a second Ctrl-C means now
