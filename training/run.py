@@ -63,6 +63,11 @@ class Run:
     the run goes on. Among several processes only the first holds the lock, writes and prints.
     """
 
+    # Opened by `start`, the last two only in the first process.
+    console: Console
+    metrics: Metrics
+    wandb: Wandb
+
     def __init__(self, config: Config, folder: Path, hardware: Hardware, parallel: Parallel):
         """Raises UserError if another process trains the run, or if the processes do not share a
         file system."""
@@ -70,6 +75,11 @@ class Run:
         self.hardware, self.parallel, self.world = hardware, parallel, parallel.world
         self.stop_requested = False
         self.step, self.tokens, self.seconds_before = 0, 0, 0.0
+        self.record: Record = {}                # this step's metrics
+        self.latest: Record = {}                # the newest value of every metric
+        self.evaluated: Evaluation | None = None            # the newest
+        self.unchecked: Update | None = None
+        self.timed_tokens = 0                   # since `timed_from`
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending_checkpoint: Future[None] | None = None
         self.stack = ExitStack()                # what is closed at the end, last opened first
@@ -106,7 +116,6 @@ class Run:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self.git = git_revision()
         self.console = Console(self.step, self.config.train.steps, silent=not self.world.first)
-        self.say = self.console.say
         with self.world.together(), self.explained("opening"):
             if self.world.first:
                 self._open_logs(name)
@@ -115,12 +124,7 @@ class Run:
             (flops for model, flops in PEAK_FLOPS.items() if half and model in name), None)
         # The backward pass costs two forward passes.
         self.flops_per_token = 3 * flops_per_token(model_config).total()
-        self.record: Record = {}                # this step's metrics
-        self.latest: Record = {}                # the newest value of every metric
-        self.evaluated: Evaluation | None = None            # the newest
-        self.unchecked: Update | None = None
         self.opened = self.timed_from = time.monotonic()
-        self.timed_tokens = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             previous = signal.signal(number, self._request_stop)
             self.stack.callback(signal.signal, number, previous)
@@ -148,6 +152,10 @@ class Run:
     def enter(self, context: AbstractContextManager[Value]) -> Value:
         """Enter a context that is left when the run is closed."""
         return self.stack.enter_context(context)
+
+    def say(self, text: str) -> None:
+        """Print a line that stays, in the first process."""
+        self.console.say(text)
 
     def explained(self, doing: str) -> AbstractContextManager[None]:
         """Turn disk errors inside the block into a UserError that says how to go on."""
