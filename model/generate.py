@@ -65,14 +65,18 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int,
         # full: that would be another program.
         power = 1 << (capacity - 1).bit_length()
         capacity = min(max(MIN_COMPILED_CAPACITY, power), n_ctx) + 1
-    waiting = deque(enumerate(prompts))
-    # In the order of the cache.
-    rows = [Row(*waiting.popleft(), seed) for _ in prompts[:batch_size]]
+
+    def is_over(row: "Row", token: int) -> bool:
+        return (token in ends or row.n_new == max_tokens or (row.n_held > n_ctx and not slide)
+                or not wanted(row.number))
+
+    waiting = deque(Row(number, prompt, seed) for number, prompt in enumerate(prompts))
+    rows = [waiting.popleft() for _ in prompts[:batch_size]]        # in the order of the cache
     unread = list(range(len(rows)))             # rows whose text the cache does not hold
     cache: KVCache | None = None
     chosen = torch.empty(0)                     # the newest token of each row
     while True:
-        # Logits of each row's next token.
+        # Logits of each row's next token: (B, V).
         for n in unread:
             rows[n].forget_old_half(n_ctx)
         if cache is None or len(unread) == len(rows):
@@ -82,11 +86,7 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int,
                 # Rows become ragged once a waiting prompt enters: compile that program at once.
                 cache.make_ragged()
         else:
-            tokens = chosen[:, None]                                            # (B, 1)
-            if compiled_step:
-                logits = compiled_step(tokens, cache)[:, 0]                     # (B, V)
-            else:
-                logits = model(tokens, cache=cache)[:, 0]
+            logits = decode_one_token(model, chosen, cache, compiled_step)
             if unread:
                 new_cache, logits[unread] = prefill(model, [rows[n] for n in unread], capacity)
                 cache.replace_rows(unread, new_cache)
@@ -98,32 +98,69 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int,
         next_tokens = chosen.tolist()
         yield {row.number: token for row, token in zip(rows, next_tokens) if not row.ended}
 
-        # Rows that end, slide, or make room for a waiting prompt.
-        unread, finished = [], []
-        for n, token in enumerate(next_tokens):
-            row = rows[n]
-            if row.ended:
-                continue
-            row.tokens.append(token)
-            full = row.n_held > n_ctx
-            row.ended = (token in ends or row.n_new == max_tokens or (full and not slide)
-                         or not wanted(row.number))
-            if row.ended and waiting:
-                rows[n] = Row(*waiting.popleft(), seed)
-                unread.append(n)
-            elif row.ended:
-                finished.append(n)
-            elif full:
-                unread.append(n)
+        # Rows that end make room for waiting prompts; places that nobody takes are dropped.
+        unread, finished = append_tokens(rows, next_tokens, waiting, is_over, n_ctx)
         active = [n for n, row in enumerate(rows) if not row.ended]
         if not active:
             return
         if cache.ragged and (unread or finished):
             cache.clear_rows([*unread, *finished])      # so the next step reads fewer slots
-        if 2 * len(active) <= len(rows) and not compiled_step:  # nobody waits for the other places
+        if 2 * len(active) <= len(rows) and not compiled_step:
             cache = cache.select_rows(active)
             unread = [active.index(n) for n in unread]
             rows, chosen = [rows[n] for n in active], chosen[active]
+
+
+def prefill(model: GPT, rows: Sequence["Row"], capacity: int,
+            compiled_step: CompiledStep | None = None) -> tuple[KVCache, Tensor]:
+    """Read rows of any lengths in one pass: a cache of that capacity, and the logits (B, V) of each
+    row's next token."""
+    device, texts = model.embed.weight.device, [row.held for row in rows]
+    lengths = torch.tensor([len(text) for text in texts], device=device)        # (B,)
+    T = max(map(len, texts))
+    padded = [text + [0] * (T - len(text)) for text in texts]
+    tokens = torch.tensor(padded, device=device)                                # (B, T)
+    if compiled_step:
+        cache = compiled_step.new_cache(len(rows), capacity)
+    else:
+        cache = KVCache(model.config, len(rows), capacity, model.compute_dtype, device)
+    equal = bool((lengths == T).all())
+    hidden = model.hidden(tokens, cache=cache, lengths=None if equal else lengths)
+    last = hidden[torch.arange(len(rows), device=device), lengths - 1]          # (B, E)
+    return cache, model.unembed(last)
+
+
+def decode_one_token(model: GPT, tokens: Tensor, cache: KVCache,
+                     compiled_step: CompiledStep | None) -> Tensor:
+    """Append one token per row (B,) to the cache: the logits (B, V) of the next ones."""
+    if compiled_step:
+        return compiled_step(tokens[:, None], cache)[:, 0]
+    return model(tokens[:, None], cache=cache)[:, 0]
+
+
+def append_tokens(rows: list["Row"], tokens: Sequence[int], waiting: deque["Row"],
+                  is_over: Callable[["Row", int], bool], n_ctx: int) -> tuple[list[int], list[int]]:
+    """Append each row's next token. A row that is then over gives its place to the first one that
+    waits.
+
+    Returns the places in `rows` of the rows to read anew (new ones, and those whose context is
+    full), and of the rows that ended without a successor.
+    """
+    unread, finished = [], []
+    for n, token in enumerate(tokens):
+        row = rows[n]
+        if row.ended:
+            continue
+        row.tokens.append(token)
+        row.ended = is_over(row, token)
+        if row.ended and waiting:
+            rows[n] = waiting.popleft()
+            unread.append(n)
+        elif row.ended:
+            finished.append(n)
+        elif row.n_held > n_ctx:
+            unread.append(n)
+    return unread, finished
 
 
 class Row:
@@ -160,25 +197,6 @@ def uniform_numbers(seed: int, number: int) -> Iterator[np.float32]:
     random = np.random.Generator(np.random.Philox(key=[seed, number]))
     while True:
         yield from random.random(RANDOM_BLOCK, np.float32)
-
-
-def prefill(model: GPT, rows: Sequence[Row], capacity: int,
-            compiled_step: CompiledStep | None = None) -> tuple[KVCache, Tensor]:
-    """Read rows of any lengths in one pass: a cache of that capacity, and the logits (B, V) of each
-    row's next token."""
-    device, texts = model.embed.weight.device, [row.held for row in rows]
-    lengths = torch.tensor([len(text) for text in texts], device=device)        # (B,)
-    T = max(map(len, texts))
-    padded = [text + [0] * (T - len(text)) for text in texts]
-    tokens = torch.tensor(padded, device=device)                                # (B, T)
-    if compiled_step:
-        cache = compiled_step.new_cache(len(rows), capacity)
-    else:
-        cache = KVCache(model.config, len(rows), capacity, model.compute_dtype, device)
-    equal = bool((lengths == T).all())
-    hidden = model.hidden(tokens, cache=cache, lengths=None if equal else lengths)
-    last = hidden[torch.arange(len(rows), device=device), lengths - 1]          # (B, E)
-    return cache, model.unembed(last)
 
 
 def choose(logits: Tensor, sampling: Sampling, draws: Tensor,
