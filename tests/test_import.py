@@ -261,7 +261,8 @@ def test_before_its_first_step_a_run_may_change_its_data_but_not_its_model(hf_mo
         with pytest.raises(UserError, match=f"cannot be continued with another {key}"):
             job_of("runs/gpt2", [f"{key}={value}"])
     for change, message in (("model.rope_base=5.0", "only model.n_ctx"),
-                            ("model.n_ctx=65", "too long: at most 64")):
+                            ("model.n_ctx=65", "too long: at most 64"),
+                            ("model=5", "keys are expected here")):
         with pytest.raises(UserError, match=message):
             import_model(hf_models / "gpt2", Path("runs/other"), [change])
     assert [path.name for path in Path("runs").iterdir()] == ["gpt2"]
