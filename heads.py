@@ -18,7 +18,7 @@ from induction.examine import (
     measure_checkpoints,
     probes_for,
 )
-from induction.history import Record, best_head_history, head_transitions
+from induction.history import best_head_history, head_transitions
 from induction.token_rows import TokenRows, given_rows
 from report.figures import write_figures
 from report.movie import movie_of, write_movie
@@ -28,6 +28,7 @@ from report.text import findings, head_table, scores_as_json, transitions
 from report.verdict_page import verdict_page
 from training.device import choose_device
 from training.loaded_run import LoadedRun, load_run
+from training.logger import Record
 
 
 def main() -> None:

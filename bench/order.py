@@ -8,7 +8,6 @@ their position. So the corpus needs no disk, and every row that is read can be c
 import math
 import time
 import tracemalloc
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from bench import results
+from bench.timers import seconds_of
 from data.batches import Batches, RepeatRows, Source, TextWindows, permute, random_key
 from data.config import MixtureEntry, RepeatsConfig
 from data.shards import TokenStream
@@ -101,20 +101,14 @@ def cost(tokens: int, n_ctx: int, n: int) -> dict[str, float]:
     """
     windows = TextWindows(corpus(tokens, max(1, tokens // 250_000_000)), n_ctx, seed=0)
     index = np.arange(n) % windows.windows_per_epoch        # of one epoch, which needs one key
-    together = min(timed(lambda: windows.starts(index)) for _ in range(3))
-    single = timed(lambda: [windows.starts(index[i:i + 1]) for i in range(200)]) / 200
+    together = min(seconds_of(lambda: windows.starts(index)) for _ in range(3))
+    single = seconds_of(lambda: [windows.starts(index[i:i + 1]) for i in range(200)]) / 200
     tracemalloc.start()
     windows.starts(index)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return {"tokens": tokens, "us_an_index": together / n * 1e6, "us_single": single * 1e6,
             "peak_bytes_an_index": peak / n}
-
-
-def timed(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 # --- the same batch on any number of processes ----------------------------------------------------
@@ -162,7 +156,7 @@ def check_rows(batches: Batches, step: int, tokens: np.ndarray) -> None:
 
 def share_milliseconds(batches: Batches, world_size: int, rounds: int) -> float:
     """The median time in which one process looks up and reads its share of a step."""
-    times = [timed(partial(batches.share, step, step % world_size, world_size))
+    times = [seconds_of(partial(batches.share, step, step % world_size, world_size))
              for step in range(1000, 1000 + rounds)]
     return float(np.median(times)) * 1e3
 

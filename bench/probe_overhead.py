@@ -7,8 +7,6 @@ time of the steps between two measurements.
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from errors import ArgumentParser, UserError, run_command
@@ -16,6 +14,7 @@ from errors import ArgumentParser, UserError, run_command
 import torch
 
 from bench import results
+from bench.timers import seconds_of
 from data.dataset import Dataset
 from induction.probes import probes_of
 from induction.watch import HeadWatch
@@ -57,13 +56,6 @@ def measure(config: Config, rounds: int) -> tuple[torch.device, dict[str, list[f
             step += 1
             float(optimizer.step(step, config.train.batch_tokens))
 
-    def timed(function: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
     seconds: dict[str, list[float]] = {"steps": [], "look": [], "pictures": []}
     with tempfile.TemporaryDirectory() as folder:
         watch = HeadWatch(model.config, probes)
@@ -77,9 +69,9 @@ def measure(config: Config, rounds: int) -> tuple[torch.device, dict[str, list[f
                 recorder.save(model, step, tokens)
 
         for _ in range(rounds + 1):
-            seconds["steps"].append(timed(train))
-            seconds["look"].append(timed(look))
-            seconds["pictures"].append(timed(lambda: recorder.pictures(model, watch.measured)))
+            seconds["steps"].append(seconds_of(train))
+            seconds["look"].append(seconds_of(look))
+            seconds["pictures"].append(seconds_of(lambda: recorder.pictures(model, watch.measured)))
     return device, {part: values[1:] for part, values in seconds.items()}
 
 

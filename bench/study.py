@@ -21,7 +21,7 @@ from errors import ArgumentParser, UserError, run_command
 
 from files import atomic_write
 from induction.examine import judge_run
-from induction.history import Record, best_head_history, curve, icl_transition
+from induction.history import best_head_history, curve, icl_transition
 from induction.metrics import ICL_SCORE, LOSS_SECOND
 from induction.phase import INDUCTION_HEAD, Transition, band
 from induction.verdict import Verdict
@@ -30,7 +30,7 @@ from training.checkpoint import list_checkpoints
 from training.config import differences, load_config
 from training.device import choose_device
 from training.loaded_run import load_run
-from training.logger import read_metrics
+from training.logger import Record, read_metrics
 from training.resume import listed
 
 ROOT = Path(__file__).parent.parent

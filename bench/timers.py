@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from triton.testing import do_bench, do_bench_cudagraph
@@ -10,13 +11,22 @@ from triton.testing import do_bench, do_bench_cudagraph
 from bench.results import GPU
 
 
+def seconds_of(call: Callable[..., object], *arguments: Any) -> float:
+    """Seconds of one call, until the device has finished it."""
+    if GPU:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call(*arguments)
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
 def call_milliseconds(call: Callable[[], object]) -> float:
     """Median time of a call as Python makes it, caches flushed between calls."""
     if GPU:
         return do_bench(call, warmup=10, rep=50, return_mode="median")
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * seconds_of(call)
 
 
 def kernel_milliseconds(call: Callable[[], object]) -> float:

@@ -10,11 +10,10 @@ so that the table shows what bounds it.
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from multiprocessing.connection import Connection
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from errors import ArgumentParser, run_command
 
@@ -25,6 +24,7 @@ from bench import results
 from bench.baseline import PlainGPT, Recipe
 from bench.results import DEVICE, DTYPE, GPU
 from bench.side import Side, at_once
+from bench.timers import seconds_of
 from kernels.attention import attention
 from model.budget import flops_per_token
 from model.compiled import keep_apart_by_cpu
@@ -101,20 +101,9 @@ class Ceilings(NamedTuple):
     attention: float        # seconds of a step's attention without anything else
 
 
-def seconds(call: Callable[..., object], *arguments: Any) -> float:
-    """Seconds of one call, until the device has finished it."""
-    if GPU:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    call(*arguments)
-    if GPU:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 def best(call: Callable[[], object], times: int) -> float:
     """Seconds of the fastest of several calls."""
-    return min(seconds(call) for _ in range(times))
+    return min(seconds_of(call) for _ in range(times))
 
 
 # --- the arms --------------------------------------------------------------------------------
@@ -175,8 +164,8 @@ def time_steps(pipe: Connection, shape: Shape, forward_backward: Callable[[Tenso
         step += 1
         tokens = torch.randint(shape.vocab_size, size, generator=generator).to(DEVICE)
         inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        passes_seconds = seconds(forward_backward, inputs, targets)
-        update_seconds = seconds(update, step)
+        passes_seconds = seconds_of(forward_backward, inputs, targets)
+        update_seconds = seconds_of(update, step)
         mb = (peak_memory_gb(DEVICE) - before) * 1e3
         pipe.send(StepTime(passes_seconds, update_seconds, mb))
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from data.batches import Batch
 from induction.ablation import ProgressBar, ablate_each_head
-from induction.history import Record, condition_of, model_transition
-from induction.probes import Probes, probes_of
+from induction.history import condition_of, model_transition
+from induction.probes import SHORTEST_CONTEXT, Probes, probes_of
 from induction.scores import (
     Measured,
     attention_scores,
@@ -32,6 +32,7 @@ from induction.watch import as_metrics
 from model.gpt import GPT
 from model.taps import Head
 from training.loaded_run import LoadedRun, load_run
+from training.logger import Record
 
 PROBE_ROWS = 64         # four times as many as during training
 BATCH = 16              # rows in one forward pass
@@ -46,7 +47,7 @@ def probes_for(run: LoadedRun) -> Probes:
     probes = probes_of(run.config.data, n_ctx, run.tokenizer, run.config.seed, most=PROBE_ROWS)
     if probes is None:
         raise UserError(f"{run.folder}: model.n_ctx={n_ctx} is too short to repeat anything "
-                        "(at least 7 tokens)")
+                        f"(at least {SHORTEST_CONTEXT} tokens)")
     return probes.to(run.model.embed.weight.device)
 
 

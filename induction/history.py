@@ -9,8 +9,7 @@ from induction.phase import Transition, transition
 from model.config import ModelConfig
 from model.taps import Head, heads_of
 from training.config import Config
-
-Record = dict               # a line of metrics.jsonl: step, tokens, seconds and metrics by name
+from training.logger import Record
 
 
 class Curve(NamedTuple):

@@ -11,6 +11,7 @@ from data.batches import Batch, random_key, repeat_row, repeat_vocabulary
 from data.config import SHORTEST_PERIOD, DataConfig
 from data.tokenizer import Tokenizer
 
+SHORTEST_CONTEXT = 1 + 2 * SHORTEST_PERIOD       # the first token, and the shortest block twice
 FULL_ROWS_CONTEXT = 256                 # longer contexts get fewer rows
 ROWS = 16               # of a probe: enough for scores within ±0.01; takes a few milliseconds
 UNREPEATED = 25         # random tokens in a row that measures copying, as in Olsson et al. 2022
@@ -107,7 +108,7 @@ def probes_of(data: DataConfig, n_ctx: int, tokenizer: Tokenizer, seed: int,
     """The probes for a run with this data, `most` rows each. Contexts above 256 tokens get fewer
     rows (at least four): fewer give the same precision there, and each costs more.
 
-    None if the context is too short to repeat anything (fewer than 7 tokens).
+    None if the context is too short to repeat anything (fewer than SHORTEST_CONTEXT tokens).
     """
     known, unseen = repeat_vocabulary(data.repeats, tokenizer.ordinary_ids, seed)
     longest = min((n_ctx - 1) // 2, len(known))         # it must fit twice after the first token

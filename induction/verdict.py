@@ -31,6 +31,7 @@ MIN_HELD_OUT_RATIO = 0.5        # prefix matching on held-out periods, as a frac
 MIN_GAIN_REMOVED = 0.5          # fraction of the repeat gain that ablating the heads must remove
 MIN_RATIO_TO_OTHERS = 2.0       # the same, relative to matched sets of other heads
 MAX_CONTROL = 0.15              # prefix matching that a one-layer control may reach
+MAX_LOSS_RATIO = 0.5            # second-copy loss over first-copy loss below which a model copies
 
 
 # --- what the evidence is made of -----------------------------------------------------------------

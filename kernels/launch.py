@@ -22,6 +22,7 @@ from kernels.arguments import descriptor, for_pointers, for_tma
 VARYING = frozenset({"H", "K", "T", "S", "blocks", "window", "together", "chunk", "parts",
                      "queries"})
 Grid = tuple[int, int, int]         # programs along each axis
+Describe = Callable[[Tensor, int, int], TensorDescriptor]       # of tiles of so many rows, columns
 
 
 # --- the table of tiles ---
@@ -159,6 +160,9 @@ def has_tiles(kernel: str, like: Tensor) -> bool:
 
 # --- a launch ---
 
+GridOf = Callable[[Tile], Grid]     # larger tiles, fewer programs
+
+
 def has_tma(like: Tensor) -> bool:
     """Whether TMA fetches tiles of such tensors.
 
@@ -177,7 +181,7 @@ def readable(*tensors: Tensor) -> list[Tensor]:
     return [for_tma(t) if has_tma(t) else for_pointers(t) for t in tensors]
 
 
-def query_grid(q: Tensor) -> Callable[[Tile], Grid]:
+def query_grid(q: Tensor) -> GridOf:
     """A program for each tile of queries of each head of q (B, H, T, D)."""
     B, H, T, _ = q.shape
     return lambda tile: (B * H * cdiv(T, tile.rows), 1, 1)
@@ -196,10 +200,9 @@ plans: dict[tuple, Plan] = {}
 MOST_PLANS = 4096                   # prompts of ever new lengths have ever new strides
 
 
-def launch(kernel: JITFunction, grid: Callable[[Tile], Grid], like: Tensor, /, *,
+def launch(kernel: JITFunction, grid: GridOf, like: Tensor, /, *,
            columns: dict[str, Tensor] | None = None, rows: dict[str, Tensor] | None = None,
-           allow_tma: bool = True, n_rows: int | None = None,
-           describe: Callable[[Tensor, int, int], TensorDescriptor] = descriptor,
+           allow_tma: bool = True, n_rows: int | None = None, describe: Describe = descriptor,
            **arguments: Any) -> None:
     """Start `kernel` on the `grid` of the first tile that fits, on the device of `like` (…, D).
 
@@ -217,11 +220,12 @@ def launch(kernel: JITFunction, grid: Callable[[Tile], Grid], like: Tensor, /, *
     arguments |= {f"{name}_strides": t.stride() for name, t in (rows | columns).items()}
     # All that a kernel is compiled for: triton specialises on whether 16 divides an address or a
     # number.
-    key = (kernel.__name__, gpu_family(like.device), like.device, like.shape[-1], n_rows,
+    device_family = gpu_family(like.device)
+    key = (kernel.__name__, device_family, like.device, like.shape[-1], n_rows,
            *[(t.dtype, t.data_ptr() % 16) for t in (*rows.values(), *columns.values())],
            *[(value.dtype, value.data_ptr() % 16) if isinstance(value, Tensor) else value
              for name, value in arguments.items() if name not in VARYING])
-    if key[1] == "cdna":            # AMD's compiler also asks whether a tensor's storage has 2 GB
+    if device_family == "cdna":     # AMD's compiler also asks whether a tensor's storage has 2 GB
         key += tuple(value.untyped_storage().nbytes() >= 2 ** 31
                      for value in (*rows.values(), *columns.values(), *arguments.values())
                      if isinstance(value, Tensor))
@@ -236,10 +240,9 @@ def launch(kernel: JITFunction, grid: Callable[[Tile], Grid], like: Tensor, /, *
     start(kernel, like, grid(plan.tile), [call[name] for name in kernel.arg_names], plan.compiled)
 
 
-def first_launch(kernel: JITFunction, grid: Callable[[Tile], Grid], like: Tensor,
-                 rows: dict[str, Tensor], columns: dict[str, Tensor], allow_tma: bool,
-                 n_rows: int | None, describe: Callable[[Tensor, int, int], TensorDescriptor],
-                 arguments: dict[str, Any]) -> Plan:
+def first_launch(kernel: JITFunction, grid: GridOf, like: Tensor, rows: dict[str, Tensor],
+                 columns: dict[str, Tensor], allow_tma: bool, n_rows: int | None,
+                 describe: Describe, arguments: dict[str, Any]) -> Plan:
     """`launch` with the first tile that fits; returns how to do it again."""
     device_family, D = gpu_family(like.device), like.shape[-1]
     dims = max(16, triton.next_power_of_2(D))
@@ -267,7 +270,7 @@ def first_launch(kernel: JITFunction, grid: Callable[[Tile], Grid], like: Tensor
 
 
 def sources(rows: dict[str, Tensor], columns: dict[str, Tensor], plan: Plan,
-            describe: Callable) -> dict[str, Any]:
+            describe: Describe) -> dict[str, Any]:
     """The tensors as `load_tile` reads them: descriptors for TMA, or as they are."""
     if not plan.tma:
         return rows | columns

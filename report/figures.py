@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from files import atomic_write
-from induction.history import Curve, Record, curve, model_transition, score_curves
+from induction.history import Curve, curve, model_transition, score_curves
 from induction.metrics import LOSS_FIRST, LOSS_SECOND
 from induction.phase import INDUCTION_HEAD
 from induction.scores import SCORES, Measured
@@ -15,6 +15,7 @@ from kernels.planes import REACH
 from model.config import ModelConfig
 from model.taps import Head, heads_of
 from training.config import Config
+from training.logger import Record
 
 GREY, INK, BLUE = "#9aa0a8", "#30343a", "#2c69b0"
 FIRST, SECOND = "#e0a458", "#c8553d"            # the first and the second copy

@@ -8,7 +8,7 @@ from errors import UserError
 import numpy as np
 
 from files import atomic_write
-from induction.history import Curve, Record, curve, score_curves
+from induction.history import Curve, curve, score_curves
 from induction.metrics import LOSS_FIRST, LOSS_SECOND
 from model.config import ModelConfig
 from model.taps import Head, heads_of
@@ -17,6 +17,7 @@ from report.pictures import shade, write_gif
 from report.snapshots import SnapshotFolder
 from report.viewer import PatternSnapshot
 from training.config import Config
+from training.logger import Record
 
 
 class Movie(NamedTuple):

@@ -7,14 +7,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from data.config import DataConfig
-from induction.history import Record, curve, model_transition, score_curves
+from induction.history import curve, model_transition, score_curves
 from induction.metrics import ICL_SCORE, LOSS_FIRST, LOSS_SECOND
 from induction.scores import SCORES
 from report.snapshots import SnapshotFolder, attention_patterns, spell, tokens_shown
 from report.viewer import Passage, PatternSnapshot, View, write_viewer
-from training.checkpoint import read_state
 from training.config import Config
 from training.loaded_run import LoadedRun, load_run
+from training.logger import Record
 
 CURVES = ("train/loss", "val/loss", LOSS_FIRST, LOSS_SECOND, ICL_SCORE)
 
@@ -67,11 +67,9 @@ def pictures_at(run: LoadedRun, checkpoints: list[Path], ids: Tensor, title: str
 
     def snapshots() -> Iterator[PatternSnapshot]:
         for checkpoint in checkpoints:
-            loaded = checkpoint == run.checkpoint
-            model = run.model if loaded else load_run(checkpoint, device=device).model
-            state = read_state(checkpoint)
-            patterns = attention_patterns(model, [ids[:fits].to(device)], document_start)
-            yield PatternSnapshot(state["step"], state["tokens"], patterns)
+            loaded = run if checkpoint == run.checkpoint else load_run(checkpoint, device=device)
+            patterns = attention_patterns(loaded.model, [ids[:fits].to(device)], document_start)
+            yield PatternSnapshot(loaded.step, loaded.state["tokens"], patterns)
 
     return Pictures([Passage(title, spell(ids[:fits], run.tokenizer))], snapshots())
 

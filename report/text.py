@@ -5,12 +5,13 @@ import textwrap
 from collections.abc import Mapping
 
 from induction.examine import HeadScores, KeyComposition, ProbeExamination
-from induction.history import Record, icl_transition, model_transition, step_at
+from induction.history import icl_transition, model_transition, step_at
 from induction.metrics import LOSS_FIRST, LOSS_SECOND, scores_by_head
 from induction.phase import INDUCTION_HEAD, Transition
 from induction.scores import SCORES
 from induction.verdict import PREVIOUS_TOKEN_HEAD, PreviousTokenHeads, SetAblation
 from model.taps import Head
+from training.logger import Record
 
 SHORT = {"prefix_matching": "prefix", "latest_match": "latest", "previous_token": "previous",
          "duplicate_token": "duplicate", "first_token": "first", "copying_eigenvalues": "eigen"}

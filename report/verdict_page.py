@@ -3,7 +3,13 @@
 from typing import NamedTuple
 
 from induction.phase import INDUCTION_HEAD, Transition
-from induction.verdict import MAX_CONTROL, PreviousTokenHeads, SetAblation, Verdict
+from induction.verdict import (
+    MAX_CONTROL,
+    MAX_LOSS_RATIO,
+    PreviousTokenHeads,
+    SetAblation,
+    Verdict,
+)
 from report.text import listed, rises
 
 CAVEAT = ("Attention weights show what was averaged, not what was used. Ablation shows what this "
@@ -138,7 +144,7 @@ def describe_peak(verdict: Verdict) -> str:
     place = "on it" if offset == 0 else f"{offset:+d} tokens from it"
     text = f"{head} attends most {place} ({weight:.2f})"
     measured = verdict.measured
-    if not verdict.heads and measured.loss_second < 0.5 * measured.loss_first:
+    if not verdict.heads and measured.loss_second < MAX_LOSS_RATIO * measured.loss_first:
         text += "; still, the model predicts the second copy, so it uses another circuit"
     return text
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.reference import reference_attention
@@ -47,6 +48,33 @@ class Case:
             segments = torch.randint(0, self.documents, (self.B, self.S), generator=draw)
             segments = (segments if self.shuffled else segments.sort(1)[0]).to(DEVICE)
         return {"causal": self.causal, "window": self.window, "segments": segments}
+
+
+# Every kind of mask and layout, and lengths around a tile.
+CASES = [
+    Case(1, 1, 16), Case(65, 65, 32, groups=3), Case(77, 77, 48, B=2, K=2, groups=2),
+    Case(33, 100, 16), Case(1, 40, 32, groups=2),
+    Case(40, 54, 16), Case(40, 55, 16),     # the first query sees a key less than a tile, or a tile
+    Case(50, 50, 80, window=7), Case(50, 50, 16, window=1), Case(40, 90, 16, window=40),
+    Case(30, 70, 16, causal=False), Case(70, 30, 16, causal=False, window=9),
+    Case(90, 90, 16, documents=5), Case(60, 130, 16, B=2, documents=3, window=20),
+    Case(70, 70, 16, documents=3, shuffled=True, causal=False),
+    Case(40, 40, 20, layout="columns"), Case(40, 40, 24, layout="sparse"),
+]
+
+
+@st.composite
+def any_case(draw, longest: int, dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")) -> Case:
+    """Whatever the operators allow, up to `longest` positions."""
+    causal, documents = draw(st.booleans()), draw(st.integers(0, 4))
+    S = draw(st.integers(1, longest))
+    T = draw(st.integers(1, S if causal or documents else longest))
+    return Case(T, S, D=draw(st.integers(1, 40)), B=draw(st.integers(1, 2)),
+                K=draw(st.integers(1, 2)), groups=draw(st.integers(1, 3)), causal=causal,
+                window=draw(st.none() | st.integers(1, S + 3)), documents=documents,
+                shuffled=draw(st.booleans()), dtype=draw(st.sampled_from(dtypes)),
+                layout=draw(st.sampled_from(LAYOUTS)),
+                scale=draw(st.none() | st.floats(0.01, 2)), seed=draw(st.integers(0, 99)))
 
 
 def placed(x: Tensor, layout: str) -> Tensor:

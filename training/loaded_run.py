@@ -13,7 +13,7 @@ from data.tokenizer import Tokenizer
 from model.gpt import GPT
 from training.checkpoint import find_checkpoint, list_checkpoints, load_model, read_state
 from training.config import Config, load_config
-from training.logger import read_metrics
+from training.logger import Record, read_metrics
 
 
 class LoadedRun(NamedTuple):
@@ -34,7 +34,7 @@ class LoadedRun(NamedTuple):
         """All checkpoints that the run keeps, oldest first."""
         return list_checkpoints(self.checkpoint.parent) or [self.checkpoint]
 
-    def records(self) -> list[dict[str, Any]]:
+    def records(self) -> list[Record]:
         """Its metrics up to this checkpoint, oldest first."""
         records = read_metrics(self.folder / "metrics.jsonl")
         return [record for record in records if record["step"] <= self.step]

@@ -26,6 +26,7 @@ from training.config import LogConfig
 
 WANDB_SECONDS = 15              # the longest that starting an online run may take
 LINE_SECONDS = 5                # between two lines in a log file; a terminal's is rewritten
+Record = dict[str, Any]         # a line of metrics.jsonl: step, tokens, seconds and metrics by name
 
 
 # --- metrics.jsonl ----------------------------------------------------------------------------
@@ -42,11 +43,11 @@ class Metrics:
         # One write per line, so that a kill cannot tear it.
         self.file = open(path, "ab", buffering=0)               # noqa: SIM115
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[Record]:
         """All records so far, oldest first."""
         return read_metrics(self.path)
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         values = {name: _finite(value) for name, value in record.items()}
         line = (json.dumps(values) + "\n").encode()
         if os.fstat(self.file.fileno()).st_nlink == 0:          # it would keep none of its lines
@@ -61,12 +62,12 @@ class Metrics:
         self.file.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[Record]:
     """The records of a metrics.jsonl, oldest first."""
     return [record for _, record in _records(path)]
 
 
-def _records(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _records(path: Path) -> Iterator[tuple[bytes, Record]]:
     """Each line with its record. A line torn by a kill is left out."""
     if not path.exists():
         return

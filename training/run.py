@@ -30,13 +30,12 @@ from training.checkpoint import (
 )
 from training.config import Config, dump_config
 from training.device import Hardware, peak_memory_gb
-from training.logger import Console, Metrics, Wandb, short
+from training.logger import Console, Metrics, Record, Wandb, short
 from training.optimizer import Optimizer
 from training.parallel import Parallel
 from training.resume import Progress, only_trainer
 
 Value = TypeVar("Value")
-Record = dict[str, Any]             # a line of metrics.jsonl
 PEAK_FLOPS = {                      # dense 16-bit matrix products, from the makers' data sheets
     "B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
     "4090": 165e12, "A10G": 70e12,
