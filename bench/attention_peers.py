@@ -65,7 +65,10 @@ def rows_of_shape(T: int, D: int, groups: int, rounds: int, flex: bool) -> list[
                 return attend(q, k, v)
 
         def both(attend: Any = attend) -> Any:
-            return torch.autograd.grad(attend(q, k, v), (q, k, v), grad)
+            # Leaves of its own: autograd would wait for the stream on which q, k and v were made,
+            # and that cannot be captured.
+            leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+            return torch.autograd.grad(attend(*leaves), leaves, grad)
 
         try:
             memory[name], out = megabytes(attend, q, k, v, grad)

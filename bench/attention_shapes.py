@@ -21,11 +21,21 @@ def tensors(T: int, D: int, groups: int) -> list[Tensor]:
     """
     B, H = TOKENS // T, WIDTH // D
     shapes = [(B, T, H, D), (B, T, H // groups, D), (B, T, H // groups, D), (B, T, H, D)]
-    q, k, v, grad = (torch.randn(shape, device=DEVICE, dtype=DTYPE).transpose(1, 2)
-                     for shape in shapes)
+    # A generator of its own: a capture that fails leaves PyTorch's own one unusable.
+    random = torch.Generator(DEVICE).manual_seed(0)
+    q, k, v, grad = (torch.randn(shape, device=DEVICE, dtype=DTYPE, generator=random)
+                     .transpose(1, 2) for shape in shapes)
     return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad]
 
 
 def random_tokens(T: int) -> Tensor:
     """(B, T) ids of a batch."""
-    return torch.randint(0, 500, (TOKENS // T, T), device=DEVICE)
+    random = torch.Generator(DEVICE).manual_seed(0)
+    return torch.randint(0, 500, (TOKENS // T, T), device=DEVICE, generator=random)
+
+
+def repeated_tokens(T: int) -> Tensor:
+    """(B, T) ids: distinct ones, then the same again, as in probes of induction heads."""
+    random = torch.Generator(DEVICE).manual_seed(0)
+    block = torch.rand(TOKENS // T, T // 2, device=DEVICE, generator=random).argsort()
+    return block.repeat(1, 2)

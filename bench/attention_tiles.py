@@ -9,42 +9,62 @@ from bench.attention_shapes import CONTEXTS, random_tokens, tensors
 from bench.results import DEVICE, GPU
 from bench.timers import kernel_milliseconds
 from kernels import launch
-from kernels.flash import flash_attention, flash_attention_backward
+from kernels.decode import decode
+from kernels.flash import flash_attention, flash_attention_backward, launch_forward
 from kernels.flash_gluon import launch_gluon
 from kernels.launch import Tile
 from kernels.problem import Problem
 from kernels.statistics import head_statistics
 
-# kernel → D → tiles (rows, columns, warps, stages, programs, maxnreg) that neither spill nor
-# serialise on Hopper (kernels/ahead_of_time.py). Either several programs fit a multiprocessor, or
-# each product reads few bytes.
+# kernel → D → tiles (rows, columns, warps, stages, programs, maxnreg): those of the table, and
+# others of which several programs fit a multiprocessor or of which each product reads few bytes.
+# Some spill a little: time decides.
 Candidates = dict[str, dict[int, list[tuple[int, ...]]]]        # kernel → D → tiles' fields
 CANDIDATES: Candidates = {
     "forward": {
-        64: [(128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 128, 4, 2), (64, 64, 4, 3)],
-        128: [(128, 32, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3)],
+        64: [(128, 64, 8, 3, 2, 128), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 4),
+             (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 3), (128, 128, 4, 3), (64, 128, 4, 2),
+             (64, 64, 4, 3), (64, 64, 4, 4), (256, 64, 8, 3)],
+        128: [(128, 32, 8, 3, 2, 128), (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2),
+              (128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 8, 4), (64, 64, 4, 2), (64, 64, 4, 3),
+              (64, 128, 4, 2)],
     },
     "backward_q": {
-        64: [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)],
-        128: [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2), (64, 32, 4, 2)],
+        64: [(128, 64, 8, 2, 2, 128), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2),
+             (64, 64, 4, 3), (64, 128, 4, 2), (128, 128, 8, 2), (128, 64, 4, 2), (64, 32, 4, 3),
+             (128, 32, 4, 3)],
+        128: [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 2), (64, 32, 4, 2), (128, 64, 8, 3),
+              (64, 64, 4, 3), (64, 32, 4, 3), (128, 128, 8, 1), (128, 32, 8, 3)],
     },
     "backward_kv": {
         64: [(32, 128, 8, 2, 2, 128), (64, 64, 4, 2, 3, 168), (64, 128, 8, 2), (32, 64, 4, 2),
-             (64, 64, 4, 2)],
-        128: [(32, 64, 4, 2), (64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 3), (64, 64, 8, 2)],
+             (64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (64, 128, 8, 3), (128, 128, 8, 2),
+             (128, 64, 8, 2), (64, 128, 8, 2, 2, 128), (32, 128, 4, 2), (64, 64, 8, 2)],
+        128: [(32, 64, 4, 2), (64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 3), (64, 64, 8, 2),
+              (128, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 1), (64, 64, 8, 3), (32, 128, 8, 3)],
     },
     "statistics_rows": {
-        64: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2)],
-        128: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2)],
+        64: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 8, 3), (64, 64, 4, 3),
+             (128, 128, 8, 2), (64, 32, 4, 3)],
+        128: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 8, 3), (64, 64, 4, 3),
+              (128, 32, 8, 3)],
     },
     "forward_gluon": {
-        64: [(128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2)],
-        128: [(128, 128, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2)],
+        64: [(128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2), (128, 128, 8, 3),
+             (64, 64, 4, 2), (64, 128, 4, 3), (128, 64, 8, 2)],
+        128: [(128, 128, 8, 2), (64, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 128, 4, 2),
+              (64, 64, 4, 3)],
+    },
+    "decode_part": {
+        64: [(16, 128, 4, 3), (16, 64, 4, 3), (16, 64, 4, 5), (16, 128, 4, 2), (16, 128, 8, 3),
+             (16, 256, 4, 2), (16, 256, 8, 2), (16, 32, 2, 4)],
+        128: [(16, 64, 4, 3), (16, 32, 4, 4), (16, 64, 4, 2), (16, 64, 4, 4), (16, 64, 8, 3),
+              (16, 128, 4, 2), (16, 128, 8, 2), (16, 128, 8, 3)],
     },
 }
 TINY_CANDIDATES: Candidates = {
     kernel: {16: [(32, 32, 4, 1), (16, 16, 4, 1)]}
-    for kernel in ("forward", "backward_q", "backward_kv", "statistics_rows")}
+    for kernel in ("forward", "backward_q", "backward_kv", "statistics_rows", "decode_part")}
 
 
 def tune() -> Iterator[dict]:
@@ -74,11 +94,14 @@ def timed_call(kernel: str, q: Tensor, k: Tensor, v: Tensor, grad: Tensor,
     """A call whose time depends on one kernel's tile (the backward kernels run together)."""
     scale = q.shape[-1] ** -0.5
     out, lse = flash_attention(q, k, v, True, None, None, scale)
+    problem = Problem(q, k, scale=scale)
     if kernel == "forward":
-        return lambda: flash_attention(q, k, v, True, None, None, scale)
+        return lambda: launch_forward(problem, v, out, lse)
     if kernel == "forward_gluon":
-        problem = Problem(q, k, scale=scale)
         return lambda: launch_gluon(problem, v, out, lse)
+    if kernel == "decode_part":
+        k, v = k.contiguous(), v.contiguous()       # a cache's memory
+        return lambda: decode(q[:, :, -1:], k, v, None, None, None, scale)
     if kernel == "statistics_rows":
         return lambda: head_statistics(q, k, lse, ids, backend="triton")
     return lambda: flash_attention_backward(grad, q, k, v, out, lse, True, None, None, scale)

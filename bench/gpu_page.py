@@ -8,7 +8,7 @@ from pathlib import Path
 def page(folder: Path) -> str:
     """A table of the steps, and one for each bench that has written its JSON there."""
     parts = {"attention": attention, "attention_tiles": tiles, "train": train,
-             "probe_overhead": probe, "sampling": sampling}
+             "probe_overhead": probe, "sampling": sampling, "sampling_1b": sampling}
     figures, failed = {}, []
     for name in ("steps", *parts):
         try:
@@ -75,8 +75,8 @@ def attention(figures: dict) -> Iterator[str]:
     yield from table(("B", "S", "K", "H/K", "D", "GB/s", "of a copy", "flash / ours",
                       "ragged rows / equal rows"), map(decode_cells, figures["decode"]))
     yield from ("", "Statistics of all heads, beside the forward pass:", "")
-    yield from table(("T", "D", "ms", "of the forward pass"), (
-        (row["T"], row["D"], f"{row['ms']['statistics']:.3f}", f"{row['of_forward']:.2f}")
+    yield from table(("T", "D", "tokens", "ms", "of the forward pass"), (
+        (row["T"], row["D"], row["tokens"], f"{row['ms']:.3f}", f"{row['of_forward']:.2f}")
         for row in figures["statistics"]))
 
 

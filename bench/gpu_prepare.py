@@ -113,7 +113,10 @@ def calls_of_benches() -> Iterator[Callable[[], object]]:
         with launch.tile_for(kernel, Tile(*tile)):
             ids = torch.zeros(1, 256, dtype=torch.long)
             q, k, v = tensors(D)
-            timed_call(kernel, q, k, v, q, ids)()
+            try:
+                timed_call(kernel, q, k, v, q, ids)()
+            except Exception as error:              # as on the GPU: the compiler refuses this tile
+                print(f"{kernel} D {D} {tile}: {type(error).__name__}", flush=True)
 
     def windowed(D: int) -> None:
         flash_attention(*tensors(D), True, 100, None, D ** -0.5)

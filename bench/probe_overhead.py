@@ -15,6 +15,7 @@ import torch
 
 from bench import results
 from bench.timers import seconds_of
+from bench.turn import wait_for_turn
 from data.dataset import Dataset
 from induction.probes import probes_of
 from induction.watch import HeadWatch
@@ -68,7 +69,9 @@ def measure(config: Config, rounds: int) -> tuple[torch.device, dict[str, list[f
             if recorder.due(step):
                 recorder.save(model, step, tokens)
 
-        for _ in range(rounds + 1):
+        for number in range(rounds + 1):
+            if number == 1:
+                wait_for_turn()
             seconds["steps"].append(seconds_of(train))
             seconds["look"].append(seconds_of(look))
             seconds["pictures"].append(seconds_of(lambda: recorder.pictures(model, watch.measured)))

@@ -26,6 +26,7 @@ import torch
 from bench import results
 from bench.results import DEVICE, DTYPE, GPU
 from bench.side import Side, at_once
+from bench.turn import wait_for_turn
 from data.byte_bpe import bytes_tokenizer
 from model.compiled import CompiledStep
 from model.config import ModelConfig
@@ -87,14 +88,15 @@ def serve_ours(pipe: Connection, path: Path, threads: int, compile: bool) -> Non
     model.compute_dtype = DTYPE
     greedy = Sampling(temperature=0)
     step = CompiledStep(model) if compile else None
-    operands = torch.randn(2, 2 ** 25, device=DEVICE, dtype=DTYPE)          # 268 MB in fp32
+    # 268 MB in fp32; on a GPU 1 GB in bf16, more than its L2 cache.
+    operands = torch.randn(2, 2 ** (28 if GPU else 25), device=DEVICE, dtype=DTYPE)
     while (request := pipe.recv()) is not None:
         started = time.perf_counter()
         match request:
-            case ("bandwidth",):                    # two streams of memory: PyTorch's fastest read
+            case ("bandwidth",):                    # by PyTorch's fastest read
                 for _ in range(10):
-                    product = torch.dot(operands[0], operands[1])
-                float(product)                      # waits for the device
+                    total = operands.amax() if GPU else torch.dot(operands[0], operands[1])
+                float(total)                        # waits for the device
                 pipe.send(10 * operands.nbytes / (time.perf_counter() - started))
             case ("many", count, batch_size):
                 prompts, remaining = many_prompts(count)
@@ -151,12 +153,14 @@ def serve_transformers(pipe: Connection, path: Path, threads: int, cache: str) -
 def save(config: ModelConfig, folder: Path) -> Path:
     """A checkpoint of that shape, with weights that continue every prompt differently."""
     torch.manual_seed(0)
-    model = GPT(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.02)
+    with torch.device("meta"):
+        model = GPT(config)
+    model.allocate(DEVICE)
+    for p in model.parameters():            # gains around 1, matrices around 0
+        torch.nn.init.normal_(p, float(p.ndim == 1), p.shape[-1] ** -0.5)
     return save_checkpoint(
-        folder, checkpoint_contents(model, {}, {"step": 1}, "", bytes_tokenizer(), copy=False))
+        folder,
+        checkpoint_contents(model.cpu(), {}, {"step": 1}, "", bytes_tokenizer(), copy=False))
 
 
 def bytes_read(config: ModelConfig, batch: int, context: int) -> int:
@@ -175,7 +179,9 @@ def bytes_read(config: ModelConfig, batch: int, context: int) -> int:
 def measure(sides: dict[str, Side], batch: int, context: int, tokens: int,
             rounds: int) -> dict[str, dict[str, float]]:
     """Median milliseconds of each side's prefill and of each of its decoding steps."""
-    warm_up = at_once(sides, "continue", batch, context, 8)
+    # As many tokens as are timed: for another number transformers compiles anew.
+    warm_up = at_once(sides, "continue", batch, context, tokens + 1)
+    wait_for_turn()
     texts = {name: answer.tokens for name, answer in warm_up.items()}
     assert GPU or len(set(map(tuple, texts.values()))) == 1, f"the sides differ: {texts}"
     answers: dict[str, list[Continuation]] = {name: [] for name in sides}
@@ -244,6 +250,8 @@ def parse_arguments() -> Namespace:
                         help="default: small and gpt2-small, on a GPU 1b too")
     parser.add_argument("--eager", action="store_true",
                         help="leave out the compiled arm, which takes half a minute per batch size")
+    parser.add_argument("--results", default="sampling", metavar="NAME",
+                        help="write the figures to NAME.json (default sampling)")
     return parser.parse_args()
 
 
@@ -264,24 +272,24 @@ def main() -> None:
                                environment=pages) for arm in arms}
             sides |= {cache: Side(serve_transformers, path, args.threads, cache)
                       for cache in ("dynamic", "static")}
-            bandwidth = max(sides["ours"]("bandwidth") for _ in range(10))
-            print(f"\n{name}: {bandwidth / 1e9:.1f} GB/s\n{HEADER}")
+            print(f"\n{name}\n{HEADER}")
             for batch in args.batches:
                 for context in args.contexts:
                     if batch * context > MAX_PREFILL_TOKENS:
                         continue
                     medians = measure(sides, batch, context, args.tokens, args.rounds)
+                    bandwidth = max(sides["ours"]("bandwidth") for _ in range(10))
                     floor = bytes_read(config, batch, context) / bandwidth * 1e3
                     print(lines(batch, context, medians, floor), flush=True)
                     rows.append({"model": name, "batch": batch, "context": context,
-                                 "floor_ms": floor, "sides": medians})
-                    results.write("sampling", {"device": device, "rows": rows, "many": many})
+                                 "gb_s": bandwidth / 1e9, "floor_ms": floor, "sides": medians})
+                    results.write(args.results, {"device": device, "rows": rows, "many": many})
             if max(args.batches) > 1:
                 many += [{"model": name, **compare_many(sides[arm], arm, args.prompts, args.rounds)}
                          for arm in arms]
             for side in sides.values():
                 side.close()
-    results.write("sampling", {"device": device, "rows": rows, "many": many})
+    results.write(args.results, {"device": device, "rows": rows, "many": many})
 
 
 if __name__ == "__main__":

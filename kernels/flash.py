@@ -9,7 +9,8 @@ atomics and the same inputs give the same bits.
 """
 
 import os
-from importlib.util import find_spec
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import triton
@@ -39,13 +40,6 @@ from kernels.tiles import (
     sees,
     store_tile,
 )
-
-# A second forward kernel, only for Hopper, off until a GPU has shown that it is right and faster.
-# Gluon is an experimental part of triton, which may change.
-USE_GLUON = (os.environ.get("KERNELS_GLUON") == "1"
-             and find_spec("triton.experimental.gluon") is not None)
-if USE_GLUON:
-    from kernels.flash_gluon import launch_gluon
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -214,18 +208,40 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int |
     scale > 0. lse has no gradient.
     """
     q, k, v = readable(q, k, v)
-    (B, H, T, _), (_, K, S, _) = q.shape, k.shape
+    (B, H, T, _), S = q.shape, k.shape[2]
     out, lse = _empty_like(q), q.new_empty((B, H, T), dtype=torch.float32)
     if 0 in (*out.shape, S):
         return out.zero_(), lse.fill_(float("-inf"))
     problem = Problem(q, k, causal, window, segments, scale)
-    if USE_GLUON and has_tiles("forward_gluon", q):
-        launch_gluon(problem, v, out, lse)
-    else:
-        launch(forward, query_grid(q), q, rows={"q": q}, columns={"k": k, "v": v}, out=out,
-               out_strides=out.stride(), lse=lse, together=heads_together(k, S, B * H, H // K),
-               **kernel_arguments(problem))
+    launch_gluon = gluon_launcher() if has_tiles("forward_gluon", q) else None
+    (launch_gluon or launch_forward)(problem, v, out, lse)
     return out, lse
+
+
+@cache
+def gluon_launcher() -> Callable[[Problem, Tensor, Tensor, Tensor], None] | None:
+    """`launch_gluon` of kernels/flash_gluon.py; None with KERNELS_GLUON=0.
+
+    On Hopper it takes the place of `launch_forward`, and the forward pass is 2% to 12% faster
+    (docs/kernels.md). It is imported at its first use: Gluon is an experimental part of triton,
+    which may change, and its import takes 40 ms.
+    """
+    if os.environ.get("KERNELS_GLUON") == "0":
+        return None
+    from kernels.flash_gluon import launch_gluon  # noqa: PLC0415
+    return launch_gluon
+
+
+def launch_forward(problem: Problem, v: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Start `forward`, which writes out (B, H, T, D) and lse (B, H, T).
+
+    q, k and v are `readable`, scale > 0, and lse is contiguous.
+    """
+    q, k = problem.q, problem.k
+    (B, H, _, _), (_, K, S, _) = q.shape, k.shape
+    launch(forward, query_grid(q), q, rows={"q": q}, columns={"k": k, "v": v}, out=out,
+           out_strides=out.stride(), lse=lse, together=heads_together(k, S, B * H, H // K),
+           **kernel_arguments(problem))
 
 
 @torch.library.custom_op("kernels::flash_attention_backward", mutates_args=())

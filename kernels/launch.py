@@ -43,14 +43,14 @@ class Tile(NamedTuple):
         return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
 
 
-# family → kernel → (bytes of an element, D up to) → tile. With each of them the compiler keeps
-# everything in registers and, on Hopper, does not wait for a matrix instruction before it issues
-# the next: `python -m kernels.ahead_of_time` measures that, and docs/kernels.md has the figures of
-# every row. Among such tiles the table has one of which several programs fit a multiprocessor, so
-# that softmax of one runs beside the products of another, unless it then had to read more than the
-# L2 cache delivers. A float32 product is three tf32 products, which takes registers: at D = 256
-# even the smallest tile spills. No tile has been timed yet: `python -m bench.attention --tune`
-# times them.
+# family → kernel → (bytes of an element, D up to) → tile. Hopper's of 16 bits up to D = 128 are the
+# fastest, or nearly, of some ten candidates each (`python -m bench.attention --tune`, on an H200):
+# several programs fit a multiprocessor, so that softmax of one runs beside the products of another.
+# The other rows were chosen by what the compiler says, by the same rule
+# (`python -m kernels.ahead_of_time`; docs/kernels.md has the figures of every row): everything
+# stays in registers, and Hopper does not wait for a matrix instruction before it issues the next. A
+# float32 product is three tf32 products, which takes registers: at D = 256 even the smallest tile
+# spills.
 COMMON = {
     "forward": {(4, 64): Tile(32, 32, 4, 2, 2), (4, 128): Tile(32, 32, 8, 2),
                 (4, 256): Tile(16, 16, 8, 2)},
@@ -69,20 +69,20 @@ COMMON = {
 }
 TILES: dict[str, dict[str, dict[tuple[int, int], Tile]]] = {
     "hopper": {
-        "forward": {(2, 64): Tile(128, 64, 8, 3, 2, 128), (2, 128): Tile(128, 32, 8, 3, 2, 128),
+        "forward": {(2, 64): Tile(64, 128, 4, 2, 2), (2, 128): Tile(64, 64, 4, 3, 2),
                     (2, 256): Tile(128, 64, 8, 2)},
-        "backward_q": {(2, 64): Tile(128, 64, 8, 2, 2, 128), (2, 128): Tile(128, 64, 8, 2),
+        "backward_q": {(2, 64): Tile(128, 64, 8, 3, 2, 128), (2, 128): Tile(128, 64, 8, 3),
                        (2, 256): Tile(128, 32, 8, 2)},
-        "backward_kv": {(2, 32): Tile(64, 64, 8, 2, 2, 128), (2, 64): Tile(32, 128, 8, 2, 2, 128),
-                        (2, 128): Tile(32, 64, 4, 2, 2), (2, 256): Tile(32, 64, 8, 2)},
+        "backward_kv": {(2, 64): Tile(64, 64, 4, 2, 3, 168), (2, 128): Tile(64, 64, 4, 2, 2),
+                        (2, 256): Tile(32, 64, 8, 2)},
         "decode_part": {(2, 64): Tile(16, 128, 4, 3, 3), (2, 128): Tile(16, 64, 4, 3, 2),
                         (2, 256): Tile(16, 64, 4, 3)},
-        "statistics_rows": {(2, 64): Tile(128, 64, 8, 2, 2), (2, 128): Tile(128, 64, 8, 2, 2),
+        "statistics_rows": {(2, 64): Tile(64, 128, 4, 2, 2), (2, 128): Tile(64, 64, 4, 3, 3),
                             (2, 256): Tile(128, 32, 8, 2, 2)},
         # Beyond D = 64 the accumulators leave room for one program, of two warpgroups. 128 rows:
         # with 64 the matrix units at full speed would read 64 bytes of keys and values per cycle,
         # twice what the L2 cache delivers.
-        "forward_gluon": {(2, 64): Tile(128, 64, 8, 3, 2), (2, 128): Tile(128, 128, 8, 2),
+        "forward_gluon": {(2, 64): Tile(64, 128, 4, 2, 3, 168), (2, 128): Tile(64, 64, 4, 2, 2),
                           (2, 256): Tile(128, 64, 8, 2)},
     },
     "ampere": {
@@ -106,10 +106,12 @@ for rows_of in (TILES["hopper"], TILES["ampere"]):
         rows_of[name] = rows_of.get(name, {}) | common_rows
 TILES["cdna"] = {name: {key: tile._replace(maxnreg=None) for key, tile in rows.items()}
                  for name, rows in TILES["ampere"].items()}
-TILES["blackwell"] = {name: rows for name, rows in TILES["hopper"].items()
+TILES["blackwell"] = {name: dict(rows) for name, rows in TILES["hopper"].items()
                       if name != "forward_gluon"}                       # it has no wgmma
+TILES["blackwell"]["statistics_rows"][2, 64] = Tile(128, 64, 8, 2, 2)   # Hopper's spills there
 # For devices with little shared memory, tried in this order if the table's tile is too large.
 SMALLER = (Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))
+FIXED_TILES = ("decode_combine", "statistics_places")       # small, and no other sides would do
 forced: dict[str, Tile] = {}        # kernel → its only tile, within `tile_for`
 _too_large: set[tuple] = set()
 
@@ -133,7 +135,7 @@ def tiles(kernel: str, device_family: str, element: int, dims: int) -> list[Tile
         return [forced[kernel]]
     table = TILES[device_family][kernel]
     best = table[min(key for key in table if key[0] >= element and key[1] >= dims)]
-    if kernel in ("decode_combine", "statistics_places"):     # small, and no other sides would do
+    if kernel in FIXED_TILES:
         return [best]
     return [best, *(t for t in SMALLER if t.rows * t.columns < best.rows * best.columns)]
 

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2 ** 24        # logits held at a time: 64 MB in float32
+# On a GPU 512 MB: every chunk reads and writes the whole gradient of w, and is compiled by itself.
+GPU_CHUNK_ELEMENTS = 2 ** 27
 
 
 def summed_cross_entropy(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
@@ -16,16 +18,21 @@ def summed_cross_entropy(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
     If N·V logits are many, they are made in chunks of rows, used for the loss and for both
     gradients, and dropped.
     """
-    if x.shape[0] * w.shape[0] <= CHUNK_ELEMENTS:
+    if x.shape[0] <= chunk_rows(w):
         logits = F.linear(x, w.to(x.dtype)).float()
         return F.cross_entropy(logits, targets, reduction="sum")
     return _ChunkedCrossEntropy.apply(x, w, targets)
 
 
+def chunk_rows(w: Tensor) -> int:
+    """How many rows of logits are held at a time: w (V, E)."""
+    return max(1, (GPU_CHUNK_ELEMENTS if w.is_cuda else CHUNK_ELEMENTS) // w.shape[0])
+
+
 def cross_entropies(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
     """−ln softmax(x wᵀ)[target] of each of N rows, float32 (N,), in the same chunks. Without
     gradients."""
-    w, rows = w.to(x.dtype), max(1, CHUNK_ELEMENTS // w.shape[0])
+    w, rows = w.to(x.dtype), chunk_rows(w)
     losses = [F.cross_entropy(F.linear(x_rows, w).float(), target_rows, reduction="none")
               for x_rows, target_rows in zip(x.split(rows), targets.split(rows))]
     return torch.cat(losses)
@@ -42,7 +49,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(w, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        chunk = max(1, CHUNK_ELEMENTS // w.shape[0])
+        chunk, ids = chunk_rows(w), torch.arange(w.shape[0], device=w.device)
         for start in range(0, x.shape[0], chunk):
             rows = slice(start, start + chunk)
             logits = F.linear(x[rows], w_cast).float()                              # (chunk, V)
@@ -50,8 +57,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             target = targets[rows, None]
             loss += (lse - logits.gather(1, target)).sum()
             if dx is not None or dw is not None:
-                p = logits.sub_(lse).exp_()
-                p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
+                if torch.compiler.is_compiling():   # one pass, which writes p in the dtype of x
+                    p = (logits - lse).exp() - (ids == target).float()
+                else:
+                    p = logits.sub_(lse).exp_()
+                    p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
                 p = p.to(x.dtype)
                 if dx is not None:
                     dx[rows] = p @ w_cast

@@ -12,6 +12,7 @@ from kernels.launch import TILES, Tile
 
 # Kernels with enough rows for wgmma.
 WIDE = ("forward", "forward_gluon", "backward_q", "backward_kv", "statistics_rows")
+SPILLING_WITH_SEGMENTS = (("backward_kv", True), ("statistics_rows", False))     # (…, D > 64)
 NAMED = ("target", "kernel", "dtype", "D", "masks", "tile", "registers", "spilled")
 
 
@@ -33,8 +34,10 @@ def check(rows: list[dict]) -> None:
         allowed = 0
         if row["dtype"] == "fp32":      # three tf32 products: at D = 256 every tile spills
             allowed = {64: 64, 128: 64, 256: 1400}[row["D"]]
-        elif kernel == "backward_kv" and masks == "segments" and row["D"] > 64:
-            allowed = 160               # the compares of segments need a few more registers
+        elif masks == "segments" and (kernel, row["D"] > 64) in SPILLING_WITH_SEGMENTS:
+            allowed = 170               # the compares of segments need a few more registers
+        elif kernel == "backward_kv":
+            allowed = 8                 # two registers: on an H200 faster than tiles without
         assert row["spilled"] <= allowed, name
         if row["target"] == "sm_90" and row["dtype"] != "fp32" and kernel in WIDE:
             # Only Gluon's softmax runs beside a product; that is what it is for.

@@ -1,6 +1,7 @@
 """The benches run, on shapes so small that their times mean nothing."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from commands import ROOT, command, succeeds, wait_until
 from conftest import TINY
 from PIL import Image
 
-from bench import gpu
+from bench import gpu, turn
 from bench.gpu_page import page
 from bench.study import spread
 
@@ -74,6 +75,33 @@ def test_the_gpu_command_lists_its_steps_and_stops_slow_ones(tmp_path):
     assert not gpu.importable("no_such_module", tmp_path) and gpu.importable("torch", tmp_path)
 
 
+def test_a_bench_that_has_compiled_waits_for_its_turn(tmp_path):
+    """Its seconds count from then on."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "side_by_side").mkdir()
+    go = turn.go_file(tmp_path, "late")
+    go.touch()                                              # of an earlier run
+    words = ("-c \"from bench.turn import wait_for_turn; print('compiled', flush=True); "
+             "wait_for_turn(); print('measured')\"")
+    late = gpu.Running(gpu.Step("late", 20, "", compiles=True), words, tmp_path, tmp_path, 300)
+    wait_until(lambda: late.row()["last_line"] == "compiled")
+    time.sleep(0.3)
+    assert not late.has_ended() and late.until == late.last
+    late.take_turn()
+    assert late.until < late.last
+    wait_until(late.has_ended)
+    assert late.row()["code"] == 0 and late.row()["last_line"] == "measured"
+
+
+def test_running_some_steps_again_keeps_the_figures_of_the_others(tmp_path):
+    rows = [{"name": "train", "code": 1}, {"name": "attention", "code": 0}]
+    (tmp_path / "steps.json").write_text(json.dumps(rows))
+    for name in ("train", "attention"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    assert gpu.forget(tmp_path, ["train"]) == rows[1:]
+    assert [path.stem for path in sorted(tmp_path.glob("*.json"))] == ["attention", "steps"]
+
+
 def test_the_page_of_a_step_that_was_cut_short(dry_run, tmp_path):
     figures = json.loads((dry_run / "attention.json").read_text())
     cut = {name: figures[name] for name in figures
@@ -130,7 +158,7 @@ def test_attention(dry_run):
     assert all(row["call_ms"]["flash"] > 0 for row in result["rows"])
     assert result["host_us"]["ours, backward"] > 0
     assert result["decode"][0]["ms"].keys() == {"ours", "flash", "ours, ragged"}
-    assert len(json.loads((dry_run / "attention_tiles.json").read_text())["tiles"]) == 8
+    assert len(json.loads((dry_run / "attention_tiles.json").read_text())["tiles"]) == 10
 
 
 def test_probe_overhead(workplace):

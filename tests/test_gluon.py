@@ -233,10 +233,10 @@ def test_the_simulators_parts():
 
 @pytest.mark.gpu
 def test_the_switch(monkeypatch):
-    """KERNELS_GLUON=1 makes the operator use it: for 2 bytes on Hopper, and nowhere else."""
+    """The operator uses it for 2 bytes on Hopper, and nowhere else; KERNELS_GLUON=0: never."""
     launched = []
-    monkeypatch.setattr(flash, "USE_GLUON", True)
-    monkeypatch.setattr(flash, "launch_gluon", launch_gluon, raising=False)
+    monkeypatch.delenv("KERNELS_GLUON", raising=False)
+    monkeypatch.setattr(flash, "gluon_launcher", flash.gluon_launcher.__wrapped__)
     monkeypatch.setattr(launch, "gpu_family", lambda device: "hopper")
     monkeypatch.setattr(flash, "launch", lambda kernel, *_, **named: launched.append("forward"))
     monkeypatch.setattr(flash_gluon, "launch",
@@ -244,7 +244,11 @@ def test_the_switch(monkeypatch):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         q = torch.zeros(1, 1, 3, 16, dtype=dtype, device=DEVICE)
         flash_attention(q, q, q, True, None, None, 0.25)
+    half = q.half()
+    monkeypatch.setenv("KERNELS_GLUON", "0")
+    flash_attention(half, half, half, True, None, None, 0.25)
+    monkeypatch.delenv("KERNELS_GLUON")
     monkeypatch.setattr(launch, "gpu_family", lambda device: "blackwell")
-    flash_attention(q.half(), q.half(), q.half(), True, None, None, 0.25)
-    assert launched == ["forward_gluon", "forward_gluon", "forward", "forward"]
+    flash_attention(half, half, half, True, None, None, 0.25)
+    assert launched == ["forward_gluon", "forward_gluon", "forward", "forward", "forward"]
     assert "forward_gluon" not in TILES["blackwell"]

@@ -177,14 +177,20 @@ def test_smeared_keys_are_those_of_the_paper():
     assert torch.allclose(smeared[0, 1, 0], gate * k[0, 1, 0], atol=1e-6)
 
 
-def test_chunked_cross_entropy_is_the_plain_one(monkeypatch):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_chunked_cross_entropy_is_the_plain_one(monkeypatch, compiled):
+    """Compiled, its gradient is written in another way."""
+    chunked = cross_entropy.summed_cross_entropy
+    if compiled:
+        chunked = torch.compile(chunked, backend="aot_eager", dynamic=False)
     x, w = torch.randn(50, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
     targets = torch.randint(30, (50,))
     plain = F.cross_entropy(x.double() @ w.double().T, targets, reduction="sum")
     expected = torch.autograd.grad(plain, (x, w))
     for limit in (1, 100, 2 ** 24):
+        torch.compiler.reset()
         monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", limit)
-        loss = cross_entropy.summed_cross_entropy(x, w, targets)
+        loss = chunked(x, w, targets)
         assert abs(loss.item() - plain.item()) < 1e-3
         for got, want in zip(torch.autograd.grad(3 * loss, (x, w)), expected):
             assert torch.allclose(got, 3 * want, atol=1e-4)

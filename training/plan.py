@@ -19,7 +19,7 @@ from errors import ArgumentParser, UserError, run_command
 from model import budget
 from model.budget import activation_bytes_per_token, flops_per_token, in_units, parameters
 from model.config import ModelConfig
-from model.cross_entropy import CHUNK_ELEMENTS
+from model.cross_entropy import GPU_CHUNK_ELEMENTS
 from settings.validate import Settings, validate
 from settings.yaml12 import override, read_file
 from training.config import divisors, load_config
@@ -88,7 +88,7 @@ class Plan:
         """
         block = self.matrices // self.model.n_layers
         head = self.model.d_model * (self.model.vocab_size or 0)
-        logits = (FP32 + 2 * BF16) * CHUNK_ELEMENTS
+        logits = (FP32 + 2 * BF16) * GPU_CHUNK_ELEMENTS
         parts = Counter({"cross-entropy": 2 * FP32 * head + BF16 * head + logits})
         if self.strategy == "fsdp":
             outside = self.parameters.total() - self.matrices       # embedding and head
