@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
@@ -119,8 +120,9 @@ def measure(folder: Path, tiny: bool, chosen: list[str]) -> int:
         running.append(Running(step, words, folder, results, left))
         return running[-1]
 
-    def wait(for_all_of: list[Running]) -> None:
-        while any(process in running for process in for_all_of):
+    def wait(for_all_of: list[Running], until: Callable[[], bool] = lambda: False) -> None:
+        """Until they have ended, or `until` says so."""
+        while any(process in running for process in for_all_of) and not until():
             time.sleep(0.05)
             for process in [process for process in running if process.has_ended()]:
                 running.remove(process)
@@ -137,6 +139,7 @@ def measure(folder: Path, tiny: bool, chosen: list[str]) -> int:
             if step in IN_TURN:
                 process = waiting[step.name] if step.compiles else begin(step, folder)
                 if process:
+                    wait([process], until=process.has_compiled)
                     process.take_turn()
                     wait([process])
     finally:
@@ -171,12 +174,16 @@ class Running:
         self.log = folder / "logs" / f"{step.name}.log"
         self.go = turn.go_file(folder, step.name) if step.compiles else None
         if self.go:
-            self.go.unlink(missing_ok=True)                 # of an earlier run
+            for file in (self.go, turn.compiled_file(self.go)):     # of an earlier run
+                file.unlink(missing_ok=True)
         with self.log.open("wb") as log:            # in a new session: its children stop with it
             self.process = subprocess.Popen(
                 [sys.executable, *shlex.split(words)], cwd=ROOT, stdout=log,
                 env=environment(folder, results, self.go), stderr=subprocess.STDOUT,
                 start_new_session=True)
+
+    def has_compiled(self) -> bool:
+        return self.go is None or turn.compiled_file(self.go).exists()
 
     def take_turn(self) -> None:
         """Let a step that has compiled measure: no other step runs now."""

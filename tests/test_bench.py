@@ -80,13 +80,16 @@ def test_a_bench_that_has_compiled_waits_for_its_turn(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "side_by_side").mkdir()
     go = turn.go_file(tmp_path, "late")
-    go.touch()                                              # of an earlier run
+    for file in (go, turn.compiled_file(go)):               # of an earlier run
+        file.touch()
     words = ("-c \"from bench.turn import wait_for_turn; print('compiled', flush=True); "
              "wait_for_turn(); print('measured')\"")
     late = gpu.Running(gpu.Step("late", 20, "", compiles=True), words, tmp_path, tmp_path, 300)
-    wait_until(lambda: late.row()["last_line"] == "compiled")
+    assert not late.has_compiled()
+    wait_until(late.has_compiled)
     time.sleep(0.3)
-    assert not late.has_ended() and late.until == late.last
+    assert late.row()["last_line"] == "compiled" and not late.has_ended()
+    assert late.until == late.last
     late.take_turn()
     assert late.until < late.last
     wait_until(late.has_ended)
