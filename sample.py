@@ -16,6 +16,7 @@ from errors import ArgumentParser, UserError, first_line, run_command
 
 from tqdm import tqdm
 
+from console import stdout_is_the_result
 from data.tokenizer import Tokenizer
 from model.compiled import CompiledStep
 from model.generate import Sampling, generate
@@ -28,9 +29,11 @@ Show = Callable[[int, str], None]           # called with (number of the prompt,
 
 def main() -> None:
     args = parse_arguments()
-    for stream in (sys.stdin, sys.stdout):          # bytes that are not UTF-8 pass unchanged
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape")
+    stdout_is_the_result()
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")     # as console.py does for stdout
+    if args.json and isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")            # JSON's, whatever the console's is
     # Large pages, asked for before the first tensor: a CPU then reads weights a third faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     device = choose_device(args.device, "--device ")
@@ -193,7 +196,9 @@ def print_in_order(prompts: list[str], ids: list[list[int]], sampler: Sampler,
         while printed in ended:
             prompt, next_row = prompts[printed], ended.pop(printed)
             if as_json:
-                entry = {"prompt": prompt, "text": next_row.text, "tokens": next_row.tokens}
+                # JSON has no place for bytes that are not text.
+                valid = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+                entry = {"prompt": valid, "text": next_row.text, "tokens": next_row.tokens}
                 text = json.dumps(entry, ensure_ascii=False)
             else:
                 text = prompt + next_row.text
