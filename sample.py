@@ -33,7 +33,9 @@ def main() -> None:
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")     # as console.py does for stdout
     if args.json and isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")            # JSON's, whatever the console's is
+        # JSON's encoding, whatever the console's is. A byte of a prompt that is not UTF-8 becomes an
+        # escape (\udcff): written as it is, no parser would accept the file.
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     # Large pages, asked for before the first tensor: a CPU then reads weights a third faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     device = choose_device(args.device, "--device ")
@@ -196,9 +198,7 @@ def print_in_order(prompts: list[str], ids: list[list[int]], sampler: Sampler,
         while printed in ended:
             prompt, next_row = prompts[printed], ended.pop(printed)
             if as_json:
-                # JSON has no place for bytes that are not text.
-                valid = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-                entry = {"prompt": valid, "text": next_row.text, "tokens": next_row.tokens}
+                entry = {"prompt": prompt, "text": next_row.text, "tokens": next_row.tokens}
                 text = json.dumps(entry, ensure_ascii=False)
             else:
                 text = prompt + next_row.text
