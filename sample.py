@@ -33,8 +33,8 @@ def main() -> None:
     if isinstance(sys.stdin, TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")     # as console.py does for stdout
     if args.json and isinstance(sys.stdout, TextIOWrapper):
-        # JSON's encoding, whatever the console's is. A byte of a prompt that is not UTF-8 becomes an
-        # escape (\udcff): written as it is, no parser would accept the file.
+        # JSON's encoding, whatever the console's is. A byte of a prompt that is not UTF-8 becomes
+        # an escape (\udcff): written as it is, no parser would accept the file.
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     # Large pages, asked for before the first tensor: a CPU then reads weights a third faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -102,9 +102,8 @@ def _progress(state: dict[str, Any]) -> Progress:
 
 def only_trainer(folder: Path) -> AbstractContextManager[None]:
     """Hold the lock of a run directory. Raises UserError if another process trains the run."""
-    return exclusive_lock(folder / ".lock",
-                    f"{folder} is being trained by another process\n"
-                    "  wait for it, stop it, or begin another run with: run=NEW")
+    return exclusive_lock(folder / ".lock", f"{folder} is being trained",
+                          "wait for it, stop it, or begin another run with: run=NEW")
 
 
 def resume(config: Config, folder: Path, model: GPT, optimizer: Optimizer, data: Dataset,
