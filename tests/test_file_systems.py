@@ -9,11 +9,14 @@ from pathlib import Path
 from errors import UserError
 
 import pytest
+import yaml
 from commands import ROOT, Done, command, fails, succeeds
+from conftest import metrics
 from faults.lab import check_files
 
 from files import HOST, exclusive_lock
 from training.checkpoint import find_checkpoint
+from training.loaded_run import load_run
 
 compiles = pytest.mark.skipif(not shutil.which("gcc"), reason="needs a C compiler")
 
@@ -94,3 +97,45 @@ def test_a_copy_that_followed_links_or_dropped_them(workplace, trained):
     fails(command("train.py", dropped, "train.steps=13"), "checkpoints/latest is a folder",
           "move it")
     assert (dropped / "checkpoints/latest/mine.txt").exists()
+
+
+# --- renamed and moved runs -------------------------------------------------------------------
+
+def test_a_renamed_run_is_the_same_run_under_its_new_name(workplace, trained):
+    """It continues from its folder and from its config."""
+    copied(trained, "runs/tiny")
+    copied(trained.parent.parent / "prepared", "prepared")
+    succeeds(command("train.py", "runs/tiny", "train.steps=14"))
+    renamed = copied(trained, "runs/renamed-1")
+    done = succeeds(command("train.py", renamed, "train.steps=13"))
+    assert "changed    train.steps: 12 → 13" in done.stdout and "run:" not in done.stdout
+    assert yaml.safe_load((renamed / "config.yaml").read_text())["run"] == "renamed-1"
+    moved = Path("elsewhere/007")                   # a name that YAML reads as a number
+    moved.parent.mkdir()
+    renamed.rename(moved)
+    succeeds(command("train.py", moved, "train.steps=14"))
+    assert metrics(moved).keys() == set(range(1, 15))
+    assert metrics(moved)[13]["train/loss"] == metrics(Path("runs/tiny"))[13]["train/loss"]
+    moved.rename("runs/back")
+    done = succeeds(command("train.py", "tiny.yaml", "train.steps=14", "run=back"))
+    assert "runs/back is finished" in done.stdout
+    fails(command("train.py", "runs/back", "run=other"), "run: 'back' → 'other'")
+    assert load_run("runs/back").config.run == "back"       # the title of its report
+
+
+def test_a_folder_whose_name_no_config_could_have_keeps_the_name_of_its_run(workplace, trained):
+    copy = copied(trained, "runs/tiny (copy)")
+    succeeds(command("train.py", copy, "train.steps=13"))
+    assert yaml.safe_load((copy / "config.yaml").read_text())["run"] == "tiny"
+    succeeds(command("train.py", copy, "train.steps=14"))
+
+
+def test_wandb_keeps_the_id_of_a_renamed_run(workplace):
+    env = {"WANDB_MODE": "offline"}
+    arguments = ("log.wandb=offline", "heads.every=0", "eval.every=0")
+    succeeds(command("train.py", "tiny.yaml", "train.steps=2", *arguments, env=env))
+    run = Path("runs/tiny").rename("runs/renamed")
+    before = (run / "wandb/id.json").read_text()
+    succeeds(command("train.py", run, "train.steps=3", env=env))
+    assert (run / "wandb/id.json").read_text() == before
+    assert len(list((run / "wandb").glob("offline-run-*"))) == 2
