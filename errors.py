@@ -6,13 +6,15 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from console import bytes_of, guard_console
+
 # Set here, at the first import of every command, because OpenMP reads it when PyTorch is loaded.
 # By default its threads wait for each other by spinning, for so long that two commands on the same
 # cores take 10 times as long as one after the other.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 OUR_MODULES = {"model", "kernels", "data", "training", "induction", "report", "settings", "files",
-               "errors"}
+               "errors", "console"}
 
 
 class UserError(Exception):
@@ -33,19 +35,19 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit.
+    """Run a command's `main` and exit. The console cannot end it (console.py).
 
     Exit codes: 0 success, 2 an error the user can fix, 130 interrupted, 141 output pipe closed.
     Other exceptions are bugs and keep their traceback.
     """
+    guard_console()
     try:
         code = main() or 0
-        sys.stdout.flush()                  # a closed pipe raises here, not at interpreter exit
+        sys.stdout.flush()                  # a result raises here, not at interpreter exit
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:                 # the reader, as in `… | head`, has stopped
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141                          # as SIGPIPE would
     except Exception as error:
         message = explain(error)
@@ -61,6 +63,8 @@ def explain(error: Exception) -> str | None:
     match error:
         case UserError():
             return str(error)
+        case OSError() if (stdout := bytes_of(1)) and error is stdout.error:
+            return f"standard output cannot be written ({error.strerror})"
         case OSError() if error.filename is not None:       # a name too long, no permission
             return f"{str(error.filename)[:200]}: {error.strerror}"
         case MemoryError() | RuntimeError() if is_out_of_memory(error):

@@ -4,17 +4,27 @@ import contextlib
 import errno
 import hashlib
 import os
+import socket
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from errors import UserError
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout, lock_descriptor, unlock_descriptor
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO,
-               errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+               errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG,
                errno.EEXIST)            # EEXIST: a dangling link in the place of a folder
+
+# What file systems answer if they lack an operation: symbolic links, locks, flushing a folder. FAT,
+# network drives, mounted object stores and FUSE each lack some.
+MISSING = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM, errno.EINVAL, errno.EACCES,
+           errno.ENOLCK)
+POINTERS = ("latest", "best")           # names that `point` is called with
+HOST = socket.gethostname()
 
 
 @contextlib.contextmanager
@@ -28,7 +38,7 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[Any]:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException:
@@ -41,9 +51,42 @@ def sync_folder(folder: Path) -> None:
     with contextlib.suppress(PermissionError):      # some systems cannot open a folder
         descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            sync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def sync(descriptor: int) -> None:
+    """Flush a file or folder to the disk, on file systems that can."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in MISSING:
+            raise
+
+
+def point(link: Path, target: Path) -> None:
+    """Make `link` point at `target`, which is beside it, in one step: as a symbolic link, or as a
+    text file that holds its name if the file system has no links."""
+    temporary = link.with_name(f".{link.name}.partial")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(target.name)
+    except OSError as error:
+        if error.errno not in MISSING:
+            raise
+        temporary.write_text(target.name)
+    os.replace(temporary, link)
+    sync_folder(link.parent)
+
+
+def pointed_at(link: Path) -> Path | None:
+    """What `point` made `link` point at, there or not; None if it is no such link."""
+    if link.is_symlink():
+        return link.parent / os.readlink(link)
+    if link.name in POINTERS and link.is_file():
+        return link.parent / Path(link.read_text("utf-8", "replace")[:100].strip()).name
+    return None
 
 
 def sha256(path: Path) -> str:
@@ -53,17 +96,69 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def exclusive_lock(lock: Path, message: str) -> Iterator[None]:
-    """Hold `lock` during the block. Raises UserError with `message` if another process holds it.
+def exclusive_lock(lock: Path, busy: str, advice: str) -> Iterator[None]:
+    """Hold `lock` during the block. Raises UserError if another process holds it: `busy`, who holds
+    it, `advice`.
 
-    The lock of a killed process is free again.
+    The lock of a killed process is free again. On a file system without locks, the file itself is
+    the lock; that of another machine's killed process must be deleted by hand.
     """
+    native = _has_locks(lock.parent)
+    if not native:
+        _remove_empty(lock)
+    held = FileLock(lock) if native else SoftFileLock(lock)
     try:
-        held = FileLock(lock).acquire(timeout=0)
+        held.acquire(timeout=0)
     except Timeout:
-        raise UserError(message) from None
-    with held:
+        raise UserError(f"{busy} by another process{_holder(lock)}\n  {advice}") from None
+    try:
+        if native:                                  # the other kind writes the same lines itself
+            _write_holder(lock, f"{os.getpid()}\n{HOST}\n")
         yield
+    finally:
+        if native:
+            _write_holder(lock, "")
+        held.release()
+
+
+def _has_locks(folder: Path) -> bool:
+    """Whether the file system of a folder has locks that end with their process."""
+    with tempfile.NamedTemporaryFile(prefix=".lock-", suffix=".partial", dir=folder) as file:
+        try:
+            if lock_descriptor(file.fileno(), blocking=False):
+                unlock_descriptor(file.fileno())
+        except OSError as error:
+            if error.errno not in MISSING:
+                raise
+            return False
+    return True
+
+
+def _remove_empty(lock: Path) -> None:
+    """Remove the empty file that a real lock leaves, if the run comes from another file system. A
+    process that takes the lock now fills its file at once."""
+    for seconds in (1, 0):
+        if not lock.exists() or lock.stat().st_size:
+            return
+        time.sleep(seconds)
+    lock.unlink(missing_ok=True)
+
+
+def _write_holder(lock: Path, text: str) -> None:
+    with contextlib.suppress(OSError):              # only a help for the message
+        lock.write_text(text)
+
+
+def _holder(lock: Path) -> str:
+    """Who holds a lock, and what to do if that machine is gone; nothing if nobody wrote it."""
+    with contextlib.suppress(OSError, ValueError):
+        process, host = lock.read_text("utf-8").split("\n")[:2]
+        if host == HOST:
+            return f" (process {process} on this machine holds {lock})"
+        if host:
+            return (f" (process {process} on {host} holds {lock}; delete that file if the process "
+                    "has ended)")
+    return f" (it holds {lock})"
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from errors import ArgumentParser, UserError, run_command
 
 from tqdm import tqdm
 
+from console import stdout_is_the_result
 from files import atomic_write, explain_disk_errors, must_be_writable
 from induction.examine import (
     examine_on_probe,
@@ -104,6 +105,8 @@ def verdict(arguments: list[str]) -> None:
                         "that is available)")
     args = parser.parse_args(arguments)
     must_be_writable(args.out, "--out")
+    if not args.out:
+        stdout_is_the_result()
     bar = tqdm(args.runs, "examining", unit=" runs", delay=2, leave=False)
     page = verdict_page([judge_run(load_run(where, device=choose_device(args.device, "--device ")))
                          for where in bar])

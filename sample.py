@@ -16,6 +16,7 @@ from errors import ArgumentParser, UserError, first_line, run_command
 
 from tqdm import tqdm
 
+from console import stdout_is_the_result
 from data.tokenizer import Tokenizer
 from model.compiled import CompiledStep
 from model.generate import Sampling, generate
@@ -28,9 +29,13 @@ Show = Callable[[int, str], None]           # called with (number of the prompt,
 
 def main() -> None:
     args = parse_arguments()
-    for stream in (sys.stdin, sys.stdout):          # bytes that are not UTF-8 pass unchanged
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape")
+    stdout_is_the_result()
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")     # as console.py does for stdout
+    if args.json and isinstance(sys.stdout, TextIOWrapper):
+        # JSON's encoding, whatever the console's is. A byte of a prompt that is not UTF-8 becomes
+        # an escape (\udcff): written as it is, no parser would accept the file.
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     # Large pages, asked for before the first tensor: a CPU then reads weights a third faster.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     device = choose_device(args.device, "--device ")

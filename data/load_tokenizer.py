@@ -10,6 +10,7 @@ from data.byte_bpe import bytes_tokenizer, named_encoding, read_byte_bpe, train_
 from data.config import TokenizerConfig
 from data.hf_tokenizer import HuggingFaceTokenizer
 from data.tokenizer import Tokenizer
+from files import pointed_at
 
 LARGEST_FILE = 2 ** 28          # bytes of a tokenizer.json: o200k's has about 2 ** 24
 
@@ -46,5 +47,6 @@ def make_tokenizer(config: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
         return train_bpe(texts, config.vocab_size)
     if config.is_path:
         path = Path(config.kind)
+        path = pointed_at(path) or path                 # `latest` without symbolic links
         return load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
     return named_encoding(config.kind)

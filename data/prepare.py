@@ -61,8 +61,7 @@ def prepare(config: DataConfig, verify: bool = False) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         _check_folder(folder, key)
         if not manifest.exists():
-            busy = f"{folder} is being prepared by another process (wait for it)"
-            with exclusive_lock(folder / ".lock", busy):
+            with exclusive_lock(folder / ".lock", f"{folder} is being prepared", "wait for it"):
                 try:
                     if not manifest.exists():       # another process may just have finished
                         _prepare(corpus, config, folder, key)

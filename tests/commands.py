@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 # Packages read these when they are imported: a fork would see them too late.
-READ_BY_IMPORTS = {"ATEN_CPU_CAPABILITY", "OMP_NUM_THREADS", "TRITON_INTERPRET"}
+READ_BY_IMPORTS = {"ATEN_CPU_CAPABILITY", "LD_PRELOAD", "OMP_NUM_THREADS", "TRITON_INTERPRET"}
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([
     "torch", "torch._dynamo", "torch.nn.attention.flex_attention", "pydantic.fields",

@@ -102,7 +102,7 @@ def test_prompts_may_follow_options_and_hold_any_bytes(trained, tmp_path):
         input=b"ab\xff", capture_output=True,
         env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout.decode("utf-8", "surrogateescape"))
+    rows = json.loads(done.stdout.decode("utf-8"))
     prompts = [row["prompt"].encode("utf-8", "surrogateescape") for row in rows]
     assert prompts == [b"ab\xff", b"a\x0cb", b"\xff"]
     fails(sample(trained, "x", "--interactive"), "--interactive")

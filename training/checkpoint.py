@@ -33,7 +33,7 @@ from torch import Tensor
 
 from data.load_tokenizer import load_tokenizer
 from data.tokenizer import Tokenizer
-from files import explain_disk_errors, sha256, sync_folder
+from files import explain_disk_errors, point, pointed_at, sha256, sync, sync_folder
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.huggingface import hf_config, hf_state, load_hf_state, one_or_all
@@ -175,14 +175,15 @@ def _write(path: Path, content: FileContent) -> None:
     if isinstance(content, dict):
         try:
             save_file(content, path, metadata={"format": "pt"})
-            path.chmod(0o644)               # safetensors makes it readable by its owner only
+            with contextlib.suppress(OSError):          # FAT has no permissions
+                path.chmod(0o644)           # safetensors makes it readable by its owner only
         except SafetensorError as error:            # it hides the system's error in its text
             disk_full = "os error 28" in str(error)
             raise OSError(errno.ENOSPC if disk_full else errno.EIO, str(error)) from None
     else:
         path.write_bytes(content)
     with open(path, "rb") as file:
-        os.fsync(file.fileno())
+        sync(file.fileno())
 
 
 def _json(value: object) -> bytes:
@@ -204,8 +205,13 @@ def find_checkpoint(where: str | Path) -> Path:
     path = Path(where)
     if (path / "manifest.json").exists() and (path / "config.json").exists():
         return path.resolve()
-    if path.is_symlink() and path.parent.name == "checkpoints":
-        path = path.parent                          # `latest` or `best` with its target deleted
+    if path.parent.name == "checkpoints":
+        target = pointed_at(path)
+        if target and (target / "manifest.json").exists():
+            return target.resolve()
+        # `latest` or `best` with its target deleted, or a copy of the run without its links.
+        if target or (path.name == "latest" and not path.exists()):
+            path = path.parent
     if not path.exists():
         near: list[str] = []
         if path.parent.is_dir():
@@ -221,27 +227,35 @@ def find_checkpoint(where: str | Path) -> Path:
     return checkpoints[-1]
 
 
-def point(link: Path, target: Path) -> None:
-    """Make the symbolic link `link` point at `target`, in one step."""
-    temporary = link.with_name(f".{link.name}.partial")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
-    os.replace(temporary, link)
-    sync_folder(link.parent)
-
-
 def point_latest_at_newest(folder: Path) -> None:
     """Make `latest` point at the newest complete checkpoint, whatever it pointed at before."""
     checkpoints = list_checkpoints(folder)
     if checkpoints:
         _warn_if_dangling(folder / "latest", checkpoints[-1])
+        _remove_copy(folder / "latest")
         point(folder / "latest", checkpoints[-1])
 
 
 def _warn_if_dangling(link: Path, newest: Path) -> None:
-    if link.is_symlink() and not (link / "manifest.json").exists():
-        print(f"note: {link} points at {os.readlink(link)}, which is not a complete checkpoint; "
+    target = pointed_at(link)
+    if target and not (target / "manifest.json").exists():
+        print(f"note: {link} points at {target.name}, which is not a complete checkpoint; "
               f"the newest is {newest}", file=sys.stderr)
+
+
+def _remove_copy(link: Path) -> None:
+    """Remove the folder that a copy which follows links (`cp -rL`) made of `link`.
+
+    Raises UserError if it is something else.
+    """
+    if link.is_symlink() or not link.is_dir():
+        return
+    manifests = [path / "manifest.json" for path in list_checkpoints(link.parent)]
+    own = link / "manifest.json"
+    if not own.exists() or own.read_bytes() not in [path.read_bytes() for path in manifests]:
+        raise UserError(f"{link} is a folder, but none of {link.parent} has its contents\n"
+                        "  move it out of the way: a link belongs there")
+    shutil.rmtree(link)
 
 
 def prune(folder: Path, keep: int, listed: list[int]) -> None:
@@ -255,6 +269,7 @@ def prune(folder: Path, keep: int, listed: list[int]) -> None:
             if loss is not None:
                 losses[path] = loss
     best = min(losses, key=lambda path: losses[path], default=None)
+    _remove_copy(folder / "best")
     if best:
         point(folder / "best", best)
     else:

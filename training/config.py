@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from collections.abc import Sequence
 from math import isqrt
 from pathlib import Path
@@ -19,7 +20,9 @@ from settings.validate import Conflicts, Settings, validate
 from settings.yaml12 import override, read_file
 
 Every = Annotated[NonNegativeInt, Field(description="steps between two; 0: never")]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+LONGEST_NAME = 100
+Name = Annotated[str, Field(pattern=NAME, max_length=LONGEST_NAME)]
 NonNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -159,6 +162,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     tree = read_file(path)
     return validate(Config, tree, str(path), override(tree, overrides))
+
+
+def named_after(folder: Path, config: Config) -> Config:
+    """The config of the run in `folder`, with the name that the folder has now: it may have been
+    renamed or copied. If that cannot be a run's name, the run keeps its own."""
+    name = folder.resolve().name
+    if len(name) <= LONGEST_NAME and re.fullmatch(NAME, name):
+        return config.model_copy(update={"run": name})
+    return config
 
 
 def dump_config(config: Config) -> str:

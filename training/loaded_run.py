@@ -12,7 +12,7 @@ from data.dataset import Dataset
 from data.tokenizer import Tokenizer
 from model.gpt import GPT
 from training.checkpoint import find_checkpoint, list_checkpoints, load_model, read_state
-from training.config import Config, load_config
+from training.config import Config, load_config, named_after
 from training.logger import Record, read_metrics
 
 
@@ -68,7 +68,9 @@ def load_run(where: str | Path, step: int | None = None,
         checkpoint = kept[step]
     model, tokenizer = load_model(checkpoint, device)
     config = load_config(checkpoint / "training_state" / "config.yaml")
-    in_run = checkpoint.parent.name == "checkpoints"
-    folder = checkpoint.parent.parent if in_run else checkpoint
+    folder = checkpoint
+    if checkpoint.parent.name == "checkpoints":
+        folder = checkpoint.parent.parent
+        config = named_after(folder, config)
     return LoadedRun(folder, checkpoint, read_state(checkpoint), config,
                      model.requires_grad_(False), tokenizer)

@@ -120,9 +120,7 @@ class Console:
         self._print(text, "\n")
 
     def _print(self, text: str, end: str) -> None:
-        if self.silent:
-            return
-        with contextlib.suppress(BrokenPipeError):      # `| head` has read enough: train on
+        if not self.silent:
             print(f"\r\033[K{text}" if self.terminal else text, end=end, flush=True)
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from errors import ArgumentParser, UserError, run_command
 
+from console import stdout_is_the_result
 from model import budget
 from model.budget import activation_bytes_per_token, flops_per_token, in_units, parameters
 from model.config import ModelConfig
@@ -329,6 +330,7 @@ def main() -> None:
     parser.add_argument("--mfu", type=positive, default=0.4,
                         help="fraction of the peak that is reached (default 0.4, an assumption)")
     args = parser.parse_intermixed_args()
+    stdout_is_the_result()
     described = any(getattr(args, name) != parser.get_default(name)
                     for name in ("device_memory", "bandwidth", "tflops", "mfu"))
     devices = 1 if args.world_size is None and described else args.world_size

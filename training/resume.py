@@ -1,6 +1,7 @@
 """Continuing a run: which config it goes on with, and the weights and optimizer state it goes on
 from."""
 
+import json
 import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,7 +21,7 @@ from training.checkpoint import (
     prune,
     read_state,
 )
-from training.config import Change, Config, differences, load_config
+from training.config import Change, Config, differences, load_config, named_after
 from training.optimizer import Optimizer
 from training.parallel import Parallel
 
@@ -57,7 +58,7 @@ def job_of(target: str, overrides: list[str]) -> Job:
         config = load_config(target, overrides)
         folder = Path("runs") / config.run
         if (folder / "config.yaml").exists():
-            changes = differences(load_config(folder / "config.yaml"), config)
+            changes = differences(named_after(folder, load_config(folder / "config.yaml")), config)
             if changes:
                 more = "; …" if len(changes) > 3 else ""
                 raise UserError(f"{folder} holds a run of another config "
@@ -71,8 +72,9 @@ def job_of(target: str, overrides: list[str]) -> Job:
     if not saved.exists():
         raise UserError(f"{target} holds no config.yaml, so it is not a run "
                         "(runs/NAME continues one, configs/NAME.yaml starts one)")
-    config = load_config(saved, overrides)
-    changes = differences(load_config(saved), config)
+    before = named_after(folder, load_config(saved))
+    config = load_config(saved, [f"run={json.dumps(before.run)}", *overrides])
+    changes = differences(before, config)
     fixed = FIXED if newest_progress(folder).step else FIXED_BEFORE_TRAINING
     if impossible := [change for change in changes if is_below(change.key, fixed)]:
         raise UserError(f"{target} cannot be continued with another {listed(impossible[:3])}\n"
@@ -102,9 +104,8 @@ def _progress(state: dict[str, Any]) -> Progress:
 
 def only_trainer(folder: Path) -> AbstractContextManager[None]:
     """Hold the lock of a run directory. Raises UserError if another process trains the run."""
-    return exclusive_lock(folder / ".lock",
-                    f"{folder} is being trained by another process\n"
-                    "  wait for it, stop it, or begin another run with: run=NEW")
+    return exclusive_lock(folder / ".lock", f"{folder} is being trained",
+                          "wait for it, stop it, or begin another run with: run=NEW")
 
 
 def resume(config: Config, folder: Path, model: GPT, optimizer: Optimizer, data: Dataset,
@@ -134,7 +135,7 @@ def resume(config: Config, folder: Path, model: GPT, optimizer: Optimizer, data:
                     f"{folder} was trained on other data, which was in {progress.data_folder}\n"
                     "  bring that back, or begin another run with: run=NEW")
             load_weights(model, newest, parallel)
-            saved = load_config(newest / "training_state" / "config.yaml")
+            saved = named_after(folder, load_config(newest / "training_state" / "config.yaml"))
             if other := [change for change in differences(config, saved)
                          if is_below(change.key, FIXED)]:
                 raise world.error(

@@ -6,7 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -107,8 +107,8 @@ class Run:
             self.stack.__exit__(error_type, error, traceback)
 
     def start(self, progress: Progress, model_config: ModelConfig) -> None:
-        """Open the logs at the step the run goes on from, and stop on Ctrl-C and SIGTERM from now
-        on."""
+        """Open the logs at the step the run goes on from, and stop on Ctrl-C, SIGTERM and
+        a hang-up (a closed terminal, a lost connection) from now on."""
         self.step, self.tokens = progress.step, progress.tokens
         self.seconds_before = progress.seconds
         device = self.hardware.device
@@ -124,7 +124,10 @@ class Run:
         # The backward pass costs two forward passes.
         self.flops_per_token = 3 * flops_per_token(model_config).total()
         self.opened = self.timed_from = time.monotonic()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)        # Windows has no SIGHUP
+            if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+                continue                                # nohup: the run outlives its terminal
             previous = signal.signal(number, self._request_stop)
             self.stack.callback(signal.signal, number, previous)
 
@@ -146,7 +149,8 @@ class Run:
         if self.stop_requested and number == signal.SIGINT:         # a second Ctrl-C means now
             raise KeyboardInterrupt
         self.stop_requested = True
-        self.say(f"{signal.Signals(number).name}: finishing this step, then saving")
+        with suppress(RuntimeError):        # it came while a line was being printed
+            self.say(f"{signal.Signals(number).name}: finishing this step, then saving")
 
     def enter(self, context: AbstractContextManager[Value]) -> Value:
         """Enter a context that is left when the run is closed."""

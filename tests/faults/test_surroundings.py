@@ -169,7 +169,7 @@ def test_one_preparation_at_a_time(lab: Lab, fault):
     (lab / "out").mkdir()
     prepare = ("-m data.prepare", "tiny.yaml", "data.folder=out")
     with fault("two trainers on one run", "two that prepare the same data"):
-        with exclusive_lock(lab / "out/.lock", "mine"):
+        with exclusive_lock(lab / "out/.lock", "mine", "wait"):
             fails(command(*prepare, cwd=lab.folder), "being prepared by another process")
     succeeds(command(*prepare, cwd=lab.folder))
 
