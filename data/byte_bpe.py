@@ -160,9 +160,10 @@ def read_byte_bpe(text: str, name: str) -> ByteBPE | None:
         return None
     ranks = {bytes(byte_of[letter] for letter in token): i for token, i in tokens.items()}
     tokenizer = ByteBPE(ranks, pattern, special, name)
-    if not (_merges_are_ranks(text, tokens, special, model["merges"])
-            and COMMON_SYNTAX.fullmatch(pattern)) and text != tokenizer.json:
-        return None                             # and not written by us
+    proven = (COMMON_SYNTAX.fullmatch(pattern)
+              and _merges_are_ranks(text, tokens, special, model["merges"]))
+    if not proven and not _is_ours(text, tokenizer):
+        return None
     tokenizer.json = text                       # identified by its file, whoever wrote it
     return tokenizer
 
@@ -194,6 +195,14 @@ def _is_plain(contents: dict[str, Any]) -> bool:
             and model.get("type", "BPE") == "BPE"
             and all(part["type"] == "ByteLevel" for part in others)
             and all(token["special"] for token in contents["added_tokens"]))
+
+
+def _is_ours(text: str, tokenizer: ByteBPE) -> bool:
+    """Whether we wrote this file. Then tiktoken defines its ids."""
+    if text == tokenizer.json:
+        return True
+    last = tokenizer.begin == tokenizer.n_vocab - 1         # trainers put special tokens first
+    return last and json.loads(text) == json.loads(tokenizer.json)
 
 
 def _merges_are_ranks(text: str, tokens: dict[str, int], special: dict[str, int],

@@ -75,7 +75,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _find_added_space(self) -> bool:
         """Whether encoding adds a space in front of a text, which decoding removes again."""
-        ids = self.library.encode("a", add_special_tokens=False).ids
+        ids = _ids(self.library, "a")
         decoded = self.library.decode(ids)
         if decoded != "a" or self.decode_bytes(ids) not in (b"a", b" a"):
             raise ValueError(f"it encodes 'a' and decodes {decoded!r}: its decoder does not undo "
@@ -115,7 +115,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return np.delete(ids, np.add.outer(starts, [1, 2, 3]).ravel())
 
     def _encode(self, text: str) -> np.ndarray:
-        return np.array(self.library.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+        return np.array(_ids(self.library, text), dtype=np.uint32)
 
     def restores(self, raw: bytes, ids: Iterable[int]) -> bool:
         decoded = self.decode_bytes(ids)
@@ -218,7 +218,7 @@ def _run_by_library(text: str) -> HFTokenizer:
         library = HFTokenizer.from_str(text)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:      # the library raises Exception, and panics are no Exception
+    except BaseException as error:      # the library raises Exception; a panic of its is none
         raise ValueError(f"tokenizers cannot read it: {first_line(error)}") from None
     if not isinstance(library.model, models.BPE):
         raise ValueError(f"its model is {type(library.model).__name__}, only BPE is supported")
@@ -226,6 +226,17 @@ def _run_by_library(text: str) -> HFTokenizer:
     library.no_truncation()
     library.no_padding()
     return library
+
+
+def _ids(library: HFTokenizer, text: str, as_prompt: bool = False) -> list[int]:
+    """The ids of a text; `as_prompt`: with those that a post_processor adds."""
+    try:
+        return library.encode(text, add_special_tokens=as_prompt).ids
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:      # a panic: a pattern backtracked for too long
+        raise UserError("the tokenizer's pattern cannot cut this text into words "
+                        f"({first_line(error)})") from None
 
 
 def _smaller_vocabulary(library: HFTokenizer, vocab_size: object, ends: list[int]) -> int | None:
@@ -251,7 +262,7 @@ def _check_model(model: models.BPE) -> None:
 
 def _check_decoder(tokenizer: HuggingFaceTokenizer) -> None:
     """Raise ValueError if the library decodes some ids to other text than their tokens spell."""
-    ids = tokenizer.library.encode(PROBE, add_special_tokens=False).ids
+    ids = _ids(tokenizer.library, PROBE)
     expected, decoded = tokenizer.library.decode(ids), tokenizer.decode(ids)
     if decoded != expected:
         decoder = type(tokenizer.library.decoder).__name__
@@ -262,8 +273,7 @@ def _check_decoder(tokenizer: HuggingFaceTokenizer) -> None:
 def _adds_begin(tokenizer: HuggingFaceTokenizer) -> bool:
     """Whether the tokenizer itself puts `begin` before a prompt. Raises ValueError if it adds
     anything else."""
-    plain, full = (tokenizer.library.encode("a", add_special_tokens=special).ids
-                   for special in (False, True))
+    plain, full = (_ids(tokenizer.library, "a", as_prompt) for as_prompt in (False, True))
     if full not in (plain, [tokenizer.begin, *plain]):
         shown = " ".join("a" if i in plain else tokenizer.token_text(i) for i in full)
         raise ValueError(f"its post_processor turns a prompt 'a' into {shown!r}, only "

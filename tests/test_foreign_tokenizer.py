@@ -221,6 +221,14 @@ def test_a_file_of_ours_is_run_by_tiktoken_whatever_its_pattern(tmp_path):
     assert loaded.encode("qxqxq").tolist() == [299]
 
 
+def test_a_pattern_that_backtracks_without_end_is_given_up(tmp_path):
+    pre_tokenizer = "p.Sequence([p.Split(Regex(r'(?:(x+)\\2+)+y|(x+x+)+y'), 'isolated'), BYTES])"
+    (tmp_path / "tokenizer.json").write_text(made(lambda t: None, pre_tokenizer))
+    ours = load_tokenizer(tmp_path / "tokenizer.json")
+    with pytest.raises(UserError, match="cannot cut this text into words"):
+        ours.encode("x" * 60)
+
+
 def test_chat_templates_and_roles_are_found_wherever_they_are(tmp_path):
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(
         {"pad_token": "<pad>", "unk_token": {"content": "<unk>"}, "eos_token": END}))
