@@ -21,7 +21,7 @@ class UserError(Exception):
     """Something the user can fix. The message names the thing, its value and the fix."""
 
 
-def first_line(error: Exception, longest: int = 150) -> str:
+def first_line(error: BaseException, longest: int = 150) -> str:
     """The first line of another library's exception, cut to a length that fits a line."""
     lines = str(error).splitlines()
     return (lines[0] if lines else type(error).__name__)[:longest]

@@ -22,13 +22,17 @@ import tiktoken
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from data.tokenizer import Tokenizer, byte_letters
+from data.tokenizer import LARGEST_ID, Tokenizer, byte_letters
 
 END_OF_TEXT = "<|endoftext|>"
 DOWNLOAD_SECONDS = 60
-LARGEST_ID = 2 ** 22            # tables are as long as the largest id
 # GPT-2's pattern that cuts text into words before merging (Radford et al. 2019).
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"
+# What a pattern may consist of for tiktoken's regex engine and Hugging Face's to read it in the
+# same way: literals, classes, groups, (?!…), greedy quantifiers. Not: ^ $ . \b \h, flags, (?<…).
+COMMON_SYNTAX = re.compile(
+    r"(?:\\p\{[A-Z][a-z]?\}|\\[srntS]|\[\^?(?:\\p\{[A-Z][a-z]?\}|\\[srnt]|[^\\\[\]&^-])+\]"
+    r"|\(\?(?:i?:|!)|\((?!\?)|[)|]|(?:[+*?]|\{\d+(?:,\d*)?\})(?![+*?{])|[^\\\[\](){}|+*?^$.])*")
 
 
 class ByteBPE(Tokenizer):
@@ -61,6 +65,8 @@ class ByteBPE(Tokenizer):
 
     @property
     def ordinary_ids(self) -> np.ndarray:
+        if self.begin < 256:                    # others may give the first ids to special tokens
+            return np.array(sorted(self.ranks.values()))
         return np.arange(self.begin)
 
     @cached_property
@@ -132,28 +138,89 @@ def portable_pattern(pattern: str) -> str:
     return re.sub(r"([+*?]|\{\d+(?:,\d*)?\})\+", r"\1", pattern).replace("$", r"\z")
 
 
-def read_byte_bpe(text: str, name: str) -> ByteBPE:
-    """A tokenizer.json of ours, from its `text`.
+def read_byte_bpe(text: str, name: str) -> ByteBPE | None:
+    """The tokenizer of a tokenizer.json, from its `text`. None if tiktoken might give other ids.
 
-    Raises ValueError, LookupError, TypeError or AttributeError if it is not one.
+    That is so unless each part of the file is one that ours have too, or changes no ids: padding
+    and truncation, which are for batches; the decoder and what is cut off offsets; what happens to
+    unknown letters, because every byte has one. Raises ValueError, LookupError, TypeError or
+    AttributeError for a file that is no tokenizer at all.
     """
     contents: dict[str, Any] = json.loads(text)
-    if contents.get("normalizer") is not None:
-        raise ValueError("it changes text before encoding it: import its model instead")
+    pattern, model = _pattern(contents.get("pre_tokenizer")), contents["model"]
+    if pattern is None or not _is_plain(contents):
+        return None
     byte_of = {letter: byte for byte, letter in byte_letters().items()}
     special = {token["content"]: token["id"] for token in contents["added_tokens"]}
-    vocabulary = contents["model"]["vocab"]
-    ids = set(vocabulary.values())
-    if len(ids) < len(vocabulary) or min(ids) < 0 or not vocabulary.keys() >= byte_of.keys():
-        raise ValueError("its ids are not those of a vocabulary with every byte in it")
-    if max(*ids, *special.values()) >= LARGEST_ID:
-        raise ValueError("its ids are larger than those of any tokenizer")
-    ranks = {bytes(byte_of[letter] for letter in token): i
-             for token, i in vocabulary.items() if token not in special}
-    pattern = contents["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    tokens = {token: i for token, i in model["vocab"].items() if token not in special}
+    ids = [*tokens.values(), *special.values()]
+    if (len({*ids}) < len(ids) or min(ids) < 0 or max(ids) >= LARGEST_ID
+            or END_OF_TEXT not in special or not tokens.keys() >= byte_of.keys()
+            or not byte_of.keys() >= {*"".join(tokens)}):
+        return None
+    ranks = {bytes(byte_of[letter] for letter in token): i for token, i in tokens.items()}
     tokenizer = ByteBPE(ranks, pattern, special, name)
+    proven = (COMMON_SYNTAX.fullmatch(pattern)
+              and _merges_are_ranks(text, tokens, special, model["merges"]))
+    if not proven and not _is_ours(text, tokenizer):
+        return None
     tokenizer.json = text                       # identified by its file, whoever wrote it
     return tokenizer
+
+
+def _pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
+    """The pattern of a pre-tokenizer that does what `_pre_tokenizer` does."""
+    match pre_tokenizer:
+        case {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated",
+                 "invert": False, **more},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False, **offsets}]}:
+            return pattern if not more and offsets.keys() <= {"trim_offsets"} else None
+    return None
+
+
+def _is_plain(contents: dict[str, Any]) -> bool:
+    """Whether all parts of a tokenizer.json but its pre-tokenizer, vocabulary and merges leave the
+    ids as they are."""
+    known = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer",
+             "post_processor", "decoder", "model"}
+    known_of_model = {"type", "dropout", "unk_token", "continuing_subword_prefix",
+                      "end_of_word_suffix", "fuse_unk", "byte_fallback", "ignore_merges", "vocab",
+                      "merges"}
+    model = contents["model"]
+    changing = [contents.get("normalizer"), *map(model.get, (
+        "dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"))]
+    others = [contents.get(part) or {"type": "ByteLevel"} for part in ("decoder", "post_processor")]
+    return (contents.keys() <= known and model.keys() <= known_of_model and not any(changing)
+            and model.get("type", "BPE") == "BPE"
+            and all(part["type"] == "ByteLevel" for part in others)
+            and all(token["special"] for token in contents["added_tokens"]))
+
+
+def _is_ours(text: str, tokenizer: ByteBPE) -> bool:
+    """Whether we wrote this file. Then tiktoken defines its ids."""
+    if text == tokenizer.json:
+        return True
+    last = tokenizer.begin == tokenizer.n_vocab - 1         # trainers put special tokens first
+    return last and json.loads(text) == json.loads(tokenizer.json)
+
+
+def _merges_are_ranks(text: str, tokens: dict[str, int], special: dict[str, int],
+                      merges: list[Any]) -> bool:
+    """Whether merging by the list `merges` and merging by ids, as tiktoken does, are the same.
+
+    They are if every token is the result of one merge, in the order of the ids, and Hugging Face
+    gets each token from its own letters. Then two neighbours that tiktoken may merge are the last
+    two parts of a token, and those are unique.
+    """
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    merged = ["".join(pair) for pair in pairs]
+    by_id = sorted((token for token in tokens if len(token) > 1), key=lambda token: tokens[token])
+    if merged != by_id:
+        return False
+    library = HFTokenizer.from_str(text)
+    return (all(library.token_to_id(token) == i for token, i in special.items())
+            and all(len(library.model.tokenize(token)) == 1 for token in by_id))
 
 
 def _pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:

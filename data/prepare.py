@@ -23,6 +23,7 @@ from data.config import DataConfig
 from data.corpus import TextCorpus
 from data.encode import Encoded, encode_in_order, is_validation, usable_cores
 from data.load_tokenizer import load_tokenizer, make_tokenizer
+from data.round_trip import RoundTrip
 from data.shards import FORMAT, Shards
 from data.tokenizer import Tokenizer
 from files import atomic_write, exclusive_lock, explain_disk_errors, sha256
@@ -192,11 +193,13 @@ def _write_parts(corpus: TextCorpus, config: DataConfig, tokenizer: Tokenizer, f
     small = (corpus.size() or SMALL_BYTES) < SMALL_BYTES
     encoded = encode_in_order(pieces, tokenizer, folder / "tokenizer.json", config.val_fraction,
                               cores=1 if small else usable_cores())
+    round_trip = RoundTrip(tokenizer)
+    watched = round_trip.watch(encoded)
     with closing(encoded), _progress_bar(corpus, bytes_skipped) as bar:
         while limit is None or tokens < limit:
             previous = journal[-1]["ends_in"] if journal else None
             remaining = None if limit is None else limit - tokens
-            part = _next_part(encoded, tokenizer.begin, previous, bar, remaining)
+            part = _next_part(watched, tokenizer.begin, previous, bar, remaining)
             if part.pieces == 0:
                 break
             entries = _write_shards(folder, len(journal), part.streams)
@@ -205,6 +208,8 @@ def _write_parts(corpus: TextCorpus, config: DataConfig, tokenizer: Tokenizer, f
             _write_json(folder / "journal.json", {"key": key, "parts": journal})
         bar.total = bar.n       # files with fields and a hub's limit have more bytes than text
         bar.refresh()
+    if round_trip.warning:
+        print(round_trip.warning, file=sys.stderr)
 
 
 def _next_part(encoded: Iterator[Encoded], begin: int, previous: str | None, bar: tqdm,

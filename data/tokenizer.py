@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+LARGEST_ID = 2 ** 22            # tables are as long as the largest id
+
 
 class Tokenizer(ABC):
     """A BPE that can spell every byte.
@@ -20,9 +22,12 @@ class Tokenizer(ABC):
     n_vocab     the number of ids, unused ones included
     special     the ids of special tokens, by their text
     byte_ids    the ids that spell each byte
+    kept        what other programs need and we do not: more of tokenizer_config.json
+                (data/companions.py)
     """
 
     prefixed = False
+    kept: dict[str, Any] = {}       # never changed in place
     begin: int
     ends: tuple[int, ...]
     n_vocab: int
@@ -100,6 +105,10 @@ class Tokenizer(ABC):
         except UnicodeDecodeError:
             return raw.decode("utf-8", "replace")
 
+    def restores(self, raw: bytes, ids: Iterable[int]) -> bool:
+        """Whether `ids`, which encode `raw`, decode to the same bytes."""
+        return self.decode_bytes(ids) == raw
+
     @cached_property
     def byte_lengths(self) -> np.ndarray:
         """How many bytes of text each id stands for, for the loss per byte: (V,) int64."""
@@ -111,7 +120,7 @@ class Tokenizer(ABC):
         return {"tokenizer_class": "PreTrainedTokenizerFast",
                 "bos_token": self.token_text(self.begin),
                 "eos_token": self.token_text(self.ends[0]),
-                "clean_up_tokenization_spaces": False}
+                "clean_up_tokenization_spaces": False} | self.kept
 
 
 def byte_letters() -> dict[int, str]:

@@ -13,9 +13,11 @@ from commands import command, fails, succeeds
 from conftest import metrics
 from safetensors.torch import load_file, save_file
 from theirs import LLAMA3, MODELS, YARN, save_hf_model
+from tokenizers import AddedToken, Tokenizer
 
 from model.families import family
 from training.checkpoint import find_checkpoint, load_model
+from training.config import load_config
 from training.import_model import import_model
 from training.resume import job_of
 
@@ -281,6 +283,133 @@ def test_a_run_appears_complete_or_not_at_all(hf_models, workplace, monkeypatch)
     with pytest.raises(UserError, match=r"into runs/x: .*No space left.*\n.*import again"):
         import_model(hf_models / "gpt2", Path("runs/x"))
     assert not list(Path("runs").iterdir())
+
+
+# --- what belongs to a model and not to us ----------------------------------------------------
+
+CHAT = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def edit_json(path: Path, changes: dict) -> None:
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+
+
+def check_companions(checkpoint: Path) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert text == "hi"
+    assert (tokenizer.pad_token, tokenizer.unk_token) == ("<|padding|>", "<|endoftext|>")
+    generation = GenerationConfig.from_pretrained(checkpoint)
+    assert (generation.temperature, generation.do_sample) == (0.25, False)
+    assert (generation.pad_token_id, generation.eos_token_id) == (1, 0)
+
+
+@pytest.mark.parametrize("in_files", [False, True], ids=["in tokenizer_config", "in files"])
+def test_chat_template_roles_and_generation_config_are_in_every_checkpoint(
+        in_files, hf_models, workplace):
+    shutil.copytree(hf_models / "gpt_neox", "hf")
+    roles = {"pad_token": "<|padding|>", "unk_token": "<|endoftext|>"}
+    if in_files:
+        edit_json(Path("hf/special_tokens_map.json"), roles)
+        Path("hf/chat_template.jinja").write_text(CHAT)
+    else:
+        edit_json(Path("hf/tokenizer_config.json"), roles | {"chat_template": CHAT})
+    edit_json(Path("hf/generation_config.json"),
+              {"temperature": 0.25, "do_sample": False, "pad_token_id": 1, "eos_token_id": 0})
+    run = Path("runs/m")
+    import_model(hf_models / "gpt_neox", Path("runs/bare"))     # the same ids, the same shards
+    arguments = (*NEW_DATA, "eval.every=0", "heads.every=0")
+    succeeds(command("train.py", "runs/bare", *arguments, "train.steps=1"))
+    import_model(Path("hf"), run)
+    check_companions(run / "checkpoints/000000")
+    succeeds(command("train.py", run, *arguments, "train.steps=1"))
+    check_companions(run / "checkpoints/000001")
+    succeeds(command("train.py", run, "train.steps=2"))
+    check_companions(run / "checkpoints/000002")
+    assert "chat_template" not in Path("runs/bare/checkpoints/000001/tokenizer_config.json"
+                                       ).read_text()
+
+
+def test_special_ids_past_the_embedding_are_no_text(hf_models, workplace):
+    shutil.copytree(hf_models / "gpt2", "hf")
+    path = Path("hf/tokenizer.json")
+    bare = Tokenizer.from_file(str(path))
+    edit_config(Path("hf"), {"vocab_size": bare.get_vocab_size()})      # as small as it can be
+    state = load_file("hf/model.safetensors")
+    state["transformer.wte.weight"] = state["transformer.wte.weight"][:bare.get_vocab_size()]
+    state.pop("lm_head.weight", None)
+    save_file(state, "hf/model.safetensors", metadata={"format": "pt"})
+    padded = Tokenizer.from_file(str(path))
+    padded.add_special_tokens([AddedToken("<pad>", special=True)])
+    padded.save(str(path))
+    size = bare.get_vocab_size()
+    _, _, tokenizer = import_model(Path("hf"), Path("runs/m"))
+    loaded = load_model(find_checkpoint("runs/m"))[1]
+    for ours in (tokenizer, loaded):
+        assert (ours.n_vocab, ours.special["<pad>"]) == (size, size)
+        assert max(ours.encode("a<pad>b the quick")) < size
+        assert len(ours.byte_lengths) == size and ours.hash == tokenizer.hash
+    succeeds(command("train.py", "runs/m", *NEW_DATA, "train.steps=1", "eval.every=0",
+                     "heads.every=0"))
+    succeeds(command("sample.py", "runs/m", "a<pad>b", "--max-tokens", "3"))
+
+    padded.add_tokens([AddedToken("quick")])                    # which a text can become
+    padded.save(str(path))
+    with pytest.raises(UserError, match=r"'quick', which has no embedding\n.*resize_token_emb"):
+        import_model(Path("hf"), Path("runs/other"))
+    Tokenizer.from_str(bare.to_str()).save(str(path))
+    edit_json(Path("hf/tokenizer.json"), {"added_tokens": json.loads(padded.to_str())[
+        "added_tokens"][:2]})
+    edit_json(Path("hf/tokenizer_config.json"), {"eos_token": "<pad>"})     # must be generated
+    with pytest.raises(UserError, match="'<pad>', which has no embedding"):
+        import_model(Path("hf"), Path("runs/other"))
+
+
+def test_saved_padding_and_truncation_change_no_prompt(hf_models, tmp_path):
+    shutil.copytree(hf_models / "llama", tmp_path / "hf")
+    path = tmp_path / "hf/tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    expected = tokenizer.encode("the quick brown fox").ids
+    tokenizer.enable_padding(length=48)
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(path))
+    import_model(tmp_path / "hf", tmp_path / "run")
+    _, loaded = load_model(find_checkpoint(tmp_path / "run"))
+    assert loaded.encode_prompt("the quick brown fox") == expected
+
+
+def test_an_imported_run_may_be_renamed_and_moved(hf_models, workplace):
+    import_model(hf_models / "gpt2", Path("runs/m"))
+    Path("elsewhere").mkdir()
+    run = Path("runs/m").rename("elsewhere/renamed")
+    config = load_config(run / "config.yaml")
+    assert not Path(config.data.tokenizer.kind).exists()
+    arguments = ("eval.every=0", "heads.every=0", "checkpoint.keep=1")
+    succeeds(command("train.py", run, *NEW_DATA, *arguments, "train.steps=1"))
+    run = run.rename("elsewhere/again")
+    shutil.rmtree("prepared")                                   # so the text is encoded again
+    succeeds(command("train.py", run, "train.steps=2"))
+    assert (run / "checkpoints/000002").exists()
+    succeeds(command("heads.py", run, "--json", "scores.json"))
+    # A run of synthetic rows has no shards that hold the tokenizer.
+    import_model(hf_models / "gpt2", Path("runs/m"))
+    run = Path("runs/m").rename("elsewhere/rows")
+    succeeds(command("train.py", run, "data.corpus=repeats", "data.repeats.period=[4, 8]",
+                     *arguments, "log.wandb=disabled", "train.steps=1"))
+    # Its config, copied, starts another run from its weights.
+    Path("next.yaml").write_text((run / "config.yaml").read_text())
+    succeeds(command("train.py", "next.yaml", f"init_from={run}", "run=next", "train.steps=1"))
+    # Another model took its first name: the answer says what to do.
+    import_model(hf_models / "gpt2", Path("runs/m"))
+    run = Path("runs/m").rename("elsewhere/first")
+    import_model(hf_models / "llama", Path("runs/m"))
+    fails(command("train.py", run, *NEW_DATA, "train.steps=1"), "imported with another tokenizer",
+          f"set data.tokenizer in {run}/config.yaml to {run}/checkpoints/000000")
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("runs/m/checkpoints/latest",
+                                                  f"{run}/checkpoints/000000"))
+    succeeds(command("train.py", run, *NEW_DATA, *arguments, "train.steps=1"))
 
 
 def test_help_and_usage_errors(tmp_path):

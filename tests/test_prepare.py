@@ -16,14 +16,18 @@ from errors import UserError
 
 import numpy as np
 import pytest
+import tokenizers
 from commands import command, fails, start
+from tokenizers import normalizers, pre_tokenizers
 
 import data.encode
 import data.prepare
+import data.round_trip
 import data.shards
 from data.byte_bpe import bytes_tokenizer, train_bpe
 from data.config import DataConfig
-from data.corpus import PIECE_BYTES, TextCorpus
+from data.corpus import PIECE_BYTES, Piece, TextCorpus
+from data.encode import Encoded
 from data.prepare import is_validation, prepare
 from data.shards import Shards, TokenStream
 
@@ -235,6 +239,57 @@ def test_a_tokenizer_given_by_its_path_is_known_by_its_content(workplace):
     assert prepare(data_config(tokenizer={"kind": "./tk"})) == first
     Path("tk/tokenizer.json").write_text(train_bpe(iter(["aa aa aa"]), 258).json)
     assert prepare(data_config(tokenizer={"kind": "./tk"})) != first
+
+
+def save_byte_bpe(change, folder: str) -> None:
+    """A tokenizer of single bytes, after `change` of the library's object."""
+    tokenizer = tokenizers.Tokenizer.from_str(bytes_tokenizer().json)
+    change(tokenizer)
+    Path(folder).mkdir()
+    tokenizer.save(f"{folder}/tokenizer.json")
+
+
+def test_text_that_a_tokenizer_loses_is_counted(workplace, capsys):
+    """Three of eight bytes: 'A' becomes 'a', and two digits go. The second text stays."""
+    def change(tokenizer: tokenizers.Tokenizer) -> None:
+        tokenizer.normalizer = normalizers.Sequence([
+            normalizers.Lowercase(), normalizers.Replace(tokenizers.Regex("[0-9]"), "")])
+
+    save_byte_bpe(change, "lossy")
+    Path("texts/one.txt").write_text("A12b")
+    Path("texts/two.txt").write_text("abcd")
+    files = ["texts/one.txt", "texts/two.txt"]
+    shards = Shards(prepare(data_config(files=files, tokenizer={"kind": "./lossy"})))
+    ids = [*shards.train.read(0, 100), *shards.val.read(0, 100)]
+    assert sorted(shards.tokenizer.decode_bytes(ids)) == sorted(b"ababcd")
+    printed = capsys.readouterr().err
+    assert "1 of 2 pieces checked do not decode to what they were, 37.50% of their bytes" in printed
+
+
+@pytest.mark.parametrize("change", [
+    lambda tokenizer: None,
+    lambda tokenizer: tokenizer.enable_truncation(1),
+    lambda tokenizer: setattr(tokenizer, "pre_tokenizer", pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)]))])
+def test_nothing_is_said_of_a_tokenizer_that_keeps_all_text(change, workplace, capsys):
+    save_byte_bpe(change, "exact")
+    Path("texts/raw.txt").write_bytes(b"ab 12\xff\xe6\x9d\n" * 9)
+    shards = Shards(prepare(data_config(tokenizer={"kind": "./exact"})))
+    decoded = b"".join(shards.tokenizer.decode_bytes(stream.read(0, len(stream)).tolist())
+                       for stream in (shards.train, shards.val))
+    assert len(decoded) == sum(path.stat().st_size for path in Path("texts").iterdir())
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_later_text_is_checked_in_part(monkeypatch):
+    monkeypatch.setattr(data.round_trip, "FIRST_BYTES", 100)
+    round_trip = data.round_trip.RoundTrip(bytes_tokenizer())
+    pieces = [Piece(b"x" * 10, True) for _ in range(1000)]
+    ids = np.full(10, ord("y"), np.uint16)          # other text: all of it is lost
+    items = [Encoded(piece, "train", ids) for piece in pieces]
+    assert list(round_trip.watch(iter(items))) == items
+    assert (round_trip.checked, round_trip.changed, round_trip.lost_bytes) == (32, 32, 320)
+    assert "100.00%" in (round_trip.warning or "")
 
 
 def test_parts_do_not_show(workplace, monkeypatch):

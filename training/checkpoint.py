@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data.companions import GENERATION
 from data.load_tokenizer import load_tokenizer
 from data.tokenizer import Tokenizer
 from files import explain_disk_errors, point, pointed_at, sha256, sync, sync_folder
@@ -144,7 +145,8 @@ def _files_of(contents: Contents, parallel: Parallel) -> dict[str, FileContent]:
             "config.json": _json(hf_config(model_config, tokenizer.begin, tokenizer.ends)),
             "generation_config.json": _json({
                 "eos_token_id": one_or_all(tokenizer.ends), "bos_token_id": tokenizer.begin,
-                "pad_token_id": tokenizer.ends[0], "do_sample": True}),
+                "pad_token_id": tokenizer.ends[0], "do_sample": True}
+                | tokenizer.kept.get(GENERATION, {})),
             "tokenizer.json": tokenizer.json.encode(),
             "tokenizer_config.json": _json(
                 tokenizer.config | {"model_max_length": model_config.n_ctx}),

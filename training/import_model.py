@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from data.companions import GENERATION, read_dict
 from data.hf_tokenizer import HuggingFaceTokenizer, read_hf_tokenizer
 from files import explain_disk_errors
 from model.config import ModelConfig
@@ -173,8 +174,13 @@ def import_model(source: Path, target: Path, overrides: Sequence[str] = ()) -> I
     tokenizer = read_hf_tokenizer(source, described)
     assert config.model.vocab_size is not None          # every config.json has one
     if tokenizer.n_vocab > config.model.vocab_size:
+        last = tokenizer.library.id_to_token(tokenizer.n_vocab - 1)
         raise UserError(f"{source}: its tokenizer has {tokenizer.n_vocab} tokens, its model "
-                        f"{config.model.vocab_size}: they do not belong together")
+                        f"{config.model.vocab_size}: a text can become {last!r}, which has no "
+                        "embedding\n  they do not belong together, or the model needs "
+                        f"resize_token_embeddings({tokenizer.n_vocab}) in transformers")
+    if generation := _generation(source, described):
+        tokenizer.kept |= {GENERATION: generation}
     model = read_model(source, config.model, described["model_type"], weights)
     state = {"step": 0, "tokens": 0, "seconds": 0.0, "data": {"hash": tokenizer.hash},
              "val_loss": None, "imported": str(source)}
@@ -197,6 +203,16 @@ def import_model(source: Path, target: Path, overrides: Sequence[str] = ()) -> I
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return ImportedModel(config, model, tokenizer)
+
+
+def _generation(source: Path, described: dict[str, Any]) -> dict[str, Any]:
+    """The generation_config.json of a model directory, but for what every checkpoint says itself:
+    the tokens that begin and end a text."""
+    settings = {"pad_token_id": described.get("pad_token_id")}
+    settings |= read_dict(source / "generation_config.json")
+    return {key: value for key, value in settings.items()
+            if value is not None and not key.startswith("_")
+            and key not in ("bos_token_id", "eos_token_id", "transformers_version")}
 
 
 def _config_of(source: Path, described: dict[str, Any], weights: Weights, target: Path,

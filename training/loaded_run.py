@@ -14,6 +14,7 @@ from model.gpt import GPT
 from training.checkpoint import find_checkpoint, list_checkpoints, load_model, read_state
 from training.config import Config, load_config, named_after
 from training.logger import Record, read_metrics
+from training.resume import data_of
 
 
 class LoadedRun(NamedTuple):
@@ -42,7 +43,7 @@ class LoadedRun(NamedTuple):
     def validation(self, windows: int) -> Batch | None:
         """`windows` windows of the validation text, on the model's device. None if the run was not
         trained on text, or not yet."""
-        data, n_ctx = self.config.data, self.config.model.n_ctx
+        data, n_ctx = data_of(self.config, self.folder), self.config.model.n_ctx
         if not data.text_corpus or not self.step:
             return None
         dataset = Dataset(data, self.config.seed, self.state["data"].get("folder"))

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 from errors import UserError
 
+from data.config import DataConfig, TokenizerConfig
 from data.dataset import Dataset
 from data.load_tokenizer import load_tokenizer
 from files import exclusive_lock
 from model.gpt import GPT
 from training.checkpoint import (
+    find_checkpoint,
     list_checkpoints,
     load_optimizer,
     load_weights,
@@ -102,6 +104,25 @@ def _progress(state: dict[str, Any]) -> Progress:
     return Progress(state["step"], state["tokens"], state["seconds"], state["data"].get("folder"))
 
 
+def data_of(config: Config, folder: Path) -> DataConfig:
+    """The config's data for the run in `folder`.
+
+    If its tokenizer's path is gone, because a run was renamed or moved, it is that of the run's
+    newest checkpoint, or of `init_from`.
+    """
+    data = config.data
+    if not data.tokenizer.is_path or Path(data.tokenizer.kind).exists():
+        return data
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    if checkpoints:
+        copy = checkpoints[-1]
+    elif config.init_from:
+        copy = find_checkpoint(config.init_from)
+    else:
+        return data
+    return data.model_copy(update={"tokenizer": TokenizerConfig(kind=str(copy.absolute()))})
+
+
 def only_trainer(folder: Path) -> AbstractContextManager[None]:
     """Hold the lock of a run directory. Raises UserError if another process trains the run."""
     return exclusive_lock(folder / ".lock", f"{folder} is being trained",
@@ -127,7 +148,7 @@ def resume(config: Config, folder: Path, model: GPT, optimizer: Optimizer, data:
                 raise world.error(
                     f"{folder} was imported with another tokenizer, its weights belong to other "
                     "token ids\n"
-                    f"  use its own: data.tokenizer={folder}/checkpoints/latest")
+                    f"  use its own: set data.tokenizer in {folder}/config.yaml to {newest}")
             load_weights(model, newest, parallel)
         else:
             if state["data"]["hash"] != data.identity["hash"]:
@@ -142,6 +163,8 @@ def resume(config: Config, folder: Path, model: GPT, optimizer: Optimizer, data:
                     f"{newest} belongs to another run ({listed(other[:3])})\n"
                     "  delete it to go on from the one before, or begin another run with: run=NEW")
             optimizer.load_state_dict(load_optimizer(newest))
+        # The same ids, with what an import kept beside them, which the shards may lack.
+        data.tokenizer = load_tokenizer(newest / "tokenizer.json")
     world.barrier()                     # all have read what is about to be pruned
     if world.first:
         clean_up(folder / "checkpoints", config)
