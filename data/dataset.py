@@ -9,23 +9,22 @@ import numpy as np
 from data.batches import Batch, Batches, RepeatRows, Source, TextWindows, as_batch
 from data.config import DataConfig, MixtureEntry
 from data.load_tokenizer import make_tokenizer
-from data.prepare import prepare
+from data.prepare import find_shards, prepare
 from data.shards import Shards
 
 
 class Dataset:
     """Opens the shards of the text corpus in `config`, after preparing them if they are missing.
 
-    `folder`: the shards that a run began with. They are used unchanged as long as they exist.
+    `saved`: the `identity` of the data that a run began with. Its shards are used unchanged as long
+    as they exist, also in another folder.
     """
 
-    def __init__(self, config: DataConfig, seed: int, folder: str | None = None):
+    def __init__(self, config: DataConfig, seed: int, saved: dict[str, str] | None = None):
         self.config, self.seed = config, seed
         self.shards: Shards | None = None                       # None: the config has no text
         if config.text_corpus is not None:
-            if not folder or not (Path(folder) / "manifest.json").exists():
-                folder = str(prepare(config))
-            self.shards = Shards(folder)
+            self.shards = Shards((saved and shards_of_run(saved, config)) or prepare(config))
             self.tokenizer = self.shards.tokenizer
         else:
             self.tokenizer = make_tokenizer(config.tokenizer, iter(()))
@@ -76,3 +75,13 @@ class Dataset:
     @property
     def _document_start(self) -> int | None:
         return self.begin if self.config.mask_documents else None
+
+
+def shards_of_run(saved: dict[str, str], config: DataConfig) -> Path | None:
+    """The folder of the shards that a run was trained on, if it still exists."""
+    if "folder" not in saved:               # nothing was trained yet
+        return None
+    folder = Path(saved["folder"])
+    if (folder / "manifest.json").exists():
+        return folder
+    return find_shards(saved["hash"], config)

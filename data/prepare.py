@@ -22,6 +22,7 @@ from tqdm import tqdm
 from data.config import DataConfig
 from data.corpus import TextCorpus
 from data.encode import Encoded, encode_in_order, is_validation, usable_cores
+from data.find_files import NoFileError
 from data.load_tokenizer import load_tokenizer, make_tokenizer
 from data.shards import FORMAT, Shards
 from data.tokenizer import Tokenizer
@@ -49,9 +50,16 @@ def prepare(config: DataConfig, verify: bool = False) -> Path:
     """Tokenize the text corpus of `config`, as far as it is not done yet. Returns its folder.
 
     `verify`: compare every finished shard with its SHA-256. Raises UserError if the corpus cannot
-    be read or is empty, or if the folder holds something else.
+    be read or is empty, or if the folder holds something else. If the files of the text are gone,
+    finished shards that were made with the same config are used.
     """
-    corpus = TextCorpus(config)
+    try:
+        corpus = TextCorpus(config)
+    except NoFileError as error:
+        folder = _shards_without_text(config, error)
+        if verify:
+            Shards(folder, verify=True)
+        return folder
     key = _key_of_corpus(corpus, config)
     folder = Path(config.folder or Path("prepared") / f"{corpus.name}-{key[:8]}")
     manifest = folder / "manifest.json"
@@ -93,6 +101,44 @@ def _key_of_folder(folder: Path) -> str | None:
         try:
             return json.loads((folder / name).read_text("utf-8"))["key"]
         except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def _shards_without_text(config: DataConfig, error: NoFileError) -> Path:
+    """The folder of finished shards with this config, whose text is gone. Raises `error` if there
+    is none."""
+    folders = [Path(config.folder)] if config.folder else list(Path("prepared").glob("*"))
+    folders = [folder for folder in folders if _has_shards_of(folder, config)]
+    if not folders:
+        raise error
+    if len(folders) > 1:            # of a text that has changed since
+        raise UserError(f"{error}\n  its shards are in {' and '.join(map(str, sorted(folders)))}: "
+                        "choose one with data.folder=")
+    print(f"note       {error}\n           training goes on with the finished shards in "
+          f"{folders[0]}", file=sys.stderr)
+    return folders[0]
+
+
+def _has_shards_of(folder: Path, config: DataConfig) -> bool:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        wanted = config.model_dump(include={"files", "column", "tokenizer", "val_fraction"})
+        return (manifest["corpus"] == config.text_corpus
+                and all(manifest["data"][name] == value for name, value in wanted.items()))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
+def find_shards(data_hash: str, config: DataConfig) -> Path | None:
+    """The folder of the finished shards with this hash, for a run whose folder has been moved."""
+    folders = [Path(config.folder)] if config.folder else []
+    for folder in [*folders, *sorted(Path("prepared").glob("*"))]:
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+            if manifest["hash"] == data_hash:
+                return folder
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             continue
     return None
 
