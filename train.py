@@ -69,7 +69,8 @@ def train(job: Job, world: World) -> None:
     with world.together():
         check_shares(config, world)
         hardware = choose_hardware(config, world)
-    data = world.in_turn(lambda: Dataset(config.data, config.seed, saved.data))
+    data = world.in_turn(
+        lambda: Dataset(config.data, config.seed, saved.data_folder, saved.data_hash))
     model, parallel = build_model(config, data.tokenizer, hardware, world, new=saved.step == 0)
     micro_batch = choose_micro_batch(config, model, parallel)       # rows of a forward pass
     with world.together():

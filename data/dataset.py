@@ -9,22 +9,24 @@ import numpy as np
 from data.batches import Batch, Batches, RepeatRows, Source, TextWindows, as_batch
 from data.config import DataConfig, MixtureEntry
 from data.load_tokenizer import make_tokenizer
-from data.prepare import find_shards, prepare
-from data.shards import Shards
+from data.prepare import prepare
+from data.shards import Shards, folders_of_shards
 
 
 class Dataset:
     """Opens the shards of the text corpus in `config`, after preparing them if they are missing.
 
-    `saved`: the `identity` of the data that a run began with. Its shards are used unchanged as long
-    as they exist, also in another folder.
+    `folder`: the shards that a run began with. They are used unchanged as long as they exist; after
+    a move they are found by `data_hash`.
     """
 
-    def __init__(self, config: DataConfig, seed: int, saved: dict[str, str] | None = None):
+    def __init__(self, config: DataConfig, seed: int, folder: str | None = None,
+                 data_hash: str | None = None):
         self.config, self.seed = config, seed
         self.shards: Shards | None = None                       # None: the config has no text
         if config.text_corpus is not None:
-            self.shards = Shards((saved and shards_of_run(saved, config)) or prepare(config))
+            begun_with = shards_of_run(folder, data_hash, config) if folder else None
+            self.shards = Shards(begun_with or prepare(config))
             self.tokenizer = self.shards.tokenizer
         else:
             self.tokenizer = make_tokenizer(config.tokenizer, iter(()))
@@ -77,11 +79,11 @@ class Dataset:
         return self.begin if self.config.mask_documents else None
 
 
-def shards_of_run(saved: dict[str, str], config: DataConfig) -> Path | None:
-    """The folder of the shards that a run was trained on, if it still exists."""
-    if "folder" not in saved:               # nothing was trained yet
-        return None
-    folder = Path(saved["folder"])
-    if (folder / "manifest.json").exists():
-        return folder
-    return find_shards(saved["hash"], config)
+def shards_of_run(folder: str, data_hash: str | None, config: DataConfig) -> Path | None:
+    """Where the shards are that a run began with in `folder`; None if they no longer exist."""
+    if (Path(folder) / "manifest.json").exists():
+        return Path(folder)
+    named = [Path(config.folder)] if config.folder else []      # the project may have been moved
+    folders = folders_of_shards([*named, *Path("prepared").glob("*")],
+                                lambda manifest: manifest["hash"] == data_hash)
+    return folders[0] if folders else None

@@ -244,14 +244,14 @@ def _arrow_texts(path: Path, column: str) -> Iterator[bytes]:
     import pyarrow as pa
     with open_bytes(path) as file:
         try:
-            batches = pa.ipc.open_stream(file)
+            reader = pa.ipc.open_stream(file)
         except pa.ArrowInvalid:
             file.seek(0)
-            batches = pa.ipc.open_file(file)
-        _check_type(path, column, batches.schema)
-        if isinstance(batches, pa.RecordBatchFileReader):
-            numbers = range(batches.num_record_batches)
-            batches = (batches.get_batch(number) for number in numbers)
+            reader = pa.ipc.open_file(file)
+        _check_type(path, column, reader.schema)
+        batches = reader
+        if isinstance(reader, pa.RecordBatchFileReader):
+            batches = map(reader.get_batch, range(reader.num_record_batches))
         for batch in batches:
             yield from _texts_of_batch(batch, column)
 

@@ -24,7 +24,7 @@ from data.corpus import TextCorpus
 from data.encode import Encoded, encode_in_order, is_validation, usable_cores
 from data.find_files import NoFileError
 from data.load_tokenizer import load_tokenizer, make_tokenizer
-from data.shards import FORMAT, Shards
+from data.shards import FORMAT, Shards, folders_of_shards
 from data.tokenizer import Tokenizer
 from files import atomic_write, exclusive_lock, explain_disk_errors, sha256
 from settings.validate import Settings, validate
@@ -57,9 +57,15 @@ def prepare(config: DataConfig, verify: bool = False) -> Path:
         corpus = TextCorpus(config)
     except NoFileError as error:
         folder = _shards_without_text(config, error)
-        if verify:
-            Shards(folder, verify=True)
-        return folder
+    else:
+        folder = _prepared_folder(corpus, config)
+    if verify:
+        Shards(folder, verify=True)
+    return folder
+
+
+def _prepared_folder(corpus: TextCorpus, config: DataConfig) -> Path:
+    """The folder of the shards of a corpus, prepared as far as it was not done yet."""
     key = _key_of_corpus(corpus, config)
     folder = Path(config.folder or Path("prepared") / f"{corpus.name}-{key[:8]}")
     manifest = folder / "manifest.json"
@@ -79,8 +85,6 @@ def prepare(config: DataConfig, verify: bool = False) -> Path:
                         _delete_own_files(folder)
                         folder.rmdir()
                     raise
-    if verify:
-        Shards(folder, verify=True)
     return folder
 
 
@@ -106,41 +110,23 @@ def _key_of_folder(folder: Path) -> str | None:
 
 
 def _shards_without_text(config: DataConfig, error: NoFileError) -> Path:
-    """The folder of finished shards with this config, whose text is gone. Raises `error` if there
-    is none."""
-    folders = [Path(config.folder)] if config.folder else list(Path("prepared").glob("*"))
-    folders = [folder for folder in folders if _has_shards_of(folder, config)]
+    """The folder of finished shards that were made with this config, whose text is gone.
+
+    Raises `error` if there is none, and UserError if there are several.
+    """
+    wanted = config.model_dump(include={"files", "column", "tokenizer", "val_fraction"})
+    folders = folders_of_shards(
+        [Path(config.folder)] if config.folder else Path("prepared").glob("*"),
+        lambda manifest: manifest["corpus"] == config.text_corpus and wanted == {
+            name: manifest["data"][name] for name in wanted})
     if not folders:
         raise error
-    if len(folders) > 1:            # of a text that has changed since
-        raise UserError(f"{error}\n  its shards are in {' and '.join(map(str, sorted(folders)))}: "
-                        "choose one with data.folder=")
-    print(f"note       {error}\n           training goes on with the finished shards in "
+    if len(folders) > 1:            # the text had changed in between
+        raise UserError(f"{error}\n  its shards are in {' and '.join(map(str, folders))}: choose "
+                        "one with data.folder=")
+    print(f"note       {error}\n           the finished shards of this text are used, in "
           f"{folders[0]}", file=sys.stderr)
     return folders[0]
-
-
-def _has_shards_of(folder: Path, config: DataConfig) -> bool:
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-        wanted = config.model_dump(include={"files", "column", "tokenizer", "val_fraction"})
-        return (manifest["corpus"] == config.text_corpus
-                and all(manifest["data"][name] == value for name, value in wanted.items()))
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return False
-
-
-def find_shards(data_hash: str, config: DataConfig) -> Path | None:
-    """The folder of the finished shards with this hash, for a run whose folder has been moved."""
-    folders = [Path(config.folder)] if config.folder else []
-    for folder in [*folders, *sorted(Path("prepared").glob("*"))]:
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-            if manifest["hash"] == data_hash:
-                return folder
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            continue
-    return None
 
 
 def _check_folder(folder: Path, key: str) -> None:

@@ -2,7 +2,6 @@
 
 import codecs
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import chain
 
 from errors import UserError
@@ -28,17 +27,17 @@ def encoding_of(start: bytes, name: str) -> str:
 
 
 def _is_wide(start: bytes) -> bool:
-    """Whether many bytes are zero, and two or four bytes together are always a printable character.
+    """Whether bytes, taken by two or by four, are printable characters, half of them ASCII.
 
     Other binary data is not text in any encoding, but a model of bytes may learn it.
     """
-    if 4 * start.count(0) < len(start) or not start:
+    if not start or 4 * start.count(0) < len(start):
         return False
     for codec in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
-        with suppress(UnicodeDecodeError):
-            text = start[:len(start) // 4 * 4 or None].decode(codec)
-            if all(character.isprintable() or character.isspace() for character in text):
-                return True
+        text = start.decode(codec, "replace")           # the last character may be incomplete
+        if (all(character.isprintable() or character.isspace() for character in text)
+                and 2 * sum(map(str.isascii, text)) >= len(text)):
+            return True
     return False
 
 

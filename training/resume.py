@@ -44,7 +44,8 @@ class Progress(NamedTuple):
     step: int = 0               # completed updates
     tokens: int = 0             # trained on
     seconds: float = 0.0        # of training
-    data: dict[str, str] | None = None      # the identity of what it reads (data.dataset)
+    data_folder: str | None = None          # the shards it reads
+    data_hash: str | None = None
 
 
 def job_of(target: str, overrides: list[str]) -> Job:
@@ -97,7 +98,8 @@ def newest_progress(folder: Path) -> Progress:
 
 
 def _progress(state: dict[str, Any]) -> Progress:
-    return Progress(state["step"], state["tokens"], state["seconds"], state["data"])
+    return Progress(state["step"], state["tokens"], state["seconds"], state["data"].get("folder"),
+                    state["data"]["hash"])
 
 
 def only_trainer(folder: Path) -> AbstractContextManager[None]:
@@ -130,9 +132,8 @@ def resume(config: Config, folder: Path, model: GPT, optimizer: Optimizer, data:
             load_weights(model, newest, parallel)
         else:
             if state["data"]["hash"] != data.identity["hash"]:
-                place = state["data"].get("folder")
                 raise world.error(
-                    f"{folder} was trained on other data, which was in {place}\n"
+                    f"{folder} was trained on other data, which was in {progress.data_folder}\n"
                     "  bring that back, or begin another run with: run=NEW")
             load_weights(model, newest, parallel)
             saved = load_config(newest / "training_state" / "config.yaml")
