@@ -17,6 +17,7 @@ from errors import ArgumentParser, UserError, first_line, run_command
 from tqdm import tqdm
 
 from console import stdout_is_the_result
+from data.text_encoding import decode_text
 from data.tokenizer import Tokenizer
 from model.compiled import CompiledStep
 from model.generate import Sampling, generate
@@ -199,7 +200,9 @@ def print_in_order(prompts: list[str], ids: list[list[int]], sampler: Sampler,
             prompt, next_row = prompts[printed], ended.pop(printed)
             if as_json:
                 entry = {"prompt": prompt, "text": next_row.text, "tokens": next_row.tokens}
-                text = json.dumps(entry, ensure_ascii=False)
+                # Bytes of a prompt that are not UTF-8 (lone surrogates here) become \udcNN.
+                text = json.dumps(entry, ensure_ascii=False).encode(
+                    "utf-8", "backslashreplace").decode()
             else:
                 text = prompt + next_row.text
             print(separator if printed else opening, text, sep="", end="", flush=True)
@@ -221,7 +224,7 @@ def interact(sampler: Sampler) -> None:
     terminal = sys.stdin.isatty()
     while True:
         try:
-            prompt = input("> " if terminal else "")
+            prompt = input("> " if terminal else "").removeprefix("\ufeff")
         except EOFError:
             return
         if not prompt:
@@ -237,14 +240,15 @@ def interact(sampler: Sampler) -> None:
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of the command line and of --file; the empty one if there are none."""
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
+    prompts = [decode_text(sys.stdin.buffer.read(), "standard input") if prompt == "-" else prompt
+               for prompt in args.prompt]
     if args.file is None:
         return prompts or [""]
     try:
-        text = Path(args.file).read_text("utf-8", "surrogateescape")
+        raw = Path(args.file).read_bytes()
     except OSError as error:
         raise UserError(f"--file {args.file}: cannot be read ({error.strerror})") from None
-    lines = [line.rstrip("\r") for line in text.split("\n")]
+    lines = decode_text(raw, f"--file {args.file}").split("\n")
     if not any(lines):
         raise UserError(f"--file {args.file}: holds no prompt (one a line)")
     return prompts + [line for line in lines if line]

@@ -70,7 +70,8 @@ def train(job: Job, world: World) -> None:
     with world.together():
         check_shares(config, world)
         hardware = choose_hardware(config, world)
-    data = world.in_turn(lambda: Dataset(data_of(config, folder), config.seed, saved.data_folder))
+    data = world.in_turn(lambda: Dataset(data_of(config, folder), config.seed, saved.data_folder,
+                                         saved.data_hash))
     model, parallel = build_model(config, data.tokenizer, hardware, world, new=saved.step == 0)
     micro_batch = choose_micro_batch(config, model, parallel)       # rows of a forward pass
     with world.together():

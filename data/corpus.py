@@ -4,16 +4,13 @@ A corpus is a stream of pieces of documents. Long documents are cut at line ends
 stays small and one long file can be divided into training and validation text.
 """
 
-import bz2
-import glob
-import gzip
 import hashlib
 import lzma
 import os
 import sys
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, NamedTuple
@@ -21,13 +18,12 @@ from typing import Any, NamedTuple
 from errors import UserError, first_line
 
 from data.config import DataConfig, HubConfig
+from data.fields import COMPRESSED, READERS, open_bytes, text_suffix, texts_of_column
+from data.find_files import matching_files
+from data.text_encoding import utf8_blocks
 
 PIECE_BYTES = 16 * 1024
 LARGEST_RATIO = 200             # of text to compressed text: prose has 3 to 5, logs 20, a bomb 1000
-COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-ARCHIVES = {".zst", ".zip", ".7z", ".lz4", ".tar", ".tgz", ".rar"}
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv",
-           ".arrow": "arrow"}           # of `datasets`, for files with fields
 # Not part of the corpus: tests repeat themselves, encodings are tables of numbers, pydoc_data is
 # read as documents of its own.
 NOT_LIBRARY = {"test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages",
@@ -60,8 +56,8 @@ class TextCorpus:
                 yield from _pieces_of_documents(hub_documents(self.hub))
             case _:                     # a list of files
                 for path in self.paths:
-                    if loader := LOADERS.get(text_suffix(path)):
-                        yield from _pieces_of_documents(_rows(loader, path, self.config.column))
+                    if text_suffix(path) in READERS:
+                        yield from _pieces_of_documents(_column(path, self.config.column))
                     else:
                         yield from _pieces_of_files([path])
 
@@ -112,35 +108,6 @@ def pydoc_topics() -> Iterator[bytes]:
     return (topics[name].encode() for name in sorted(topics))
 
 
-def matching_files(patterns: Iterable[str]) -> list[Path]:
-    """The files that match the globs, sorted, each once.
-
-    Raises UserError for a glob without a match and for an archive.
-    """
-    path_of: dict[Path, Path] = {}              # resolved → as given
-    for pattern in patterns:
-        paths = [Path(name) for name in glob.glob(os.path.expanduser(pattern), recursive=True)]
-        paths = [path for path in paths if os.path.isfile(path) and not is_our_output(path.parent)]
-        if not paths:
-            if os.path.isdir(pattern):
-                advice = f"it is a folder: try {pattern.rstrip('/')}/**/*.txt"
-            else:
-                advice = f"searched from {os.getcwd()}; your own text: data.files='[my.txt]'"
-            raise UserError(f"data.files: no file matches {pattern!r} ({advice})")
-        for path in paths:
-            if path.suffix.lower() in ARCHIVES:
-                raise UserError(f"data.files: {path} is packed: unpack it first "
-                                "(.gz, .bz2 and .xz are read as they are)")
-            path_of[path.resolve()] = path
-    return [path_of[path] for path in sorted(path_of)]
-
-
-def is_our_output(folder: Path) -> bool:
-    """Whether a folder holds our own shards or a checkpoint, which are not text."""
-    return (folder / "tokenizer.json").exists() and (
-        (folder / "manifest.json").exists() or (folder / "journal.json").exists())
-
-
 def hub_documents(hub: HubConfig) -> Iterator[bytes]:
     """The texts of a dataset on the Hugging Face hub, streamed by `datasets`."""
     # Without a network `datasets` retries for 24 s. One plain request before it fails in 2 s.
@@ -159,73 +126,21 @@ def hub_documents(hub: HubConfig) -> Iterator[bytes]:
     import datasets
     try:
         rows = datasets.load_dataset(hub.dataset, hub.config, split=hub.split, streaming=True)
-        yield from _texts(rows, hub.column, f"data.hub.column={hub.column}")
+        yield from _texts_of_rows(rows, hub.column)
     except UserError:
         raise
     except Exception as error:          # every builder and file format raises its own
         raise UserError(f"data.hub.dataset={hub.dataset}: {first_line(error)}") from None
 
 
-# --- files with fields ----------------------------------------------------------------------------
-
-def text_suffix(path: Path) -> str:
-    """The suffix that says the format: .jsonl for a.jsonl, A.JSONL and a.jsonl.gz."""
-    name = Path(path.name.lower())
-    return Path(name.stem).suffix if name.suffix in COMPRESSED else name.suffix
-
-
-def _rows(loader: str, path: Path, column: str) -> Iterator[bytes]:
-    """The texts in one column of a file."""
-    if path.suffix.lower() in COMPRESSED:       # `datasets` inflates a whole line at once, so first
-        for _ in _pieces_of_files([path]):      # see whether the file is a bomb
-            pass
-    yield from _limit_expansion(path, _texts_of_file(loader, path, column))
-
-
-def _texts_of_file(loader: str, path: Path, column: str) -> Iterator[bytes]:
-    import datasets
-    try:
-        if loader == "parquet":
-            rows: Iterable[dict[str, Any]] = _parquet_rows(path, column)
-        else:
-            options = _csv_options(path) if loader == "csv" else {}
-            rows = datasets.load_dataset(loader, data_files=glob.escape(str(path)), split="train",
-                                         streaming=True, **options)
-        yield from _texts(rows, column, f"data.column={column}")
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:          # every format raises its own for a broken file
-        raise UserError(f"{path}: cannot be read as {loader} ({first_line(error)})") from None
-
-
-def _csv_options(path: Path) -> dict[str, Any]:
-    """Options to read every column as text: 007 is not a number, and NA is a word."""
-    import datasets
-    import pandas
-    separator = "\t" if text_suffix(path) == ".tsv" else ","
-    columns = pandas.read_csv(path, sep=separator, nrows=0).columns
-    features = datasets.Features({name: datasets.Value("string") for name in columns})
-    return {"sep": separator, "keep_default_na": False, "features": features}
-
-
-def _parquet_rows(path: Path, column: str) -> Iterator[dict[str, Any]]:
-    """Row by row: `datasets` would expand a whole group of rows."""
-    import pyarrow.parquet as pq
-    columns = pq.read_schema(path).names
-    if column not in columns:
-        yield dict.fromkeys(columns)                            # for the error that lists them
-    file = pq.ParquetFile(path, read_dictionary=[column])       # equal texts are in memory once
-    for batch in file.iter_batches(1000, columns=[column]):
-        yield from ({column: value.as_py()} for value in batch.column(0))
-
-
-def _texts(rows: Iterable[dict[str, Any]], column: str, key: str) -> Iterator[bytes]:
+def _texts_of_rows(rows: Iterable[dict[str, Any]], column: str) -> Iterator[bytes]:
     for row in rows:
         if column not in row:
-            raise UserError(f"{key}: no such column; there are {', '.join(row)}")
+            raise UserError(f"data.hub.column={column}: no such column; there are {', '.join(row)}")
         text = row[column]
         if text is not None and not isinstance(text, str):
-            raise UserError(f"{key}: holds {type(text).__name__}, not text ({str(text)[:40]!r})")
+            raise UserError(f"data.hub.column={column}: holds {type(text).__name__}, not text "
+                            f"({str(text)[:40]!r})")
         if text:
             yield text.encode("utf-8", "surrogatepass")
 
@@ -238,11 +153,20 @@ def _pieces_of_documents(documents: Iterable[bytes]) -> Iterator[Piece]:
         yield from _pieces(document[start:start + PIECE_BYTES] for start in starts)
 
 
+def _column(path: Path, column: str) -> Iterator[bytes]:
+    """The texts in one column of a file with fields."""
+    if path.suffix.lower() in COMPRESSED:       # a line is inflated at once, so first see whether
+        with open_bytes(path) as file:          # the file is a bomb
+            for _ in _limit_expansion(path, _blocks(file)):
+                pass
+    yield from _limit_expansion(path, texts_of_column(path, column))
+
+
 def _pieces_of_files(paths: Iterable[Path]) -> Iterator[Piece]:
     for path in paths:
         try:
-            with COMPRESSED.get(path.suffix.lower(), open)(path, "rb") as file:
-                yield from _pieces(_limit_expansion(path, _blocks(file)))
+            with open_bytes(path) as file:
+                yield from _pieces(utf8_blocks(_limit_expansion(path, _blocks(file)), str(path)))
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise UserError(f"{path}: cannot be read ({first_line(error)})") from None
 

@@ -10,22 +10,23 @@ from data.batches import Batch, Batches, RepeatRows, Source, TextWindows, as_bat
 from data.config import DataConfig, MixtureEntry
 from data.load_tokenizer import make_tokenizer
 from data.prepare import prepare
-from data.shards import Shards
+from data.shards import Shards, folders_of_shards
 
 
 class Dataset:
     """Opens the shards of the text corpus in `config`, after preparing them if they are missing.
 
-    `folder`: the shards that a run began with. They are used unchanged as long as they exist.
+    `folder`: the shards that a run began with. They are used unchanged as long as they exist; after
+    a move they are found by `data_hash`.
     """
 
-    def __init__(self, config: DataConfig, seed: int, folder: str | None = None):
+    def __init__(self, config: DataConfig, seed: int, folder: str | None = None,
+                 data_hash: str | None = None):
         self.config, self.seed = config, seed
         self.shards: Shards | None = None                       # None: the config has no text
         if config.text_corpus is not None:
-            if not folder or not (Path(folder) / "manifest.json").exists():
-                folder = str(prepare(config))
-            self.shards = Shards(folder)
+            begun_with = shards_of_run(folder, data_hash, config) if folder else None
+            self.shards = Shards(begun_with or prepare(config))
             self.tokenizer = self.shards.tokenizer
         else:
             self.tokenizer = make_tokenizer(config.tokenizer, iter(()))
@@ -76,3 +77,13 @@ class Dataset:
     @property
     def _document_start(self) -> int | None:
         return self.begin if self.config.mask_documents else None
+
+
+def shards_of_run(folder: str, data_hash: str | None, config: DataConfig) -> Path | None:
+    """Where the shards are that a run began with in `folder`; None if they no longer exist."""
+    if (Path(folder) / "manifest.json").exists():
+        return Path(folder)
+    named = [Path(config.folder)] if config.folder else []      # the project may have been moved
+    folders = folders_of_shards([*named, *Path("prepared").glob("*")],
+                                lambda manifest: manifest["hash"] == data_hash)
+    return folders[0] if folders else None

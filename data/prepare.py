@@ -22,9 +22,10 @@ from tqdm import tqdm
 from data.config import DataConfig
 from data.corpus import TextCorpus
 from data.encode import Encoded, encode_in_order, is_validation, usable_cores
+from data.find_files import NoFileError
 from data.load_tokenizer import load_tokenizer, make_tokenizer
 from data.round_trip import RoundTrip
-from data.shards import FORMAT, Shards
+from data.shards import FORMAT, Shards, folders_of_shards
 from data.tokenizer import Tokenizer
 from files import atomic_write, exclusive_lock, explain_disk_errors, sha256
 from settings.validate import Settings, validate
@@ -50,9 +51,22 @@ def prepare(config: DataConfig, verify: bool = False) -> Path:
     """Tokenize the text corpus of `config`, as far as it is not done yet. Returns its folder.
 
     `verify`: compare every finished shard with its SHA-256. Raises UserError if the corpus cannot
-    be read or is empty, or if the folder holds something else.
+    be read or is empty, or if the folder holds something else. If the files of the text are gone,
+    finished shards that were made with the same config are used.
     """
-    corpus = TextCorpus(config)
+    try:
+        corpus = TextCorpus(config)
+    except NoFileError as error:
+        folder = _shards_without_text(config, error)
+    else:
+        folder = _prepared_folder(corpus, config)
+    if verify:
+        Shards(folder, verify=True)
+    return folder
+
+
+def _prepared_folder(corpus: TextCorpus, config: DataConfig) -> Path:
+    """The folder of the shards of a corpus, prepared as far as it was not done yet."""
     key = _key_of_corpus(corpus, config)
     folder = Path(config.folder or Path("prepared") / f"{corpus.name}-{key[:8]}")
     manifest = folder / "manifest.json"
@@ -71,8 +85,6 @@ def prepare(config: DataConfig, verify: bool = False) -> Path:
                         _delete_own_files(folder)
                         folder.rmdir()
                     raise
-    if verify:
-        Shards(folder, verify=True)
     return folder
 
 
@@ -95,6 +107,26 @@ def _key_of_folder(folder: Path) -> str | None:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None
+
+
+def _shards_without_text(config: DataConfig, error: NoFileError) -> Path:
+    """The folder of finished shards that were made with this config, whose text is gone.
+
+    Raises `error` if there is none, and UserError if there are several.
+    """
+    wanted = config.model_dump(include={"files", "column", "tokenizer", "val_fraction"})
+    folders = folders_of_shards(
+        [Path(config.folder)] if config.folder else Path("prepared").glob("*"),
+        lambda manifest: manifest["corpus"] == config.text_corpus and wanted == {
+            name: manifest["data"][name] for name in wanted})
+    if not folders:
+        raise error
+    if len(folders) > 1:            # the text had changed in between
+        raise UserError(f"{error}\n  its shards are in {' and '.join(map(str, folders))}: choose "
+                        "one with data.folder=")
+    print(f"note       {error}\n           the finished shards of this text are used, in "
+          f"{folders[0]}", file=sys.stderr)
+    return folders[0]
 
 
 def _check_folder(folder: Path, key: str) -> None:

@@ -9,7 +9,7 @@
 
 import bisect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -71,6 +71,19 @@ class Shards:
             raise UserError(f"{path} is damaged ({error})\n"
                             f"  delete {self.folder} and run again to prepare it again") from None
         return Shard(path, len(tokens), self._map)
+
+
+def folders_of_shards(folders: Iterable[Path], wanted: Callable[[dict[str, Any]], bool],
+                      ) -> list[Path]:
+    """Those of `folders` with finished shards whose manifest is wanted, sorted."""
+    matches = []
+    for folder in sorted(folders):
+        try:
+            if wanted(json.loads((folder / "manifest.json").read_text("utf-8"))):
+                matches.append(folder)
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            continue                            # not a folder of shards, or damaged
+    return matches
 
 
 class Shard:

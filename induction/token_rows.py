@@ -9,6 +9,7 @@ from errors import UserError
 import torch
 from torch import Tensor
 
+from data.text_encoding import decode_text
 from data.tokenizer import Tokenizer
 from training.loaded_run import LoadedRun
 
@@ -49,9 +50,10 @@ def given_rows(run: LoadedRun, *, text: str | None = None, file: str | None = No
 
 def read(path: str, option: str) -> str:
     try:
-        text = Path(path).read_text("utf-8", "surrogateescape")
+        raw = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be read ({error.strerror})") from None
+    text = decode_text(raw, f"{option} {path}")
     if "\0" in text:
         raise UserError(f"{option} {path}: is not a text file (it contains zero bytes)")
     return text

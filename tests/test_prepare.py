@@ -1,7 +1,6 @@
 """From text to shards: preparing continues and verifies, the split stays, text is not changed."""
 
 import contextlib
-import csv
 import gzip
 import json
 import os
@@ -43,6 +42,13 @@ def documents(stream: TokenStream, end_of_text: int) -> list[list[int]]:
     return [part.tolist() for part in np.split(tokens, np.flatnonzero(tokens == end_of_text))[1:]]
 
 
+def documents_in(shards: Shards) -> list[bytes]:
+    """The texts of all documents, sorted."""
+    end = shards.tokenizer.begin
+    ids = documents(shards.train, end) + documents(shards.val, end)
+    return sorted(shards.tokenizer.decode_bytes(document) for document in ids)
+
+
 def texts_of(pattern: str, column: str = "text") -> list[bytes]:
     """The pieces of the files that match."""
     corpus = TextCorpus(data_config(files=[pattern], column=column))
@@ -54,8 +60,7 @@ def test_every_document_is_there_once_and_begins_with_end_of_text(workplace):
     end = shards.tokenizer.begin
     ids = documents(shards.train, end) + documents(shards.val, end)
     assert all(document[0] == end for document in ids)
-    texts = sorted(shards.tokenizer.decode_bytes(document) for document in ids)
-    assert texts == sorted(path.read_bytes() for path in Path("texts").glob("*"))
+    assert documents_in(shards) == sorted(path.read_bytes() for path in Path("texts").glob("*"))
     assert 0 < len(shards.val) < len(shards.train)
 
 
@@ -156,37 +161,6 @@ def test_one_line_without_an_end_is_cut_between_characters(workplace):
     Path("texts/line.txt").write_text("漢字" * 30_000)
     pieces = TextCorpus(data_config(files=["texts/line.txt"])).pieces()
     assert all(piece.text.decode() for piece in pieces)
-
-
-def test_structured_files_are_read_by_datasets(workplace):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    rows = [f"document {n} says hello" for n in range(30)]
-    with open("a.jsonl", "w") as file:
-        file.writelines(json.dumps({"body": row, "n": 1}) + "\n" for row in rows)
-    with gzip.open("a.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps({"body": row, "n": 1}) + "\n" for row in rows)
-    with open("a.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["body"], *([row] for row in rows)])
-    pq.write_table(pa.table({"body": rows}), "a.parquet")
-    with gzip.open("a.txt.gz", "wt") as file:
-        file.write("plain text, compressed")
-    for name in ("a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"):
-        assert texts_of(name, column="body") == [row.encode() for row in rows], name
-    assert texts_of("a.txt.gz") == [b"plain text, compressed"]
-    with pytest.raises(UserError, match="no such column; there are body"):
-        texts_of("a.parquet")
-    Path("b.jsonl").write_text("{broken")
-    with pytest.raises(UserError, match=r"b\.jsonl"):
-        texts_of("b.jsonl")
-
-
-def test_structured_text_is_not_converted(workplace):
-    Path("a.csv").write_text("n,text\n1,007\n2,NA\n3,1.10\n4,True\n")
-    assert texts_of("a.csv") == [b"007", b"NA", b"1.10", b"True"]
-    Path("d[1].jsonl").write_text('{"text": "in brackets"}\n')
-    Path("d1.jsonl").write_text('{"text": "another"}\n')
-    assert texts_of("d[[]1].jsonl") == [b"in brackets"]
 
 
 def test_files_that_hold_no_text_are_refused(workplace):

@@ -46,7 +46,8 @@ class LoadedRun(NamedTuple):
         data, n_ctx = data_of(self.config, self.folder), self.config.model.n_ctx
         if not data.text_corpus or not self.step:
             return None
-        dataset = Dataset(data, self.config.seed, self.state["data"].get("folder"))
+        begun_with = self.state["data"]
+        dataset = Dataset(data, self.config.seed, begun_with.get("folder"), begun_with["hash"])
         batch = dataset.validation(windows * n_ctx, n_ctx, windows)[0]
         return batch.to(self.model.embed.weight.device)
 

@@ -48,6 +48,7 @@ class Progress(NamedTuple):
     tokens: int = 0             # trained on
     seconds: float = 0.0        # of training
     data_folder: str | None = None          # the shards it reads
+    data_hash: str | None = None
 
 
 def job_of(target: str, overrides: list[str]) -> Job:
@@ -101,7 +102,8 @@ def newest_progress(folder: Path) -> Progress:
 
 
 def _progress(state: dict[str, Any]) -> Progress:
-    return Progress(state["step"], state["tokens"], state["seconds"], state["data"].get("folder"))
+    return Progress(state["step"], state["tokens"], state["seconds"], state["data"].get("folder"),
+                    state["data"]["hash"])
 
 
 def data_of(config: Config, folder: Path) -> DataConfig:
