@@ -156,9 +156,8 @@ def _pieces_of_documents(documents: Iterable[bytes]) -> Iterator[Piece]:
 def _column(path: Path, column: str) -> Iterator[bytes]:
     """The texts in one column of a file with fields."""
     if path.suffix.lower() in COMPRESSED:       # a line is inflated at once, so first see whether
-        with open_bytes(path) as file:          # the file is a bomb
-            for _ in _limit_expansion(path, _blocks(file)):
-                pass
+        for _ in _pieces_of_files([path]):      # the file is a bomb
+            pass
     yield from _limit_expansion(path, texts_of_column(path, column))
 
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from data.text_encoding import START_BYTES, encoding_of
 
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+SPACE = " \t\r\n"
 
 
 def text_suffix(path: Path) -> str:
@@ -81,7 +82,7 @@ def _csv_rows(path: Path, file: io.TextIOWrapper) -> Iterator[tuple[int, list[st
     for row in reader:
         if lines.ended:                         # the reader looked further for the end of the row
             raise UserError(f'{path}, line {line}: a field that begins with " here never ends')
-        if len(row) > 1 or (row and row[0].strip()):
+        if len(row) > 1 or lines.last.strip(SPACE):     # "  " in quotes is text
             yield line, row
         line = reader.line_num + 1
 
@@ -98,19 +99,19 @@ def _open_text(path: Path, newline: str) -> io.TextIOWrapper:
 class _Lines(Iterator[str]):
     """The lines of a file of `_open_text`. Raises UserError for one that is not valid.
 
-    `ended`: whether another line was asked for than there are.
+    `ended`: whether another line was asked for than there are; `last`: the last line given.
     """
 
     def __init__(self, file: io.TextIOWrapper, path: Path):
         self.file, self.path = file, path
-        self.number, self.ended = 0, False
+        self.number, self.last, self.ended = 0, "", False
 
     def __next__(self) -> str:
         line = self.file.readline()
         if not line:
             self.ended = True
             raise StopIteration
-        self.number += 1
+        self.number, self.last = self.number + 1, line
         try:
             line.encode()
         except UnicodeEncodeError as error:     # what surrogateescape made of an invalid byte
@@ -132,7 +133,6 @@ class _Lines(Iterator[str]):
 
 # --- .jsonl, .json --------------------------------------------------------------------------------
 
-SPACE = " \t\r\n"             # between JSON values
 SPACES = re.compile(r"[ \t\r\n]*")
 JSON_NAMES = {float: "a number", bool: "true or false", list: "a list", dict: "an object"}
 

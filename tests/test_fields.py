@@ -75,6 +75,13 @@ def test_other_columns_hold_anything(workplace):
     assert texts_of("a.jsonl") == [f"document {n} {'x' * 2000}".encode() for n in range(6008)]
 
 
+def test_blank_lines_are_no_rows_but_quoted_blanks_are_text(workplace):
+    Path("a.csv").write_text('\ntext\n\na\n  \n"  "\n"\n"\n""\n\u2028\nb')
+    assert texts_of("a.csv") == [b"a", b"  ", b"\n", "\u2028".encode(), b"b"]
+    Path("b.csv").write_text("n,text\r\n\r\n1,a\r\n \t \r\n2,\r\n3,b\r\n\r\n")
+    assert texts_of("b.csv") == [b"a", b"b"]
+
+
 def test_a_long_field_and_a_long_value_are_read(workplace):
     text = "word " * 100_000                            # csv refuses 128 kB by default
     write_csv("a.csv", [["text"], [text]])
@@ -100,6 +107,9 @@ def test_a_long_field_and_a_long_value_are_read(workplace):
     ("a.jsonl", b'{"body": "a"}\n{"id": 1}\n', ("data.column=text", "there are body, id")),
     ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', ("line 2", "UTF-8", "0xff")),
     ("a.json", b'[{"text": "a"},\n{"text": "b"}', ("not JSON",)),
+    ("a.jsonl", b"[" * 10 ** 5, ("cannot be read as json",)),
+    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9], ("cannot be read",)),
+    ("a.csv.xz", b"no", ("cannot be read",)),
     ("a.parquet", b"PAR1", ("cannot be read as parquet",)),
     ("a.arrow", b"nothing", ("cannot be read as arrow",)),
 ])
