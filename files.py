@@ -123,7 +123,7 @@ def exclusive_lock(lock: Path, busy: str, advice: str) -> Iterator[None]:
 
 def _has_locks(folder: Path) -> bool:
     """Whether the file system of a folder has locks that end with their process."""
-    with tempfile.NamedTemporaryFile(prefix=".lock-", suffix=".partial", dir=folder) as file:
+    with tempfile.TemporaryFile(prefix=".lock-", suffix=".partial", dir=folder) as file:
         try:
             if lock_descriptor(file.fileno(), blocking=False):
                 unlock_descriptor(file.fileno())

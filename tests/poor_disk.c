@@ -23,6 +23,12 @@ int flock(int file, int operation) { return lacking(); }
 int chmod(const char *path, mode_t mode) { return lacking(); }
 int fchmod(int file, mode_t mode) { return lacking(); }
 
+/* NFS: somebody still reads a file of the folder. */
+int rmdir(const char *path) {
+  errno = ENOTEMPTY;
+  return -1;
+}
+
 int fsync(int file) {
   struct stat status;
   if (fstat(file, &status) == 0 && S_ISDIR(status.st_mode)) return lacking();

@@ -4,18 +4,19 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from errors import UserError
 
 import pytest
 import yaml
-from commands import ROOT, Done, command, fails, succeeds
+from commands import ROOT, command, environment, fails, succeeds
 from conftest import metrics
 from faults.lab import check_files
 
 from files import HOST, exclusive_lock
-from training.checkpoint import find_checkpoint
+from training.checkpoint import find_checkpoint, list_checkpoints
 from training.loaded_run import load_run
 
 compiles = pytest.mark.skipif(not shutil.which("gcc"), reason="needs a C compiler")
@@ -27,7 +28,7 @@ def poor_disk(tmp_path) -> dict[str, str]:
     library = tmp_path / "poor_disk.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, ROOT / "tests/poor_disk.c"],
                    check=True)
-    return {"LD_PRELOAD": str(library), "LACKING": str(errno.EOPNOTSUPP)}
+    return {"LD_PRELOAD": str(library), "LACKING": str(errno.EPERM)}
 
 
 def copied(run: Path, target: str, symlinks: bool = True) -> Path:
@@ -36,38 +37,55 @@ def copied(run: Path, target: str, symlinks: bool = True) -> Path:
 
 
 @compiles
-@pytest.mark.long
-@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EPERM])
-def test_a_run_without_links_and_locks(workplace, trained, poor_disk, number):
-    env = poor_disk | {"LACKING": str(number)}
+def test_a_run_without_links_and_locks(workplace, poor_disk):
     run = Path("runs/tiny")
-
-    def train(*arguments: str) -> Done:
-        return command("train.py", *arguments, env=env)
-
-    succeeds(train("tiny.yaml", "train.steps=8", "checkpoint.every=3", "heads.every=0"))
+    succeeds(command("train.py", "tiny.yaml", "train.steps=8", "checkpoint.every=3",
+                     "heads.every=0", env=poor_disk))
     assert (run / "checkpoints/latest").read_text() == "000008"
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["000006", "000008"]
     assert (run / "checkpoints/best").is_file() and not (run / ".lock").exists()
     assert find_checkpoint(run / "checkpoints/latest").name == "000008"
-    (run / ".lock").touch()                         # a real lock's: the run was trained elsewhere
-    succeeds(train(str(run), "train.steps=9"))
-    assert (run / "checkpoints/latest").read_text() == "000009"
+    succeeds(command("train.py", "tiny.yaml", "run=second", f"init_from={run}", "train.steps=1",
+                     f"data.tokenizer={run}/checkpoints/latest"))
+    (run / ".lock").write_text("123\nnode17\n")
+    refused = command("train.py", run, "train.steps=9", env=poor_disk)
+    fails(refused, "runs/tiny is being trained by another process (process 123 on node17 holds "
+                   "runs/tiny/.lock; delete that file if the process has ended)", "run=NEW")
+    (run / ".lock").unlink()
+    succeeds(command("train.py", run, "train.steps=9"))             # now with links
+    assert (run / "checkpoints/latest").is_symlink()
     check_files(run)
-    succeeds(train("tiny.yaml", "run=second", f"init_from={run}", "train.steps=1",
-                   f"data.tokenizer={run}/checkpoints/latest"))
-    # A second trainer: on this machine, killed on this machine, and on another one.
+
+
+# Tries to take a lock whose file holds each of the arguments.
+TAKE_LOCKS = """
+import sys
+from pathlib import Path
+from errors import UserError
+from files import exclusive_lock
+lock = Path("lock")
+for text in sys.argv[1:]:
+    lock.write_text(text)
+    try:
+        with exclusive_lock(lock, "it is used", "wait"):
+            print("taken", lock.read_text().split()[:1])
+    except UserError as error:
+        print("refused", "process 12 on node17" in str(error))
+"""
+
+
+@compiles
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS, errno.ENOLCK])
+def test_a_lock_without_locks(tmp_path, poor_disk, number):
+    """Its file is the lock. A real lock's is empty; one of a process that has ended is free."""
     ended = subprocess.Popen(["true"])
     ended.wait()
-    for process, host, is_held in ((os.getpid(), HOST, True), (ended.pid, HOST, False),
-                                   (123, "node17", True)):
-        (run / ".lock").write_text(f"{process}\n{host}\n")
-        done = train(str(run), "train.steps=10")
-        if is_held:
-            fails(done, "runs/tiny is being trained by another process", f"process {process} on",
-                  "runs/tiny/.lock")
-        else:
-            succeeds(done)
-    assert "node17 holds runs/tiny/.lock; delete that file" in done.stderr
+    process = subprocess.Popen(
+        [sys.executable, "-c", TAKE_LOCKS, "", f"{ended.pid}\n{HOST}\n", f"{os.getpid()}\n{HOST}\n",
+         "12\nnode17\n"], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+        env=environment(**poor_disk | {"LACKING": str(number)}))
+    taken = f"taken ['{process.pid}']"
+    assert process.communicate()[0].splitlines() == [taken, taken, "refused False", "refused True"]
 
 
 def test_a_lock_names_its_holder_and_forgets_it(tmp_path):

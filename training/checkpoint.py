@@ -281,7 +281,8 @@ def prune(folder: Path, keep: int, listed: list[int]) -> None:
             # Renamed first: it is no checkpoint any more before its first file goes.
             doomed = path.with_name(f".partial-{path.name}")
             os.rename(path, doomed)
-            shutil.rmtree(doomed)
+            # NFS and Windows keep a file that somebody reads. The next start deletes the rest.
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 # --- reading ----------------------------------------------------------------------------------
