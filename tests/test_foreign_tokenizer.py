@@ -121,6 +121,7 @@ OTHER = {       # the library runs it
     "added, single word": (add(AddedToken("[x]", single_word=True)), "ONE_SPLIT"),
     "added, not normalized": (add(AddedToken("the", normalized=False)), "ONE_SPLIT"),
     "whole words": (with_model(ignore_merges=True), "ONE_SPLIT"),
+    "no decoder": (put("decoder", None), "p.ByteLevel(add_prefix_space=False)"),
     "merges in another order": (swap_merges, "ONE_SPLIT"),
     "a token without its merge": (drop_a_merge, "ONE_SPLIT"),
     "padding": (lambda t: t.enable_padding(length=48), "p.ByteLevel(add_prefix_space=False)"),
@@ -195,6 +196,17 @@ def test_what_would_come_out_wrong_is_refused_by_name(change, words, tmp_path):
     message = str(caught.value)
     assert words in message and str(tmp_path / "tokenizer.json") in message
     assert len(message.splitlines()) == 2
+
+
+def test_ids_are_the_librarys_even_if_the_file_skips_some(tmp_path):
+    """The library numbers added tokens itself, one after another."""
+    contents = json.loads(made(lambda t: t.add_special_tokens(["<a>"]) and None))
+    for token, skipped in zip(contents["added_tokens"], (0, 1000)):
+        token["id"] += skipped
+    text = json.dumps(contents)
+    ours = check_ids(text, tmp_path)
+    assert isinstance(ours, HuggingFaceTokenizer)
+    assert ours.special["<a>"] == Tokenizer.from_str(text).token_to_id("<a>") == ours.n_vocab - 1
 
 
 def test_special_tokens_may_have_the_first_ids(tmp_path):

@@ -327,6 +327,10 @@ def test_chat_template_roles_and_generation_config_are_in_every_checkpoint(
     check_companions(run / "checkpoints/000001")
     succeeds(command("train.py", run, "train.steps=2"))
     check_companions(run / "checkpoints/000002")
+    Path("next.yaml").write_text((run / "config.yaml").read_text())
+    succeeds(command("train.py", "next.yaml", f"init_from={run}", "run=next", *arguments,
+                     "train.steps=1"))
+    check_companions(Path("runs/next/checkpoints/000001"))
     assert "chat_template" not in Path("runs/bare/checkpoints/000001/tokenizer_config.json"
                                        ).read_text()
 

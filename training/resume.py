@@ -165,8 +165,11 @@ def resume(config: Config, folder: Path, model: GPT, optimizer: Optimizer, data:
                     f"{newest} belongs to another run ({listed(other[:3])})\n"
                     "  delete it to go on from the one before, or begin another run with: run=NEW")
             optimizer.load_state_dict(load_optimizer(newest))
-        # The same ids, with what an import kept beside them, which the shards may lack.
-        data.tokenizer = load_tokenizer(newest / "tokenizer.json")
+    # The same ids, with what an import kept beside them, which the shards may lack.
+    if checkpoints:
+        data.tokenizer = load_tokenizer(checkpoints[-1] / "tokenizer.json")
+    elif config.init_from:
+        data.tokenizer = load_tokenizer(find_checkpoint(config.init_from) / "tokenizer.json")
     world.barrier()                     # all have read what is about to be pruned
     if world.first:
         clean_up(folder / "checkpoints", config)
