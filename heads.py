@@ -102,7 +102,7 @@ def verdict(arguments: list[str]) -> None:
     parser.add_argument("--out", metavar="FILE", help="also write the page (Markdown) to FILE")
     parser.add_argument("--device", default="auto", help="cuda, cpu or mps (default: the first "
                         "that is available)")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     must_be_writable(args.out, "--out")
     bar = tqdm(args.runs, "examining", unit=" runs", delay=2, leave=False)
     page = verdict_page([judge_run(load_run(where, device=choose_device(args.device, "--device ")))

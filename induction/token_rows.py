@@ -51,7 +51,7 @@ def read(path: str, option: str) -> str:
     try:
         text = Path(path).read_text("utf-8", "surrogateescape")
     except OSError as error:
-        raise UserError(f"{option} {path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{option} {path!r}: cannot be read ({error.strerror})") from None
     if "\0" in text:
         raise UserError(f"{option} {path}: is not a text file (it contains zero bytes)")
     return text
