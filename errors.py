@@ -1,10 +1,12 @@
 """How every command reports an error: one or two lines, exit code 2."""
 
 import argparse
+import difflib
 import os
+import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from console import bytes_of, guard_console
 
@@ -28,10 +30,45 @@ def first_line(error: BaseException, longest: int = 150) -> str:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse without the usage dump: the mistake and where to read more, in two lines."""
+    """argparse without the usage dump: the mistake and where to read more, in two lines.
+
+    A command with `overrides` understands --key.path=value as key.path=value: the agents of sweeps,
+    such as wandb's, write it so.
+    """
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._as_override(word) for word in words], namespace)
 
     def error(self, message: str) -> NoReturn:
+        _, unrecognized, words = message.partition("unrecognized arguments: ")
+        if unrecognized:
+            message += self._suggestion(*words.split(" ")[:2])
         raise UserError(f"{message}\n  {self.prog} --help lists the arguments")
+
+    @property
+    def _positional_names(self) -> list[str]:
+        return [action.dest for action in self._actions if not action.option_strings]
+
+    def _as_override(self, word: str) -> str:
+        option, equals, _ = word.partition("=")
+        is_key = re.fullmatch(r"--[A-Za-z]\w*(\.\w+)*", option)      # no option has dots or _
+        is_option = (any(known.startswith(option) for known in self._option_string_actions)
+                     or difflib.get_close_matches(option, self._option_string_actions, 1, 0.8))
+        if "overrides" in self._positional_names and is_key and equals and not is_option:
+            return word[2:]
+        return word
+
+    def _suggestion(self, option: str, value: str = "VALUE") -> str:
+        """What an unknown option may have been meant for."""
+        option, key = option.partition("=")[0], option.lstrip("-")
+        if close := difflib.get_close_matches(option, self._option_string_actions, 1):
+            return f"; did you mean {close[0]}?"
+        if key in self._positional_names:
+            return f"; write it without {option}"
+        if "overrides" in self._positional_names and option.startswith("--") and key:
+            return f"; a key of the config is set by {key}={value}"
+        return ""
 
 
 def run_command(main: Callable[[], int | None]) -> None:

@@ -103,7 +103,7 @@ def verdict(arguments: list[str]) -> None:
     parser.add_argument("--out", metavar="FILE", help="also write the page (Markdown) to FILE")
     parser.add_argument("--device", default="auto", help="cuda, cpu or mps (default: the first "
                         "that is available)")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     must_be_writable(args.out, "--out")
     if not args.out:
         stdout_is_the_result()

@@ -100,7 +100,7 @@ class Continuation:
             # The longest end of the text that is the beginning of a stop string.
             keep = 0
             for stop in self.stops:
-                for n in range(1, len(stop)):
+                for n in range(1, min(len(stop), len(text) + 1)):
                     if text.endswith(stop[:n]):
                         keep = max(keep, n)
             certain, self.held = text[:len(text) - keep], text[len(text) - keep:]
@@ -247,7 +247,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     try:
         raw = Path(args.file).read_bytes()
     except OSError as error:
-        raise UserError(f"--file {args.file}: cannot be read ({error.strerror})") from None
+        raise UserError(f"--file {args.file!r}: cannot be read ({error.strerror})") from None
     lines = decode_text(raw, f"--file {args.file}").split("\n")
     if not any(lines):
         raise UserError(f"--file {args.file}: holds no prompt (one a line)")
@@ -263,7 +263,7 @@ def parse_arguments() -> argparse.Namespace:
         help="text to continue, or several texts; - reads standard input; without one a new "
              "document begins")
     add("--file", help="a file of prompts, one a line, any number of them")
-    add("-n", type=at_least(int, 1), default=1, metavar="N",
+    add("-n", type=between(int, 1, MOST_CONTINUATIONS), default=1, metavar="N",
         help="continuations of each prompt (default 1)")
     add("--max-tokens", type=at_least(int, 1), default=200, metavar="N",
         help="longest continuation (default 200)")
@@ -278,7 +278,7 @@ def parse_arguments() -> argparse.Namespace:
         help="above 1: repeat less (default 1)")
     add("--seed", type=at_least(int, 0), default=0, metavar="S",
         help="same seed, same text (default 0)")
-    add("--stop", action="append", default=[], metavar="TEXT",
+    add("--stop", type=stop_text, action="append", default=[], metavar="TEXT",
         help="end before TEXT; may be given several times")
     add("--batch-size", type=at_least(int, 1), default=32, metavar="B",
         help="prompts continued at the same time; when one ends, the next begins (default 32)")
@@ -301,6 +301,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 LARGEST = 2 ** 62
+MOST_CONTINUATIONS = 10 ** 6        # of a prompt: a list of them is built
+
+
+def stop_text(text: str) -> str:
+    if not text:                    # every text begins with it
+        raise argparse.ArgumentTypeError("an empty text would end at once (leave it out)")
+    return text
 
 
 def between(number_type: type[int] | type[float], low: float,

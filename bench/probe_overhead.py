@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     parser.add_argument("--rounds", type=int, default=8, metavar="N",
                         help="number of timed measurements (default 8)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     device, seconds = measure(config, args.rounds)
 

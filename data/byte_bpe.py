@@ -26,6 +26,7 @@ from data.tokenizer import LARGEST_ID, Tokenizer, byte_letters
 
 END_OF_TEXT = "<|endoftext|>"
 DOWNLOAD_SECONDS = 60
+LONGEST_WORD = 1000             # characters; longer words are cut before a BPE is trained on them
 # GPT-2's pattern that cuts text into words before merging (Radford et al. 2019).
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"
 # What a pattern may consist of for tiktoken's regex engine and Hugging Face's to read it in the
@@ -52,9 +53,19 @@ class ByteBPE(Tokenizer):
     def _encode(self, text: str) -> np.ndarray:
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint32)
-        except ValueError as error:             # the pattern backtracked for too long
+        except ValueError:          # tiktoken's regex engine gives up on a run of a million spaces
+            return self._encode_by_words(text)
+
+    def _encode_by_words(self, text: str) -> np.ndarray:
+        """The same ids, from words that Hugging Face's regex engine cuts: slower, with a larger
+        stack."""
+        try:
+            words = _split(self.pattern).pre_tokenize_str(text)
+        except Exception as error:              # the library raises Exception itself
             raise UserError("the tokenizer's pattern cannot cut this text into words "
                             f"({first_line(error)})") from None
+        ids = [token for word, _ in words for token in self.encoding._encode_single_piece(word)]
+        return np.array(ids, np.uint32)
 
     @cached_property
     def token_bytes(self) -> list[bytes]:
@@ -70,6 +81,11 @@ class ByteBPE(Tokenizer):
         return np.arange(self.begin)
 
     @cached_property
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """The pair that each token was merged from, in order."""
+        return list(_merges(self.ranks))
+
+    @cached_property
     def json(self) -> str:
         letters = byte_letters()
 
@@ -78,7 +94,7 @@ class ByteBPE(Tokenizer):
 
         # Special tokens are in the vocabulary too: otherwise Hugging Face would number them itself.
         vocab = {spell(token): i for token, i in self.ranks.items()} | self.special
-        merges = [(spell(left), spell(right)) for left, right in _merges(self.ranks)]
+        merges = [(spell(left), spell(right)) for left, right in self.merges]
         tokenizer = HFTokenizer(models.BPE(vocab=vocab, merges=merges))
         tokenizer.pre_tokenizer = _pre_tokenizer(self.pattern)
         tokenizer.decoder = decoders.ByteLevel()
@@ -97,17 +113,30 @@ def bytes_tokenizer() -> ByteBPE:
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> ByteBPE:
-    """Byte-pair encoding (Sennrich et al. 2016) learned from `texts`, with `vocab_size` ids."""
+    """Byte-pair encoding (Sennrich et al. 2016) learned from `texts`, with `vocab_size` ids.
+
+    Words longer than LONGEST_WORD are cut first: the time to learn from one grows with the square
+    of its length.
+    """
     learner = HFTokenizer(models.BPE())
-    learner.pre_tokenizer = _pre_tokenizer(WORDS)
+    learner.pre_tokenizer = pre_tokenizers.Sequence([
+        _split(WORDS), pre_tokenizers.FixedLength(LONGEST_WORD), _byte_level()])
     letters = byte_letters()
     learner.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=list(letters.values()), show_progress=False))
     byte_of = {letter: byte for byte, letter in letters.items()}
+
+    def spelled(token: str) -> bytes:
+        return bytes(byte_of[letter] for letter in token)
+
     vocab = learner.get_vocab()
-    ranks = {bytes(byte_of[letter] for letter in token): rank
+    ranks = {spelled(token): rank
              for rank, token in enumerate(sorted(vocab, key=lambda token: vocab[token]))}
-    return ByteBPE(ranks, WORDS, {END_OF_TEXT: len(ranks)})
+    tokenizer = ByteBPE(ranks, WORDS, {END_OF_TEXT: len(ranks)})
+    # Known here. Finding them again takes minutes if the text has long lines of dashes.
+    tokenizer.merges = [(spelled(left), spelled(right)) for left, right
+                        in json.loads(learner.to_str())["model"]["merges"]]
+    return tokenizer
 
 
 def named_encoding(name: str) -> ByteBPE:
@@ -224,9 +253,15 @@ def _merges_are_ranks(text: str, tokens: dict[str, int], special: dict[str, int]
 
 
 def _pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence([_split(pattern), _byte_level()])
+
+
+def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
+def _byte_level() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
 def _merges(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import tiktoken
 from pydantic import Field, PositiveInt, model_validator
 
-from settings.validate import Conflicts, Settings, Size
+from settings.validate import Conflicts, Settings, Size, Text
 
 Corpus = Literal["stdlib", "files", "hub", "repeats"]
 SHORTEST_PERIOD = 3         # of the repeated random tokens in a probe
@@ -62,10 +62,10 @@ class TokenizerConfig(Settings):
 class HubConfig(Settings):
     """A dataset on the Hugging Face hub, streamed."""
 
-    dataset: str
-    config: str | None = None
-    split: str = "train"
-    column: str = "text"
+    dataset: Text
+    config: Text | None = None
+    split: Text = "train"
+    column: Text = "text"
     max_tokens: PositiveInt | None = None       # stop after about this many; null: the whole split
 
 
@@ -102,8 +102,8 @@ class MixtureEntry(Settings):
 
 class DataConfig(Settings):
     corpus: Corpus | None = None                # null with a mixture, else stdlib
-    files: list[str] = []                       # globs, for corpus: files
-    column: str = "text"                        # which field of .jsonl, .parquet and .csv files is
+    files: list[Text] = []                      # globs, for corpus: files
+    column: Text = "text"                       # which field of .jsonl, .parquet and .csv files is
                                                 # text
     hub: HubConfig | None = None
     repeats: RepeatsConfig = RepeatsConfig()
@@ -112,7 +112,7 @@ class DataConfig(Settings):
     val_fraction: Fraction = 0.05
     mask_documents: bool = False                # no attention from one document to another in the
                                                 # same window
-    folder: str | None = None                   # where the shards are; null: prepared/NAME-HASH,
+    folder: Text | None = None                  # where the shards are; null: prepared/NAME-HASH,
                                                 # with a hash of their content
 
     @property

@@ -329,7 +329,7 @@ def main() -> None:
                         help="change a value of the config")
     parser.add_argument("--verify", action="store_true",
                         help="read every byte of finished shards and check it against the manifest")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     tree = read_file(args.config)
     config = validate(DataPart, tree, args.config, override(tree, args.overrides)).data
     if config.text_corpus is None:

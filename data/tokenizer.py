@@ -3,6 +3,7 @@
 data/byte_bpe.py and data/hf_tokenizer.py implement it, data/load_tokenizer.py loads one.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -134,15 +135,12 @@ def byte_letters() -> dict[int, str]:
 
 def utf8_parts(raw: bytes) -> Iterator[str | bytes]:
     """`raw` cut into its longest valid UTF-8 parts (str) and the single bytes between them."""
-    while raw:
-        try:
-            yield raw.decode("utf-8")
-            return
-        except UnicodeDecodeError as error:
-            if error.start:
-                yield raw[:error.start].decode("utf-8")
-            yield from (raw[n:n + 1] for n in range(error.start, error.end))
-            raw = raw[error.end:]
+    # A byte that is not UTF-8 becomes a lone surrogate, which no valid UTF-8 contains.
+    for part in re.split("([\udc80-\udcff])", raw.decode("utf-8", "surrogateescape")):
+        if "\udc80" <= part <= "\udcff":
+            yield part.encode("utf-8", "surrogateescape")
+        elif part:
+            yield part
 
 
 def is_control(character: str) -> bool:

@@ -52,7 +52,7 @@ def read(path: str, option: str) -> str:
     try:
         raw = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"{option} {path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{option} {path!r}: cannot be read ({error.strerror})") from None
     text = decode_text(raw, f"{option} {path}")
     if "\0" in text:
         raise UserError(f"{option} {path}: is not a text file (it contains zero bytes)")

@@ -209,7 +209,7 @@ def choose(logits: Tensor, sampling: Sampling, draws: Tensor,
             seen[n, torch.tensor(text, device=logits.device)] = True
         penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, penalised, logits)
-    if sampling.temperature == 0:
+    if sampling.temperature < torch.finfo(torch.float32).tiny:      # 0, or 0 in float32
         return logits.argmax(dim=-1)
     # At most 0 after subtracting the largest: no temperature overflows.
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / sampling.temperature

@@ -4,6 +4,7 @@ All errors come at once, each naming the key, the value and the fix.
 """
 
 import difflib
+import json
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +12,20 @@ from typing import Annotated, Any, Self, TypeVar
 
 from errors import UserError
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 MOST_MISTAKES = 40              # listed for one file
 Size = Annotated[int, Field(gt=0, le=2 ** 20)]      # one dimension; over a million must be a typo
+
+
+def _as_written(value: Any) -> Any:
+    """A number as it was written: in run=001 the name is 001."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return repr(value) if is_number else value
+
+
+AsWritten = BeforeValidator(_as_written)
+Text = Annotated[str, AsWritten]
 Mistake = tuple[tuple[str, ...], str]               # the keys involved, and what is wrong with them
 Conflicts = Iterator[Mistake]                       # impossible combinations of values
 
@@ -107,13 +118,26 @@ def _mistakes(error: Mapping[str, Any], settings_class: type[Settings]) -> Itera
             keys_here = ", ".join(_settings_at(settings_class, location).model_fields)
             yield (key,), f"{key}={value}: keys are expected here: {keys_here}"
         case "list_type":
-            yield (key,), f"{key}={value} must be a list (try {key}='[{value.strip(chr(39))}]')"
+            item = value.strip("'") if error["input"] else "…"
+            yield (key,), f"{_assigned(key, error)} must be a list (try {key}='[{item}]')"
+        case "string_type" if isinstance(error["input"], bool):
+            yield (key,), (f"{_assigned(key, error)} is not text (in quotes it is: "
+                           f"{key}='\"{str(error['input']).lower()}\"')")
         case "string_pattern_mismatch":                     # of a name
             yield (key,), (f"{key}={value}: letters, digits, '.', '_' and '-' are allowed, "
                            "the first a letter or digit")
         case _:
             message = error["msg"]
-            yield (key,), f"{key}={value}: {cause or message[0].lower() + message[1:]}"
+            yield (key,), (f"{_assigned(key, error)}: "
+                           f"{cause or message[0].lower() + message[1:]}")
+
+
+def _assigned(key: str, error: Mapping[str, Any]) -> str:
+    """KEY=VALUE, with null and booleans as YAML writes them."""
+    value = error["input"]
+    if value is None or isinstance(value, bool):
+        return f"{key}={json.dumps(value)}"
+    return f"{key}={_short.repr(value)}"
 
 
 def _suggestion(prefix: str, location: Sequence[Any], settings_class: type[Settings]) -> str:

@@ -15,6 +15,25 @@ LONGEST_MAPPING = 1000          # keys of one mapping
 LONGEST_NUMBER = 100            # digits
 
 
+class WrittenInt(int):
+    """A whole number with the text it was written as: 001, 1e3, 0x10. A key that expects text gets
+    that text (Text in settings/validate.py)."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+class WrittenFloat(float):
+    """The same for other numbers: 1.50, 3e-4."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
 class _Yaml12(yaml.SafeLoader):
     """Reads YAML 1.2's core schema.
 
@@ -48,6 +67,14 @@ class _Yaml12(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        number = self._number(node)
+        if repr(number) == node.value:
+            return number
+        written = WrittenInt(number) if isinstance(number, int) else WrittenFloat(number)
+        written.text = node.value
+        return written
+
+    def _number(self, node: yaml.ScalarNode) -> int | float:
         text = node.value.replace("_", "")
         if len(text) > LONGEST_NUMBER:
             raise ValueError(f"a number of {len(text)} digits")
@@ -94,6 +121,9 @@ def read_file(path: str | Path) -> dict[str, Any]:
                             f"(at most {LARGEST_FILE:,})")
         tree = read_yaml(Path(path).read_text("utf-8"), str(path))
     except FileNotFoundError:
+        if "=" in Path(path).name:
+            raise UserError(f"{path}: no such file; the config comes first, for example "
+                            f"configs/quickstart.yaml {path}") from None
         neighbour = similar_file(Path(path))
         fix = f"did you mean {neighbour}?" if neighbour else "python train.py lists the configs"
         raise UserError(f"{path}: no such file; {fix}") from None

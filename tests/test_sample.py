@@ -77,7 +77,10 @@ def test_a_full_context_ends_with_a_note_or_slides(trained):
     (["runs/nothing"], "no such run"), (["RUN", "--top-k", "0"], "--top-k"),
     (["RUN", "--temperature", "-1"], "--temperature"), (["RUN", "--top-p", "0"], "--top-p"),
     (["RUN", "--min-p", "1.5"], "--min-p"), (["RUN", "--seed", str(2 ** 64)], "--seed"),
-    (["RUN", "--max-tokens", "x"], "--max-tokens"),
+    (["RUN", "--max-tokens", "x"], "--max-tokens"), (["RUN", "--stop", ""], "--stop"),
+    (["RUN", "x", "--stop", "a", "--stop", ""], "--stop"), (["RUN", "--file", ""], "--file ''"),
+    (["RUN", "--temperature", "nan"], "--temperature"), (["RUN", "-n", "9" * 12], "-n"),
+    (["RUN", "--topk", "5"], "did you mean --top-k?"), (["RUN", "--n", "2"], "did you mean -n?"),
     (["RUN", "--file", "nothing.txt"], "nothing.txt"),
     (["RUN", "--device", "cuda:7"], "cuda:7"), ([], "run"),
 ])
@@ -136,7 +139,8 @@ def test_choices_follow_the_formulas():
     assert_close(Sampling(), P)
     assert_close(Sampling(temperature=0.5), (torch.tensor(LOGITS) / 0.5).softmax(0).tolist())
     assert frequencies(Sampling(temperature=0), LOGITS) == [0, 1, 0, 0]
-    assert frequencies(Sampling(temperature=1e-30), LOGITS) == [0, 1, 0, 0]
+    for temperature in (1e-30, 1e-40, 1e-46, 1e-310):          # the last two are 0 in float32
+        assert frequencies(Sampling(temperature=temperature), LOGITS) == [0, 1, 0, 0]
     assert_close(Sampling(top_k=2), two_best)
     assert_close(Sampling(top_p=P[1] + 0.01), two_best)
     assert frequencies(Sampling(top_p=0.01), LOGITS) == [0, 1, 0, 0]

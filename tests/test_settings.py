@@ -25,7 +25,26 @@ from training.config import Config, differences, dump_config, load_config
 ])
 def test_values_are_yaml_1_2(text, value):
     parsed = read_yaml(text, "test")
-    assert parsed == value and type(parsed) is type(value)
+    assert parsed == value and isinstance(parsed, type(value))
+
+
+@pytest.mark.parametrize("text", ["001", "7", "1e3", "1.50", "3e-4", "0x10", "1_000", "2024-01-01"])
+def test_a_name_is_the_text_as_written(text):
+    tree = {"log": read_yaml(f"project: {text}", "x.yaml")}
+    paths = override(tree, [f"run={text}", f"data.files=[{text}]", "data.corpus=files"])
+    config = validate(Config, tree, "x.yaml", paths)
+    assert (config.run, config.log.project, config.data.files) == (text, text, [text])
+    assert validate(Config, yaml.safe_load(dump_config(config)), "dump") == config
+
+
+def test_a_number_is_a_number_however_it_is_written():
+    tree: dict = {}
+    paths = override(tree, ["train.steps=1e3", "seed=007", "optimizer.lr=3e-4", "model.window=0x8"])
+    config = validate(Config, tree, "x.yaml", paths)
+    assert (config.train.steps, config.seed, config.model.window) == (1000, 7, 8)
+    assert config.optimizer.lr == 3e-4
+    numbers = (config.train.steps, config.seed, config.model.window, config.optimizer.lr)
+    assert [type(number) for number in numbers] == [int, int, int, float]
 
 
 def errors_of(tree: dict, *assignments: str) -> list[str]:
@@ -47,7 +66,12 @@ def test_all_mistakes_come_at_once_each_with_its_key_value_and_fix():
 
 
 @pytest.mark.parametrize(("assignment", "words"), [
-    ("run=../elsewhere", "run="), ("run=7", "run=7"), ("seed=18446744073709551616", "seed="),
+    ("run=../elsewhere", "run="), ("run=.5", "run='.5'"),
+    ("run=true", "quotes"), ("run=", "run=null"), ("train.steps=1.50", "train.steps=1.50:"),
+    ("optimizer.lr=1e-46", "optimizer.lr=1e-46 is 0 in float32"),
+    ("optimizer.adam_lr=1e-46", "optimizer.adam_lr=1e-46 is 0 in float32"),
+    ("data.files=", "data.files=null must be a list"),
+    ("seed=18446744073709551616", "seed="),
     ("train.steps=0", "greater than 0"), ("train.steps=1.5", "train.steps=1.5"),
     ("optimizer.lr=.nan", "optimizer.lr"), ("model.qk_norm=1", "model.qk_norm=1"),
     ("model.window=[8, 0]", "model.window.1=0"), ("data.tokenizer=gtp2", "did you mean gpt2"),
@@ -89,6 +113,11 @@ def test_a_file_that_is_not_a_config_is_refused(tmp_path, text, words):
     with pytest.raises(UserError, match=r"x\.yaml") as caught:
         load_config(tmp_path / "x.yaml")
     assert words in str(caught.value)
+
+
+def test_an_override_in_the_place_of_the_config_is_named():
+    with pytest.raises(UserError, match=r"the config comes first, for example .* seed=3"):
+        load_config("seed=3")
 
 
 def test_merge_keys_work():

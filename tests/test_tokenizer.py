@@ -2,6 +2,7 @@
 
 import random
 import socket
+import time
 from pathlib import Path
 
 from errors import UserError
@@ -16,7 +17,14 @@ from commands import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.byte_bpe import END_OF_TEXT, bytes_tokenizer, named_encoding, train_bpe
+from data.byte_bpe import (
+    END_OF_TEXT,
+    LONGEST_WORD,
+    _merges,
+    bytes_tokenizer,
+    named_encoding,
+    train_bpe,
+)
 from data.config import TokenizerConfig
 from data.load_tokenizer import load_tokenizer, make_tokenizer
 
@@ -78,6 +86,42 @@ def test_a_bpe_has_the_size_asked_for_and_shortens_text():
     assert len(bpe.encode(TEXT[0])) < len(TEXT[0]) / 2
     assert train_bpe(iter(TEXT), 400).hash == bpe.hash
     assert bpe.byte_lengths[bpe.encode(TEXT[1])].sum() == len(TEXT[1].encode())
+
+
+# --- text without words ---
+
+@pytest.mark.parametrize("text", [" " * 1_100_000, "x" + "\n" * 1_100_000 + "y"],
+                         ids=["spaces", "lines"])
+def test_a_run_of_a_million_spaces_has_the_ids_of_hugging_face(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    hf_tokenizer = tokenizers.Tokenizer.from_str(tokenizer.json)
+    assert ids.tolist() == hf_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_the_time_to_learn_does_not_grow_with_the_square_of_a_words_length():
+    generator, started = random.Random(0), time.process_time()
+    letters = "".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=300_000))
+    lines = "".join("-" * generator.randint(1, 3000) + "\n" for _ in range(300))
+    bpe = train_bpe(iter([letters, lines]), 1000)
+    assert bpe.json and bpe.n_vocab == 1000
+    assert time.process_time() - started < 10           # 1 s; with uncut words 19 s
+    assert max(map(len, bpe.ranks)) <= LONGEST_WORD
+
+
+def test_a_learned_tokens_pair_is_what_the_earlier_merges_leave_of_its_bytes():
+    generator = random.Random(0)
+    for letters in ("ab", "-= ", "aé漢\n ", "aaaab"):
+        texts = ["".join(generator.choices(letters, k=300)) for _ in range(20)]
+        bpe = train_bpe(iter(texts), 600)
+        assert bpe.merges == list(_merges(bpe.ranks)) and len(bpe.merges) > 200
+
+
+def test_bytes_that_are_not_utf8_take_time_linear_in_their_number():
+    started = time.process_time()
+    ids = TOKENIZERS["bytes"].encode(b"\xe9 " * 400_000)
+    assert time.process_time() - started < 6            # 1.5 s; copying the rest each time 13 s
+    assert ids.tolist() == [0xE9, 0x20] * 400_000
 
 
 def test_special_tokens_in_a_text_are_text(tokenizer):

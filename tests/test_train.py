@@ -179,7 +179,7 @@ def test_weights_need_their_tokenizer_and_a_run_keeps_its_optimizer(workplace, t
     (["tiny.yaml", "train.device=cuda:9"], ["train.device=cuda:9"]),
     (["tiny.yaml", "model.vocab_size=100"], ["model.vocab_size=100"]),
     (["tiny.yaml", "init_from=runs/none"], ["runs/none", "no such run"]),
-    (["tiny.yaml", "--steps=3"], ["--steps=3"]),
+    (["tiny.yaml", "--steps=3"], ["unknown key steps; did you mean train.steps"]),
     (["tiny.yaml", "steps"], ["'steps' is not key.path=value"]),
 ])
 def test_mistakes_print_two_lines_and_write_nothing(workplace, arguments, words):

@@ -16,16 +16,17 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from data.config import SHORTEST_PERIOD, DataConfig
 from model.config import ModelConfig
 from settings.schema import json_schema
-from settings.validate import Conflicts, Settings, validate
+from settings.validate import AsWritten, Conflicts, Settings, Text, validate
 from settings.yaml12 import override, read_file
 
 Every = Annotated[NonNegativeInt, Field(description="steps between two; 0: never")]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 LONGEST_NAME = 100
-Name = Annotated[str, Field(pattern=NAME, max_length=LONGEST_NAME)]
+Name = Annotated[str, Field(pattern=NAME, max_length=LONGEST_NAME), AsWritten]
 NonNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
+SMALLEST_FLOAT32 = 2.0 ** -126               # smaller ones are 0 on some devices
 Tokens = Annotated[int, Field(gt=0, le=2 ** 28)]
 
 
@@ -43,7 +44,7 @@ class TrainConfig(Settings):
     attention: Literal["auto", "reference", "sdpa", "triton"] = "auto"
                                                 # auto: our Triton kernels on CUDA, PyTorch's
                                                 # elsewhere
-    device: str = "auto"                        # cuda, cpu, mps; auto: the first that is available
+    device: Text = "auto"                       # cuda, cpu, mps; auto: the first that is available
     profile: bool = False                       # write a trace of a few early steps, as trace.json
 
 
@@ -68,6 +69,9 @@ class OptimizerConfig(Settings):
         if len(self.betas) != 2:
             yield ("betas",), (f"optimizer.betas={self.betas} must be two numbers, "
                                "for example [0.9, 0.95]")
+        for name, rate in (("lr", self.lr), ("adam_lr", self.adam_lr)):
+            if rate < SMALLEST_FLOAT32:
+                yield (name,), f"optimizer.{name}={rate} is 0 in float32 (try 1e-3)"
 
 
 class EvalConfig(Settings):
@@ -92,13 +96,13 @@ class LogConfig(Settings):
     every: PositiveInt = 10
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
                                                 # auto: online with a key, else offline
-    project: str = "induction"
+    project: Text = "induction"
 
 
 class Config(Settings):
     run: Name = "run"                           # → runs/NAME
     seed: Annotated[int, Field(ge=0, lt=2 ** 63)] = 0
-    init_from: str | None = None                # a run or checkpoint whose weights to start from
+    init_from: Text | None = None               # a run or checkpoint whose weights to start from
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

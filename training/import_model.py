@@ -236,7 +236,7 @@ def _config_of(source: Path, described: dict[str, Any], weights: Weights, target
         raise UserError("an imported model stays as it is: of model.* only model.n_ctx can change\n"
                         f"  {keys}: leave out all but n_ctx")
     n_ctx = shape.get("n_ctx")
-    if type(n_ctx) is int and n_ctx > 0:
+    if isinstance(n_ctx, int) and n_ctx > 0:
         longest = LONGEST
         if model["position"] == "learned":
             longest = min(LONGEST, model["n_ctx"])
