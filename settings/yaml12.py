@@ -129,9 +129,13 @@ def read_file(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; {fix}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+    if tree is None:
+        raise UserError(f"{path}: this config is empty; python train.py lists the configs")
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: a config is a mapping of keys to values, "
-                        f"but this file holds a {type(tree).__name__}")
+        names: dict[type, str] = {str: "text", list: "a list"}
+        held = names.get(type(tree), f"the value {tree!r}")
+        raise UserError(f"{path}: a config is a mapping of keys to values, but this file holds "
+                        f"{held}; python train.py lists the configs")
     return tree
 
 

@@ -74,7 +74,8 @@ def test_a_full_context_ends_with_a_note_or_slides(trained):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["runs/nothing"], "no such run"), (["RUN", "--top-k", "0"], "--top-k"),
+    (["runs/nothing"], "no such run"), (["sample.py"], "is a file, not a run"),
+    ([""], "'': holds no checkpoint"), (["RUN", "--top-k", "0"], "--top-k"),
     (["RUN", "--temperature", "-1"], "--temperature"), (["RUN", "--top-p", "0"], "--top-p"),
     (["RUN", "--min-p", "1.5"], "--min-p"), (["RUN", "--seed", str(2 ** 64)], "--seed"),
     (["RUN", "--max-tokens", "x"], "--max-tokens"), (["RUN", "--stop", ""], "--stop"),

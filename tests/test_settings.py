@@ -104,7 +104,9 @@ def test_later_overrides_win_and_lists_and_mappings_can_be_given():
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("seed: 1\nseed: 2", "twice"), ("a: [", "line"), ("- 1", "mapping"), ("a: &x [*x]", ""),
+    ("seed: 1\nseed: 2", "twice"), ("a: [", "line"), ("- 1", "holds a list"), ("", "empty"),
+    ("# a comment", "empty"), ("some words", "holds text"), ("5", "the value 5"),
+    ("a: &x [*x]", ""),
     ("a: !!int x", ""), ("a: !!bool x", ""), ("a: !!timestamp x", ""),
     ("!!python/object/apply:os.system [ls]", ""),
 ])

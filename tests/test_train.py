@@ -189,6 +189,13 @@ def test_mistakes_print_two_lines_and_write_nothing(workplace, arguments, words)
     assert not Path("runs").exists()
 
 
+def test_a_checkpoint_in_the_place_of_its_run_is_named(trained):
+    for checkpoint in (trained / "checkpoints").iterdir():          # latest and best too
+        words = ["is a checkpoint: name its run", "runs/tiny", f"init_from={checkpoint}"]
+        fails(train(str(checkpoint)), *words)
+    fails(train(""), "'' holds no config.yaml")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(workplace):
     done = train("tiny.yaml", "optimizer.kind=adamw", "optimizer.lr=1e19", "optimizer.clip=0",
                  "optimizer.warmup_steps=0", "checkpoint.every=1", "train.steps=40",

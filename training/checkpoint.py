@@ -223,7 +223,8 @@ def find_checkpoint(where: str | Path) -> Path:
     folder = path if path.name == "checkpoints" else path / "checkpoints"
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
-        raise UserError(f"{where}: holds no checkpoint (train first, or name runs/NAME or "
+        problem = "is a file, not a run" if path.is_file() else "holds no checkpoint"
+        raise UserError(f"{str(where) or repr('')}: {problem} (train first, or name runs/NAME or "
                         "runs/NAME/checkpoints/STEP)")
     _warn_if_dangling(folder / "latest", checkpoints[-1])
     return checkpoints[-1]

@@ -2,6 +2,7 @@
 from."""
 
 import json
+import os
 import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -73,7 +74,11 @@ def job_of(target: str, overrides: list[str]) -> Job:
     folder = Path(target)
     saved = folder / "config.yaml"
     if not saved.exists():
-        raise UserError(f"{target} holds no config.yaml, so it is not a run "
+        if folder.resolve().parent.name == "checkpoints":
+            run = os.path.relpath(folder.resolve().parent.parent)
+            raise UserError(f"{target} is a checkpoint: name its run to continue it, {run}, or "
+                            f"start another from its weights with init_from={target}")
+        raise UserError(f"{str(target) or repr('')} holds no config.yaml, so it is not a run "
                         "(runs/NAME continues one, configs/NAME.yaml starts one)")
     before = named_after(folder, load_config(saved))
     config = load_config(saved, [f"run={json.dumps(before.run)}", *overrides])
