@@ -5,6 +5,7 @@ import errno
 import hashlib
 import os
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,7 +14,10 @@ from typing import Any
 
 from errors import UserError
 
-from filelock import FileLock, SoftFileLock, Timeout, lock_descriptor, unlock_descriptor
+if sys.platform != "win32":
+    import fcntl
+
+from filelock import FileLock, SoftFileLock, Timeout
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EIO,
                errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EFBIG,
@@ -123,10 +127,11 @@ def exclusive_lock(lock: Path, busy: str, advice: str) -> Iterator[None]:
 
 def _has_locks(folder: Path) -> bool:
     """Whether the file system of a folder has locks that end with their process."""
+    if sys.platform == "win32":
+        return True
     with tempfile.TemporaryFile(prefix=".lock-", suffix=".partial", dir=folder) as file:
         try:
-            if lock_descriptor(file.fileno(), blocking=False):
-                unlock_descriptor(file.fileno())
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in MISSING:
                 raise

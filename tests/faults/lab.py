@@ -141,4 +141,5 @@ def check_same_run(run: Path, undisturbed: Path) -> None:
 
 # wandb writes its own files and sends no request.
 OFFLINE = {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
-SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
+SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT,
+           "SIGHUP": signal.SIGHUP}

@@ -18,6 +18,7 @@ CHECKS = {                                  # fault → what its test asserts
     "SIGTERM": "training saves, prints how to resume and exits with status 0 (before training "
                "starts, it ends at once); " + RESUMED,
     "SIGINT": "as for SIGTERM",
+    "SIGHUP": "as for SIGTERM; a run that was started with it ignored (nohup) trains on",
     "disk full": "an error of two lines, exit status 2, no half-written file; with free space "
                  "again, the run continues as for kill -9",
     "read-only folder": "an error of two lines, exit status 2, nothing left behind",
@@ -44,6 +45,66 @@ CHECKS = {                                  # fault → what its test asserts
                 "does not grow; checkpoint.keep is respected; metrics.jsonl has every line",
 }
 
+# kind → (what was tried, the result) …; the tests are named last.
+FROM_THE_FIELD = {
+    "a tokenizer.json read in part": [
+        ("two splits, a regex in ByteLevel, other pre-tokenizers, normalizers, added tokens with "
+         "lstrip, rstrip, single_word; ignore_merges; ids in gaps", "run by its library, same ids"),
+        ("saved padding and truncation", "off: a prompt is only its own tokens"),
+        ("dropout, subword prefixes and suffixes, a decoder that changes text, an unknown part, "
+         "WordPiece, unigram", "refused by name"),
+        ("lowercasing, accents composed, spaces dropped",
+         "prepared, with a warning that names the share lost: test_foreign_tokenizer.py, "
+         "test_prepare.py")],
+    "types guessed, columns, caches": [
+        ("nulls before text, changing and nested types, huge numbers in other columns; NA, 007, "
+         "dates, True in the text column; jsonl, json, csv, tsv, parquet, arrow, compressed too",
+         "the text, exactly"),
+        ("a csv row too short or too long, a quote without end, bytes that are not UTF-8, a column "
+         "of lists or numbers, a missing column, JSON that is cut off",
+         "refused: file, line, counts or type"),
+        ("half of a surrogate pair", "� and a note with the line"),
+        ("a home that cannot be written", "works: test_fields.py")],
+    "encodings": [
+        ("UTF-8, UTF-16 and UTF-32 with a byte-order mark, in corpora and in --file",
+         "decoded, without the mark"),
+        ("UTF-16 and UTF-32 without a mark", "refused by name; other bytes are kept as they are"),
+        ("a prompt that is not UTF-8, with --json", "valid JSON: test_text_files.py")],
+    "names as patterns": [
+        ("brackets, stars, question marks, ::, #, %, zip://, a folder named ~",
+         "an existing name means itself: test_text_files.py")],
+    "the console": [
+        ("ASCII, a full disk, closed streams, a vanished reader, a closed terminal, a full pipe; "
+         "training, preparing, heads.py, torchrun, with wandb", "goes on, and saves"),
+        ("a sample or a verdict that cannot be written",
+         "exit status 2, one line; 141 for a vanished reader: test_console.py")],
+    "signals": [
+        ("SIGHUP; ignored (nohup); SIGTERM while a line is being printed",
+         "saved; trains on; saved: test_console.py")],
+    "file systems": [
+        ("no symbolic links, hard links, flock, permissions or flushing of folders",
+         "trains, saves, resumes, refuses a second trainer"),
+        ("a lock of this and of another machine, of a living and a dead process",
+         "named with process, host and file"),
+        ("a copy that followed links, or dropped them", "continues: test_file_systems.py")],
+    "moved and renamed": [
+        ("runs, trained and imported; the project; the raw text gone, its shards finished",
+         "continues: test_file_systems.py, test_import.py, test_text_files.py")],
+    "work without end": [
+        ("a million spaces, dashes, letters; base64; emoji; bytes that are not UTF-8",
+         "linear time: 1 MB of each prepared in 13 s: test_tokenizer.py"),
+        ("link loops, one JSON value over many lines, gzip bombs",
+         "ends: test_text_files.py, test_fields.py")],
+    "values without meaning": [
+        ("--stop '', temperature 1e-46, a learning rate that is 0 in float32, -n 10¹²",
+         "refused, or the obvious"),
+        ("run=001, run=1e3; --optimizer.lr=0.1 from a sweep",
+         "the name as written; understood: test_arguments.py, test_settings.py, test_sample.py")],
+    "imports": [
+        ("special tokens past the embedding", "imported if no text becomes them, else named"),
+        ("chat template, roles, generation settings", "in every checkpoint: test_import.py")],
+}
+
 PAGE = """# Faults: what was broken, and what survived
 
 This page lists every fault that the tests inject into real commands, how often each was survived,
@@ -67,6 +128,15 @@ moment of a fault is exact: a wrapper ends the process at the n-th call that mar
 What "survived" means:
 
 {meanings}
+
+## Inputs and surroundings from the field
+
+Inputs and surroundings on which programs of this kind have failed, each with its siblings. They are
+ordinary tests, in the files named last.
+
+| kind | tried | result |
+|---|---|---|
+{field}
 
 ## What is guaranteed
 
@@ -95,7 +165,8 @@ What "survived" means:
   protects against accidents. Limits on sizes protect against the rest.
 - A run's config.yaml is a config. If you continue a run that someone sent you, the files that it
   names are read and the data folder that it names is written.
-- Several machines, network file systems and Windows were not tested.
+- Several machines, real network file systems (only what they lack was simulated) and Windows were
+  not tested.
 """
 
 
@@ -131,7 +202,9 @@ def write_page(path: Path, outcomes: list[Outcome]) -> None:
     path.write_text(PAGE.format(
         date=time.strftime("%Y-%m-%d"), machine=machine(),
         injected=injected, survived=survived, configs=configs, failed=failed,
-        rows="\n".join(rows), meanings="\n".join(meanings)))
+        rows="\n".join(rows), meanings="\n".join(meanings), field="\n".join(
+            f"| {kind} | {tried} | {result} |" for kind, cases in FROM_THE_FIELD.items()
+            for tried, result in cases)))
 
 
 def machine() -> str:

@@ -33,7 +33,7 @@ ENDLESS = ["train.steps=100000", "eval.every=0"]
 
 
 def draw_cases() -> list:
-    """Every moment with one kill; in the full form with five kills, SIGTERM and SIGINT."""
+    """Every moment with one kill; in the full form with five kills and three other signals."""
     draw, cases = random.Random(SEED), []
     for moment, count in COUNTS.items():
         kills = sorted(draw.sample(range(1, count + 1), min(5, count)))
@@ -41,7 +41,7 @@ def draw_cases() -> list:
         for i, n in enumerate(kills):
             marks = [] if i == always else [pytest.mark.faults]
             cases.append(pytest.param(moment, n, "kill -9", marks=marks))
-        for name in ("SIGTERM", "SIGINT"):
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
             n = draw.randint(1, count)
             cases.append(pytest.param(moment, n, name, marks=pytest.mark.faults))
     return cases
@@ -60,7 +60,7 @@ def test_stopped_at_a_moment_and_continued_it_is_the_same_run(lab: Lab, fault, m
     if name == "kill -9":
         codes = (-9,)
     elif "data" in moment:
-        # Before the first step SIGTERM ends the process, and Ctrl-C prints "interrupted".
+        # Before the first step a signal ends the process, and Ctrl-C prints "interrupted".
         codes = (-number, 130)
     else:
         codes = (0,)
@@ -98,7 +98,8 @@ def test_killed_again_and_again_by_the_clock_it_is_the_same_run(lab: Lab, fault,
 
 
 @pytest.mark.parametrize("number", [
-    signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)])
+    signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults),
+    pytest.param(signal.SIGHUP, marks=pytest.mark.faults)])
 def test_a_signal_saves_and_says_how_to_continue(lab: Lab, fault, number):
     with fault(number.name, "any moment, by the clock"):
         run = lab / f"runs/told-{number.name}"
