@@ -22,10 +22,11 @@ import tiktoken
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
-from data.tokenizer import LARGEST_ID, Tokenizer, byte_letters
+from data.tokenizer import LARGEST_ID, Tokenizer, byte_letters, cannot_cut, library_errors
 
 END_OF_TEXT = "<|endoftext|>"
 DOWNLOAD_SECONDS = 60
+LONG_TEXT = 2 ** 16             # characters; on shorter ones only a harmful pattern gives up
 LONGEST_WORD = 1000             # characters; longer words are cut before a BPE is trained on them
 # GPT-2's pattern that cuts text into words before merging (Radford et al. 2019).
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s"
@@ -53,17 +54,16 @@ class ByteBPE(Tokenizer):
     def _encode(self, text: str) -> np.ndarray:
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=()).astype(np.uint32)
-        except ValueError:          # tiktoken's regex engine gives up on a run of a million spaces
+        except ValueError as error:     # tiktoken's regex engine gives up on a million spaces
+            if len(text) < LONG_TEXT:
+                raise cannot_cut(first_line(error)) from None
             return self._encode_by_words(text)
 
     def _encode_by_words(self, text: str) -> np.ndarray:
         """The same ids, from words that Hugging Face's regex engine cuts: slower, with a larger
         stack."""
-        try:
+        with library_errors(cannot_cut):
             words = _split(self.pattern).pre_tokenize_str(text)
-        except Exception as error:              # the library raises Exception itself
-            raise UserError("the tokenizer's pattern cannot cut this text into words "
-                            f"({first_line(error)})") from None
         ids = [token for word, _ in words for token in self.encoding._encode_single_piece(word)]
         return np.array(ids, np.uint32)
 

@@ -22,7 +22,14 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from data.byte_bpe import END_OF_TEXT
 from data.companions import read_companions, read_dict
-from data.tokenizer import LARGEST_ID, Tokenizer, byte_letters, utf8_parts
+from data.tokenizer import (
+    LARGEST_ID,
+    Tokenizer,
+    byte_letters,
+    cannot_cut,
+    library_errors,
+    utf8_parts,
+)
 
 # Spaces, line ends, accents, letters of 1 to 4 bytes: decoding them shows what a decoder changes.
 PROBE = "The don't  12345\n\n\té e\u0301 東京 🙂 _ ▁ ## </w> [x] , . Ω"
@@ -214,12 +221,8 @@ def read_hf_tokenizer(folder: Path, model_config: dict[str, Any],
 
 def _run_by_library(text: str) -> HFTokenizer:
     """The library's tokenizer of a tokenizer.json, without padding and truncation."""
-    try:
+    with library_errors(lambda message: ValueError(f"tokenizers cannot read it: {message}")):
         library = HFTokenizer.from_str(text)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:      # the library raises Exception; a panic of its is none
-        raise ValueError(f"tokenizers cannot read it: {first_line(error)}") from None
     if not isinstance(library.model, models.BPE):
         raise ValueError(f"its model is {type(library.model).__name__}, only BPE is supported")
     library.encode_special_tokens = True                # special tokens in a text are text
@@ -230,13 +233,8 @@ def _run_by_library(text: str) -> HFTokenizer:
 
 def _ids(library: HFTokenizer, text: str, as_prompt: bool = False) -> list[int]:
     """The ids of a text; `as_prompt`: with those that a post_processor adds."""
-    try:
+    with library_errors(cannot_cut):
         return library.encode(text, add_special_tokens=as_prompt).ids
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:      # a panic: a pattern backtracked for too long
-        raise UserError("the tokenizer's pattern cannot cut this text into words "
-                        f"({first_line(error)})") from None
 
 
 def _smaller_vocabulary(library: HFTokenizer, vocab_size: object, ends: list[int]) -> int | None:

@@ -5,13 +5,33 @@ data/byte_bpe.py and data/hf_tokenizer.py implement it, data/load_tokenizer.py l
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
+
+from errors import UserError, first_line
 
 import numpy as np
 
 LARGEST_ID = 2 ** 22            # tables are as long as the largest id
+
+
+@contextmanager
+def library_errors(error_of: Callable[[str], Exception]) -> Iterator[None]:
+    """Raises `error_of(message)` for whatever Hugging Face's `tokenizers` raises. It raises plain
+    Exceptions; a panic of its Rust code is not even that."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise error_of(first_line(error)) from None
+
+
+def cannot_cut(message: str) -> UserError:
+    """The error of a pattern that backtracks for too long."""
+    return UserError(f"the tokenizer's pattern cannot cut this text into words ({message})")
 
 
 class Tokenizer(ABC):

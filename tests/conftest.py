@@ -7,6 +7,7 @@ the kernels need nothing else, so this file imports nothing else at its top.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -42,6 +43,9 @@ os.environ |= {"WANDB_MODE": "disabled", "WANDB__SERVICE_WAIT": "600",
                "TOKENIZERS_PARALLELISM": "false"}
 # With it, each of hundreds of processes would compile our modules again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Under nohup the commands would ignore SIGHUP too. With a handler here they have the default.
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 # model.compiled.keep_apart_by_cpu says why.
 torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
 settings.register_profile("repeatable", deadline=None, derandomize=True)
