@@ -73,7 +73,8 @@ def test_a_sample_that_cannot_be_written_is_an_error(trained):
         done = shell(redirection, "sample.py", trained, "--max-tokens", 4)
         fails(done, f"standard output cannot be written ({reason})")
         assert len(done.stderr.splitlines()) == 1
-    fails(shell(">/dev/full", "-m training.plan", trained), "standard output cannot be written")
+    for command in (["-m training.plan", trained], ["-m training.config"]):
+        fails(shell(">/dev/full", *command), "standard output cannot be written")
 
 
 def test_a_sample_ends_quietly_when_its_reader_has_ended(trained):

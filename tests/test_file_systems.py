@@ -36,6 +36,7 @@ def copied(run: Path, target: str, symlinks: bool = True) -> Path:
     return Path(target)
 
 
+@pytest.mark.long
 @compiles
 def test_a_run_without_links_and_locks(workplace, poor_disk):
     run = Path("runs/tiny")

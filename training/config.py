@@ -10,9 +10,12 @@ from math import isqrt
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+from errors import run_command
+
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from console import stdout_is_the_result
 from data.config import SHORTEST_PERIOD, DataConfig
 from model.config import ModelConfig
 from settings.schema import json_schema
@@ -214,5 +217,11 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-if __name__ == "__main__":                      # python -m training.config > configs/schema.json
+def print_schema() -> None:
+    """`python -m training.config > configs/schema.json`"""
+    stdout_is_the_result()
     print(json.dumps(json_schema(Config), indent=1, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    run_command(print_schema)
