@@ -21,8 +21,7 @@ def tensors(T: int, D: int, groups: int) -> list[Tensor]:
     """
     B, H = TOKENS // T, WIDTH // D
     shapes = [(B, T, H, D), (B, T, H // groups, D), (B, T, H // groups, D), (B, T, H, D)]
-    # A generator of its own: a capture that fails leaves PyTorch's own one unusable.
-    random = torch.Generator(DEVICE).manual_seed(0)
+    random = own_generator()
     q, k, v, grad = (torch.randn(shape, device=DEVICE, dtype=DTYPE, generator=random)
                      .transpose(1, 2) for shape in shapes)
     return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad]
@@ -30,12 +29,15 @@ def tensors(T: int, D: int, groups: int) -> list[Tensor]:
 
 def random_tokens(T: int) -> Tensor:
     """(B, T) ids of a batch."""
-    random = torch.Generator(DEVICE).manual_seed(0)
-    return torch.randint(0, 500, (TOKENS // T, T), device=DEVICE, generator=random)
+    return torch.randint(0, 500, (TOKENS // T, T), device=DEVICE, generator=own_generator())
 
 
 def repeated_tokens(T: int) -> Tensor:
     """(B, T) ids: distinct ones, then the same again, as in probes of induction heads."""
-    random = torch.Generator(DEVICE).manual_seed(0)
-    block = torch.rand(TOKENS // T, T // 2, device=DEVICE, generator=random).argsort()
+    block = torch.rand(TOKENS // T, T // 2, device=DEVICE, generator=own_generator()).argsort()
     return block.repeat(1, 2)
+
+
+def own_generator() -> torch.Generator:
+    """Not PyTorch's default one, which is unusable after a capture that failed."""
+    return torch.Generator(DEVICE).manual_seed(0)

@@ -49,7 +49,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(w, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        chunk, ids = chunk_rows(w), torch.arange(w.shape[0], device=w.device)
+        chunk = chunk_rows(w)
         for start in range(0, x.shape[0], chunk):
             rows = slice(start, start + chunk)
             logits = F.linear(x[rows], w_cast).float()                              # (chunk, V)
@@ -58,7 +58,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             loss += (lse - logits.gather(1, target)).sum()
             if dx is not None or dw is not None:
                 if torch.compiler.is_compiling():   # one pass, which writes p in the dtype of x
-                    p = (logits - lse).exp() - (ids == target).float()
+                    is_target = torch.arange(w.shape[0], device=w.device) == target
+                    p = (logits - lse).exp() - is_target.float()
                 else:
                     p = logits.sub_(lse).exp_()
                     p.scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))

@@ -15,8 +15,8 @@ LONGEST_MAPPING = 1000          # keys of one mapping
 LONGEST_NUMBER = 100            # digits
 
 
-class WrittenInt(int):
-    """A whole number with the text it was written as: 001, 1e3, 0x10. A key that expects text gets
+class Written:
+    """A number with the text it was written as: 001, 1e3, 0x10, 1.50. A key that expects text gets
     that text (Text in settings/validate.py)."""
 
     text: str
@@ -25,13 +25,12 @@ class WrittenInt(int):
         return self.text
 
 
-class WrittenFloat(float):
-    """The same for other numbers: 1.50, 3e-4."""
+class WrittenInt(Written, int):
+    pass
 
-    text: str
 
-    def __repr__(self) -> str:
-        return self.text
+class WrittenFloat(Written, float):
+    pass
 
 
 class _Yaml12(yaml.SafeLoader):
