@@ -32,7 +32,7 @@ class ConsoleBytes(io.RawIOBase):
     def isatty(self) -> bool:
         return self.raw.isatty()
 
-    def write(self, data) -> int:           # type: ignore[no-untyped-def]  # typeshed's Buffer
+    def write(self, data: Any) -> int:
         if self.error is None:
             try:
                 while (written := self.raw.write(data)) is None:    # non-blocking, and full
@@ -79,7 +79,7 @@ def bytes_of(number: int) -> ConsoleBytes | None:
     return raw if isinstance(raw, ConsoleBytes) else None
 
 
-def _guarded(stream, number: int, errors: str):      # type: ignore[no-untyped-def]
+def _guarded(stream: Any, number: int, errors: str) -> Any:
     error = None
     if stream is None:                      # it was closed before Python began
         stream = open(number, "w", closefd=False)                   # noqa: SIM115
