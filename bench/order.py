@@ -18,7 +18,7 @@ import torch
 
 from bench import results
 from bench.timers import seconds_of
-from data.batches import Batches, RepeatRows, Source, TextWindows, permute, random_key
+from data.batches import Batches, BegunRows, RepeatRows, Source, TextWindows, permute, random_key
 from data.config import MixtureEntry, RepeatsConfig
 from data.shards import TokenStream
 
@@ -119,7 +119,8 @@ def make_batches(tokens: int, shards: int, n_ctx: int, batch_tokens: int, repeat
     entries = [MixtureEntry(corpus="files", weight=0.9 if repeats else 1.0)]
     if repeats:
         ids = np.arange(2 ** 16)
-        sources["repeats"] = RepeatRows(RepeatsConfig(), n_ctx, 2 ** 16, ids, seed=0)
+        rows = RepeatRows(RepeatsConfig(), n_ctx, ids, seed=0)
+        sources["repeats"] = BegunRows(rows, 2 ** 16, 1.0, 0, "repeats")
         entries.append(MixtureEntry(corpus="repeats", weight=0.1))
     return Batches(sources, entries, batch_tokens, n_ctx)
 

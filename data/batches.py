@@ -219,13 +219,27 @@ class TextWindows:
         return starts
 
 
+class SpreadWindows:
+    """About `count` windows of T + 1 tokens, spread evenly over a text: always the same ones."""
+
+    def __init__(self, stream: TokenStream, n_ctx: int, count: int):
+        self.stream, self.length = stream, min(n_ctx, len(stream) - 1)
+        self.last_start = len(stream) - 1 - self.length
+        self.count = min(count, self.last_start // self.length + 1)
+
+    def rows(self, index: np.ndarray) -> np.ndarray:
+        """Windows index (N,) → (N, T + 1) int64."""
+        starts = index * self.last_start // max(1, self.count - 1)
+        return np.stack([self.stream.read(int(start), self.length + 1) for start in starts])
+
+
 class RepeatRows:
-    """Synthetic rows: [begin] + a block of distinct random tokens of `ids`, repeated to the end.
+    """Synthetic rows: a block of distinct random tokens of `ids`, repeated to the end.
 
     The period, which is the length of the block, is drawn for each row.
     """
 
-    def __init__(self, config: RepeatsConfig, n_ctx: int, begin: int, ids: np.ndarray, seed: int,
+    def __init__(self, config: RepeatsConfig, n_ctx: int, ids: np.ndarray, seed: int,
                  stream: str = "repeats"):
         shortest, longest = config.period
         self.periods = np.array([period for period in range(shortest, longest + 1)
@@ -234,7 +248,7 @@ class RepeatRows:
         if len(self.vocabulary) < longest:
             raise UserError(f"data.repeats.period={config.period} needs blocks of {longest} "
                             f"distinct tokens, there are {len(self.vocabulary)} to draw from")
-        self.n_ctx, self.begin, self.seed, self.stream = n_ctx, begin, seed, stream
+        self.n_ctx, self.seed, self.stream = n_ctx, seed, stream
 
     def rows(self, index: np.ndarray) -> np.ndarray:
         """Rows index (N,) → (N, T + 1) int64."""
@@ -245,12 +259,32 @@ class RepeatRows:
         generator = np.random.Generator(np.random.Philox(key=key))
         period = generator.choice(self.periods)
         block = generator.choice(self.vocabulary, size=period, replace=False)
-        return repeat_row(self.begin, block, self.n_ctx)
+        return np.resize(block, self.n_ctx + 1).astype(np.int64)
 
 
-def repeat_row(begin: int, block: np.ndarray, length: int) -> np.ndarray:
-    """[begin] + `block` repeated for `length` tokens: (1 + length,) int64."""
-    return np.array([begin, *np.resize(block, length)], dtype=np.int64)
+class BegunRows:
+    """The rows of another source, a `fraction` of them behind the token that begins a text.
+
+    Which ones is drawn for each row. If one source's rows begin with that token and another's do
+    not, then a model learns to tell the sources apart by their first token, and what it learned
+    from one may show only behind that token (docs/studies/begin_token.md).
+    """
+
+    def __init__(self, source: Source, begin: int, fraction: float, seed: int, stream: str):
+        self.source, self.begin, self.fraction = source, begin, fraction
+        self.seed, self.stream = seed, stream
+
+    def rows(self, index: np.ndarray) -> np.ndarray:
+        """Rows index (N,) → (N, T + 1) int64."""
+        rows = self.source.rows(index)
+        begun = np.array([self.begins(int(i)) for i in index])
+        rows[begun, 1:] = rows[begun, :-1]
+        rows[begun, 0] = self.begin
+        return rows
+
+    def begins(self, index: int) -> bool:
+        draw = random_key(self.seed, f"begin {self.stream}", index)         # 128 random bits
+        return draw < self.fraction * 2 ** 128
 
 
 def repeat_vocabulary(config: RepeatsConfig, ids: np.ndarray,

@@ -70,7 +70,7 @@ class HubConfig(Settings):
 
 
 class RepeatsConfig(Settings):
-    """Synthetic rows for the induction study: [end of text] + a random block, repeated."""
+    """Synthetic rows for the induction study: a random block, repeated."""
 
     period: list[Size] = [8, 32]                # shortest and longest block; equal: a fixed period,
                                                 # which a fixed look-back can solve
@@ -108,6 +108,11 @@ class DataConfig(Settings):
     hub: HubConfig | None = None
     repeats: RepeatsConfig = RepeatsConfig()
     mixture: list[MixtureEntry] | None = None
+    begin_fraction: Annotated[float, Field(ge=0, le=1)] | None = None
+                                                # fraction of the rows, of text and of repeats, put
+                                                # behind the token that begins a text; null: of
+                                                # repeats all, of text none, so in a mixture the
+                                                # first token tells a row's kind
     tokenizer: TokenizerConfig = TokenizerConfig(kind="bytes")
     val_fraction: Fraction = 0.05
     mask_documents: bool = False                # no attention from one document to another in the

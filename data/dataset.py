@@ -6,7 +6,16 @@ from errors import UserError
 
 import numpy as np
 
-from data.batches import Batch, Batches, RepeatRows, Source, TextWindows, as_batch
+from data.batches import (
+    Batch,
+    Batches,
+    BegunRows,
+    RepeatRows,
+    Source,
+    SpreadWindows,
+    TextWindows,
+    as_batch,
+)
 from data.config import DataConfig, MixtureEntry
 from data.load_tokenizer import make_tokenizer
 from data.prepare import prepare
@@ -43,7 +52,8 @@ class Dataset:
         """Batches by step; text and synthetic rows are mixed as configured."""
         sources: dict[str, Source] = {}
         if self.shards and self.config.text_corpus:
-            sources[self.config.text_corpus] = TextWindows(self.shards.train, n_ctx, self.seed)
+            text = TextWindows(self.shards.train, n_ctx, self.seed)
+            sources[self.config.text_corpus] = self._begun(text, "text")
         if "repeats" in self.config.corpora:
             sources["repeats"] = self._repeats(n_ctx, "repeats")
         entries = self.config.mixture or [MixtureEntry(corpus=self.config.corpora[0], weight=1.0)]
@@ -57,22 +67,26 @@ class Dataset:
         """
         count = max(1, tokens // n_ctx)
         if self.shards is None:
-            rows = self._repeats(n_ctx, "validation").rows(np.arange(count))
+            source: Source = self._repeats(n_ctx, "validation")
         else:
-            text = self.shards.val
-            if len(text) < 2:
-                raise UserError(f"the validation text has {len(text)} tokens "
+            if len(self.shards.val) < 2:
+                raise UserError(f"the validation text has {len(self.shards.val)} tokens "
                                 f"(raise data.val_fraction={self.config.val_fraction})")
-            length = min(n_ctx, len(text) - 1)
-            last_start = len(text) - 1 - length                 # of a window
-            count = min(count, last_start // length + 1)
-            starts = [n * last_start // max(1, count - 1) for n in range(count)]
-            rows = np.stack([text.read(start, length + 1) for start in starts])
+            windows = SpreadWindows(self.shards.val, n_ctx, count)
+            count, source = windows.count, self._begun(windows, "validation text")
+        rows = source.rows(np.arange(count))
         return list(as_batch(rows, self._document_start).split(windows_per_batch))
 
-    def _repeats(self, n_ctx: int, stream: str) -> RepeatRows:
-        return RepeatRows(self.config.repeats, n_ctx, self.begin, self.tokenizer.ordinary_ids,
-                          self.seed, stream)
+    def _repeats(self, n_ctx: int, stream: str) -> Source:
+        return self._begun(RepeatRows(self.config.repeats, n_ctx, self.tokenizer.ordinary_ids,
+                                      self.seed, stream), stream)
+
+    def _begun(self, source: Source, stream: str) -> Source:
+        """The rows of `source`, as many of them behind `begin` as the config says."""
+        fraction = self.config.begin_fraction
+        if fraction is None:
+            fraction = 1.0 if isinstance(source, RepeatRows) else 0.0
+        return BegunRows(source, self.begin, fraction, self.seed, stream)
 
     @property
     def _document_start(self) -> int | None:

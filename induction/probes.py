@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import Batch, random_key, repeat_row, repeat_vocabulary
+from data.batches import Batch, random_key, repeat_vocabulary
 from data.config import SHORTEST_PERIOD, DataConfig
 from data.tokenizer import Tokenizer
 
@@ -76,7 +76,7 @@ def repeats(periods: Sequence[int], length: int, vocabulary: np.ndarray, begin: 
     for r, period in enumerate(row_periods):
         draw = np.random.Generator(np.random.Philox(key=random_key(seed, f"probe {period}", r)))
         block = draw.choice(vocabulary, size=period, replace=False)
-        tokens.append(repeat_row(begin, block, length - 1))
+        tokens.append(np.array([begin, *np.resize(block, length - 1)], dtype=np.int64))
     return Repeats(torch.from_numpy(np.stack(tokens)), torch.tensor(row_periods))
 
 

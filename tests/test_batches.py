@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_prepare import data_config
 
-from data.batches import Batches, Quotas, RepeatRows, TextWindows, permute, repeat_vocabulary
+from data.batches import (
+    Batches,
+    BegunRows,
+    Quotas,
+    RepeatRows,
+    TextWindows,
+    permute,
+    repeat_vocabulary,
+)
 from data.config import MixtureEntry, RepeatsConfig
 from data.dataset import Dataset
 from data.shards import TokenStream
@@ -54,7 +62,7 @@ def test_shares_of_any_number_of_processes_make_the_same_batch():
     stream = TokenStream([np.arange(5000, dtype=np.uint16)])
     entries = [MixtureEntry(corpus="stdlib", weight=0.7),
                MixtureEntry(corpus="repeats", weight=0.3)]
-    repeats = RepeatRows(RepeatsConfig(period=[2, 5]), 16, 256, BYTES, 1)
+    repeats = RepeatRows(RepeatsConfig(period=[2, 5]), 16, BYTES, 1)
     sources = {"stdlib": TextWindows(stream, 16, 1), "repeats": repeats}
     batches = Batches(sources, entries, 12 * 16, 16)
     for step in (0, 5, 10 ** 9):
@@ -105,18 +113,59 @@ def test_repeat_rows_repeat_distinct_tokens_of_periods_in_training():
     config = RepeatsConfig(period=[3, 9], held_out_periods=[4, 8], held_out_tokens=0.25)
     trained, held_out = repeat_vocabulary(config, BYTES, seed=5)
     assert len(held_out) == 64 and not set(trained) & set(held_out)
-    rows = RepeatRows(config, 30, 256, BYTES, seed=5).rows(np.arange(300))
+    rows = RepeatRows(config, 30, BYTES, seed=5).rows(np.arange(300))
     periods = set()
     for row in rows:
-        assert row[0] == 256 and len(row) == 31 and set(row[1:]) <= set(trained)
-        period = next(p for p in range(1, 31) if (row[1 + p:] == row[1:-p]).all())
-        assert len(set(row[1:1 + period])) == period
+        assert len(row) == 31 and set(row) <= set(trained)
+        period = next(p for p in range(1, 31) if (row[p:] == row[:-p]).all())
+        assert len(set(row[:period])) == period
         periods.add(period)
     assert periods == {3, 5, 6, 7, 9}
-    again = RepeatRows(config, 30, 256, BYTES, seed=5).rows(np.array([7]))
+    again = RepeatRows(config, 30, BYTES, seed=5).rows(np.array([7]))
     assert (again == rows[7]).all()
-    other = RepeatRows(config, 30, 256, BYTES, 5, "validation").rows(np.array([7]))
+    other = RepeatRows(config, 30, BYTES, 5, "validation").rows(np.array([7]))
     assert not (other == rows[7]).all()
+
+
+def test_a_fraction_of_the_rows_begins_with_the_begin_token():
+    source = RepeatRows(RepeatsConfig(period=[3, 9]), 30, BYTES, seed=5)
+    index = np.arange(2000)
+    plain, begun = source.rows(index), BegunRows(source, 256, 0.3, 5, "repeats").rows(index)
+    first = begun[:, 0] == 256
+    assert (begun[~first] == plain[~first]).all() and (begun[first, 1:] == plain[first, :-1]).all()
+    assert abs(first.mean() - 0.3) < 0.04                       # four standard deviations
+    again = BegunRows(source, 256, 0.3, 5, "repeats").rows(index[7:9])
+    assert (again == begun[7:9]).all()
+    other = BegunRows(source, 256, 0.3, 5, "text").rows(index)[:, 0] == 256
+    assert 0.05 < (first & other).mean() < 0.13                 # independent: 0.09
+    for fraction, expected in ((0.0, 0), (1.0, 2000)):
+        rows = BegunRows(source, 256, fraction, 5, "repeats").rows(index)
+        assert (rows[:, 0] == 256).sum() == expected
+
+
+def test_rows_of_earlier_versions_stay_as_they_were(workplace):
+    """Without data.begin_fraction all repeats begin with the token, and no text is put behind
+    it."""
+    entries = [{"corpus": "files", "weight": 0.5}, {"corpus": "repeats", "weight": 0.5}]
+    config = data_config(corpus=None, mixture=entries)
+    batches = Dataset(config, seed=0).training(2048, 64)
+    repeats = batches.sources["repeats"].rows(np.arange(50))
+    assert (repeats[:, 0] == 256).all()
+    text = batches.sources["files"].rows(np.arange(50))
+    plain = TextWindows(Dataset(config, seed=0).shards.train, 64, 0).rows(np.arange(50))
+    assert (text == plain).all()
+
+
+def test_text_and_repeats_begin_alike(workplace):
+    entries = [{"corpus": "files", "weight": 0.5}, {"corpus": "repeats", "weight": 0.5}]
+    config = data_config(corpus=None, mixture=entries, begin_fraction=0.5)
+    data = Dataset(config, seed=0)
+    batches = data.training(2048, 64)
+    for source in batches.sources.values():
+        begun = (source.rows(np.arange(1000))[:, 0] == 256).mean()
+        assert abs(begun - 0.5) < 0.07
+    validation = data.validation(64 * 400, 64, 1000)[0].tokens
+    assert abs((validation[:, 0] == 256).double().mean() - 0.5) < 0.12
 
 
 def test_documents_are_numbered_for_the_mask(workplace):
