@@ -25,7 +25,7 @@ from report.figures import write_figures
 from report.movie import movie_of, write_movie
 from report.page import pictures_at, write_report
 from report.snapshots import SnapshotFolder
-from report.text import findings, head_table, scores_as_json, transitions
+from report.text import describe_visible, findings, head_table, scores_as_json, transitions
 from report.verdict_page import verdict_page
 from training.device import choose_device
 from training.loaded_run import LoadedRun, load_run
@@ -85,11 +85,12 @@ def show_rows(args: argparse.Namespace, run: LoadedRun, records: list[Record],
               rows: TokenRows) -> None:
     """Examine the heads on the user's text or tokens: a table, a page."""
     title = "the given text" if args.tokens is None else "the given tokens"
-    table = examine_on_rows(run.model, rows, progress)
+    examined = examine_on_rows(run.model, rows, progress)
     print(f"{args.run} at step {run.step}, on {title}\n")
-    print(head_table(table, title, {}))
+    print(head_table(examined.table, title, {}))
+    print(f"\n{describe_visible(examined)}")
     if args.json:
-        write_text(args.json, "--json", scores_as_json(table))
+        write_text(args.json, "--json", scores_as_json(examined.table))
     pictures = pictures_at(run, checkpoints(args, run), rows.first, title)
     page = write_report(run.folder, run.config, records, name="report-text.html", pictures=pictures)
     print(f"\nlook     {page} in a browser")

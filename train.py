@@ -16,11 +16,11 @@ from data.batches import Batch
 from data.dataset import Dataset
 from data.load_tokenizer import load_tokenizer
 from data.tokenizer import Tokenizer
+from induction.behaviour import icl_score
 from induction.history import best_head_history
 from induction.metrics import ICL_SCORE
-from induction.probes import probes_of
-from induction.scores import icl_score
-from induction.watch import HeadWatch
+from induction.probe_set import probes_of
+from induction.watch import HeadWatch, knockout_metrics
 from model.families import obstacles
 from model.gpt import GPT
 from report.page import write_report
@@ -218,6 +218,8 @@ def head_watch(run: Run, model: GPT, data: Dataset,
 
     def measure_heads(model: GPT, step: int) -> None:
         run.add_metrics(watch(model, run.tokens))
+        if due(step, config.eval.every, config.train.steps):
+            run.add_metrics(knockout_metrics(model, probes))
         if recorder.due(step):
             recorder.save(model, step, run.tokens)
         if due(step, config.heads.images_every, config.train.steps):

@@ -17,7 +17,7 @@ from bench import results
 from bench.timers import seconds_of
 from bench.turn import wait_for_turn
 from data.dataset import Dataset
-from induction.probes import probes_of
+from induction.probe_set import probes_of
 from induction.watch import HeadWatch
 from report.snapshots import PatternRecorder
 from train import build_model

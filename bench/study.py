@@ -158,27 +158,38 @@ def on_text(metric: str) -> Cell:
 
 
 def unseen(o: Outcome) -> str | None:
-    if o.verdict.unseen is None:
-        return None
-    return f"{o.verdict.unseen.scores['prefix_matching'].max().item():.2f}"
+    finding = o.verdict.transfer.unseen
+    return None if finding is None else f"{finding.accuracy:.0%}"
 
 
-def gain_removed(o: Outcome) -> str | None:
-    ablation = o.verdict.ablation
-    return None if ablation is None else f"{ablation.effect.gain_removed:.0%}"
+def edges_removed(field: str) -> Cell:
+    """A field of the knockout of the induction edges."""
+    def cell(o: Outcome) -> str | None:
+        knockout = o.verdict.mechanism.evidence.knockout
+        value = None if knockout is None else getattr(knockout, field)
+        return None if value is None else f"{value:.0%}"
+    return cell
 
 
-def gain_removed_by_others(o: Outcome) -> str | None:
-    ablation = o.verdict.ablation
-    if ablation is None or ablation.others_mean is None:
-        return None
-    return f"{ablation.others_mean:.0%}"
+def ablation_removed(o: Outcome) -> str | None:
+    effect = o.verdict.mechanism.evidence.ablation
+    return None if effect is None or effect.gain_removed is None else f"{effect.gain_removed:.0%}"
+
+
+def on_text_edges(field: str) -> Cell:
+    """A field of the knockout of the induction edges on held-out text."""
+    def cell(o: Outcome) -> str | None:
+        text = o.verdict.transfer.text
+        if text is None or not o.verdict.mechanism.evidence.roles:
+            return None
+        return f"{getattr(text, field):+.3f}"
+    return cell
 
 
 def previous_token(effect: str, into: str | None = None) -> Cell:
     """A field of the effect of the previous-token heads."""
     def cell(o: Outcome) -> str | None:
-        heads = o.verdict.previous_token
+        heads = o.verdict.mechanism.evidence.previous_token
         if heads is None:
             return None
         value = getattr(heads, effect)
@@ -188,11 +199,13 @@ def previous_token(effect: str, into: str | None = None) -> Cell:
 
 # Heading → cell. A column without any value is left out, and so is a row.
 FORMED: dict[str, Cell] = {
+    "right with begin token": lambda o: f"{o.verdict.behaviour.begun.accuracy:.0%}",
+    "without": lambda o: f"{o.verdict.behaviour.bare.accuracy:.0%}",
+    "unseen tokens": unseen,
     "prefix matching": lambda o: f"{o.verdict.best:.2f}",
     "peak near target": lambda o: f"{o.verdict.measured.offset_profile.max():.2f}",
     "first copy": lambda o: f"{o.verdict.measured.loss_first:.2f}",
     "second copy": lambda o: f"{o.verdict.measured.loss_second:.3f}",
-    "on unseen tokens": unseen,
     "onset, M tokens": millions(lambda o: o.verdict.transition and o.verdict.transition.onset),
     "end": millions(lambda o: o.verdict.transition and o.verdict.transition.end),
     "text loss": on_text("val/loss"),
@@ -201,12 +214,15 @@ FORMED: dict[str, Cell] = {
     "its end": millions(lambda o: o.icl and o.icl.end),
 }
 NEEDED: dict[str, Cell] = {
-    "gain removed": gain_removed,
-    "by other heads": gain_removed_by_others,
+    "without induction edges": edges_removed("gain_removed"),
+    "without random edges": edges_removed("by_random"),
+    "heads mean-ablated": ablation_removed,
     "previous-token heads": previous_token("total"),
     "patterns kept": previous_token("patterns_kept"),
     "into keys": previous_token("into", "k"),
     "into queries": previous_token("into", "q"),
+    "on text, without induction edges": on_text_edges("matched"),
+    "random edges": on_text_edges("by_random"),
 }
 
 Results = dict[Condition, list[Outcome]]

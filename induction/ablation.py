@@ -1,36 +1,37 @@
 """What the model loses without a head: the causal counterpart of the attention scores.
 
 To ablate heads is to replace what they write, z (B, H, T, D), before W_O adds it to the stream.
+induction/knockout.py removes single attention edges instead.
 """
 
 from collections.abc import Callable, Collection, Iterable
-from itertools import combinations
-from math import comb
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from data.batches import Batch
-from induction.probes import Repeats
-from induction.scores import icl_score, mean_of
-from model.config import ModelConfig
+from induction.behaviour import icl_score, mean_losses, mean_of
+from induction.probes import Probe
 from model.gpt import GPT
 from model.taps import Head, TapFunction, heads_of, taps
 
-Method = Literal["zero", "mean", "resample"]
+Method = Literal["mean", "zero", "resample"]
 Replacement = Callable[[Tensor], Tensor]        # a tap that replaces the activation
 ProgressBar = Callable[[Iterable], Iterable]       # wraps an iterable to show a progress bar
+SMALLEST_GAIN = 0.1     # nats; the fraction of a smaller repeat gain that is removed says nothing
 
 
-def losses_without(model: GPT, batch: Batch, heads: Collection[Head], method: Method = "zero", *,
-                   patterns_kept: bool = False) -> Tensor:
+def losses_without(model: GPT, batch: Batch, heads: Collection[Head], method: Method = "mean", *,
+                   patterns_kept: bool = False, real: Tensor | None = None,
+                   donors: Tensor | None = None) -> Tensor:
     """The loss of each target (B, T), in nats, with `heads` ablated.
 
+    mean            they write their mean over all rows and positions; with `real` (B, T) bool over
+                    the positions it selects, which leaves out padding
     zero            they write zeros
-    mean            they write their mean over all rows and positions
-    resample        they write what they wrote on the next row (needs at least two rows)
+    resample        they write what they wrote on another row: row r takes that of donors[r] (B,);
+                    without donors, of the next row
     patterns_kept   every head attends as in the intact model. The loss that remains is caused by
                     what the ablated heads carry, not by where they make later heads attend. q and k
                     are fixed to their intact values, so no pattern is held.
@@ -43,22 +44,24 @@ def losses_without(model: GPT, batch: Batch, heads: Collection[Head], method: Me
     for layer in layers:
         indices = [head.index for head in heads if head.layer == layer]
         name = f"L{layer}.z"
-        replacements[name] = ablation_tap(indices, method, intact.pop(name, None))
+        z = intact.pop(name, None)
+        replacements[name] = ablation_tap(indices, method, z, real=real, donors=donors)
     for name, value in intact.items():                  # what is left are q and k
         replacements[name] = replace_by(value)
     with taps(model, replacements):
         return model.losses(*batch)
 
 
-def ablate_each_head(model: GPT, batch: Batch, counted: Tensor,
-                     progress: ProgressBar = iter) -> dict[Head, float]:
+def ablate_each_head(model: GPT, batch: Batch, counted: Tensor, progress: ProgressBar = iter,
+                     real: Tensor | None = None) -> dict[Head, float]:
     """For each head the rise in loss, in nats, when only that head is mean-ablated, over the
-    targets that `counted` (B, T) bool selects. One forward pass per head."""
+    targets that `counted` (B, T) bool selects; its mean is over the positions that `real` selects,
+    or over all. One forward pass per head."""
     means: dict[int, Tensor] = {}                       # layer → (1, H, 1, D)
 
     def note_mean(layer: int) -> TapFunction:
         def on_z(z: Tensor) -> None:
-            means[layer] = z.mean((0, 2), keepdim=True)
+            means[layer] = mean_output(z, real)
         return on_z
 
     with taps(model, {f"L{layer}.z": note_mean(layer) for layer in range(model.config.n_layers)}):
@@ -70,6 +73,15 @@ def ablate_each_head(model: GPT, batch: Batch, counted: Tensor,
     return rises
 
 
+def mean_output(z: Tensor, real: Tensor | None = None) -> Tensor:
+    """What each head writes on average, over all positions of z (B, H, T, D) or over those that
+    `real` (B, T) selects: (1, H, 1, D)."""
+    if real is None:
+        return z.mean((0, 2), keepdim=True)
+    weight = real.to(z.dtype) / real.sum()
+    return torch.einsum("bhtd,bt->hd", z, weight)[None, :, None]
+
+
 @torch.no_grad()
 def activations(model: GPT, batch: Batch, names: list[str]) -> dict[str, Tensor]:
     """The named activations of the intact model."""
@@ -78,15 +90,16 @@ def activations(model: GPT, batch: Batch, names: list[str]) -> dict[str, Tensor]
     return acts
 
 
-def ablation_tap(indices: list[int], method: Method, intact: Tensor | None) -> Replacement:
+def ablation_tap(indices: list[int], method: Method, intact: Tensor | None, *,
+                 real: Tensor | None = None, donors: Tensor | None = None) -> Replacement:
     """A tap on z (B, H, T, D) that ablates some heads; `intact` is z in the intact model, which the
-    method "zero" does not need."""
+    method "zero" does not need. `real` and `donors` as in losses_without."""
     if method == "zero":
         return lambda z: replace_heads(indices, torch.zeros_like(z))(z)
     assert intact is not None
     if method == "mean":
-        return replace_heads(indices, intact.mean((0, 2), keepdim=True))
-    return replace_heads(indices, intact.roll(-1, 0))
+        return replace_heads(indices, mean_output(intact, real))
+    return replace_heads(indices, intact.roll(-1, 0) if donors is None else intact[donors])
 
 
 def replace_heads(indices: list[int], other: Tensor) -> Replacement:
@@ -108,89 +121,139 @@ def replace_by(value: Tensor) -> Replacement:
 class Effect(NamedTuple):
     """What an ablation changes, in nats; positive is worse."""
 
-    second_copy: float              # rise of the loss in the second copy of random tokens
-    gain_removed: float             # the same as a fraction of the repeat gain, the loss in the
-                                    # first copy minus the loss in the second
+    known: float                    # rise of the loss where tokens can be known
+    first_copy: float               # rise of the loss in the first copy
+    gain_removed: float | None      # 1 − g′/g, with g the repeat gain (loss in the first copy minus
+                                    # loss where tokens can be known), g′ without the heads; None if
+                                    # g is less than SMALLEST_GAIN
     icl: float | None               # change of the ICL score on text
     validation: float | None        # rise of the loss on text
 
 
-def ablation_effect(model: GPT, heads: Collection[Head], probe: Repeats, text: Batch | None = None,
-                    method: Method = "zero", *, patterns_kept: bool = False) -> Effect:
+def ablation_effect(model: GPT, heads: Collection[Head], probe: Probe, text: Batch | None = None,
+                    method: Method = "mean", *, patterns_kept: bool = False) -> Effect:
     """What the model loses without `heads`, on repeated random tokens and, if given, on text."""
-    def losses(batch: Batch, ablated: Collection[Head]) -> Tensor:
-        return losses_without(model, batch, ablated, method, patterns_kept=patterns_kept)
+    donors = same_period_donors(probe) if method == "resample" else None
+    before = mean_losses(losses_without(model, probe.batch, ()), probe)
+    after = mean_losses(losses_without(model, probe.batch, heads, method, donors=donors,
+                                       patterns_kept=patterns_kept), probe)
+    icl, validation = None, None
+    if text is not None:
+        intact = losses_without(model, text, ()).cpu()
+        without = losses_without(model, text, heads, method, patterns_kept=patterns_kept).cpu()
+        validation = (without.double() - intact.double()).mean().item()
+        icl_before, icl_after = icl_score(intact), icl_score(without)
+        if icl_before is not None and icl_after is not None:
+            icl = icl_after - icl_before
+    return Effect(after.known - before.known, after.first - before.first,
+                  gain_removed(before.gain, after.gain), icl, validation)
 
-    intact, without = losses(probe.batch, ()), losses(probe.batch, heads)
-    first, second = mean_of(intact, probe.first_copy), mean_of(intact, probe.second_copy)
-    rise, gain = mean_of(without, probe.second_copy) - second, first - second
-    gain_removed = rise / gain if gain else 0.0
-    if text is None:
-        return Effect(rise, gain_removed, None, None)
-    before, after = losses(text, ()).cpu(), losses(text, heads).cpu()
-    icl_before, icl_after = icl_score(before), icl_score(after)
-    icl = None if icl_before is None or icl_after is None else icl_after - icl_before
-    return Effect(rise, gain_removed, icl, (after.double() - before.double()).mean().item())
+
+def gain_removed(before: float, after: float) -> float | None:
+    """1 − g′/g: the fraction of a repeat gain g that is gone. None if there was hardly any."""
+    return 1 - after / before if before >= SMALLEST_GAIN else None
 
 
-def matched_sets(config: ModelConfig, heads: Collection[Head], most: int = 10,
-                 seed: int = 0) -> list[tuple[Head, ...]]:
-    """Up to `most` other sets to compare with: none of `heads`, but as many heads of each layer.
+def same_period_donors(probe: Probe) -> Tensor:
+    """For each row of a periodic probe the next one with the same period: what heads write there is
+    about other tokens, at the same distance. For aperiodic rows the next row. (B,).
 
-    If a layer has too few others, a set has all of them. No sets if no layer has others.
+    Raises ValueError if a period has a single row.
     """
-    sets: list[tuple[Head, ...]] = [()]
-    draw = np.random.default_rng(seed)
-    for layer in sorted({head.layer for head in heads}):
-        others = [head for head in heads_of(config) if head.layer == layer and head not in heads]
-        size = min(len(others), sum(head.layer == layer for head in heads))
-        if comb(len(others), size) <= 100:
-            choices = list(combinations(others, size))
-        else:
-            draws = [draw.choice(len(others), size, replace=False) for _ in range(2 * most)]
-            choices = sorted({tuple(others[i] for i in sorted(indices)) for indices in draws})
-        sets = [lower + chosen for lower in sets for chosen in choices]
-        if len(sets) > most:
-            sets = [sets[i] for i in sorted(draw.choice(len(sets), most, replace=False))]
-    return [chosen for chosen in sets if chosen]
+    donors = torch.empty(len(probe.periods), dtype=torch.long, device=probe.periods.device)
+    for period in probe.periods.unique():
+        rows = (probe.periods == period).nonzero().flatten()
+        if len(rows) == 1:
+            raise ValueError(f"resample: period {int(period)} has a single row in this probe, so "
+                             "there is no other to take from (use more rows)")
+        donors[rows] = rows.roll(-1)
+    return donors
 
 
 # --- from one head to another ---------------------------------------------------------------------
 
+Input = Literal["q", "k", "v"]
+INPUTS: tuple[Input, ...] = ("q", "k", "v")
+
+
 def path_patch(model: GPT, batch: Batch, senders: Collection[Head], receivers: Collection[Head],
-               into: Literal["q", "k", "v"], method: Method = "zero") -> Tensor:
+               into: Input, method: Method = "mean") -> Tensor:
     """The loss of each target (B, T) if only the queries (or keys, or values) of `receivers` see
     the residual stream without `senders`, and only along the direct path: every head and MLP
     between them writes what it writes in the intact model.
 
-    Path patching: Wang et al. 2022, "Interpretability in the Wild". Keys and values
-    are shared by a group of query heads, which all see the change. Raises ValueError unless all
-    receivers are in one layer and all senders in layers before it.
+    Path patching: Wang et al. 2022, "Interpretability in the Wild". Heads that share keys and
+    values with a receiver go on reading the intact ones. Raises ValueError unless all receivers are
+    in one layer and all senders in layers before it.
     """
-    receiver_layers = {head.layer for head in receivers}
-    if len(receiver_layers) != 1 or any(head.layer >= min(receiver_layers) for head in senders):
-        raise ValueError(f"path_patch: {', '.join(map(str, senders))} → "
-                         f"{', '.join(map(str, receivers))}: receivers must be in one layer, "
-                         "senders in layers before it")
-    layer = receiver_layers.pop()
-    name = f"L{layer}.{into}"
-    parts = ["z"] if model.config.mlp == "none" else ["z", "mlp_out"]
-    between = [f"L{n}.{part}" for n in range(min(head.layer for head in senders), layer)
-               for part in parts]
-    intact = activations(model, batch, [*between, name])
-
-    # 1. Without the senders, everything between held: this is what the receivers' input becomes.
-    held: dict[str, TapFunction | None] = {part: replace_by(intact[part]) for part in between}
-    for n in {head.layer for head in senders}:
-        z = intact[f"L{n}.z"]
-        indices = [head.index for head in senders if head.layer == n]
-        held[f"L{n}.z"] = replace_by(ablation_tap(indices, method, z)(z))
-    with torch.no_grad(), taps(model, held | {name: None}) as direct:
-        model.hidden(batch.tokens, segments=batch.segments)
-
-    # 2. The intact model, with that input for the receivers only.
-    slots = sorted({head.index if into == "q" else head.key_head(model.config)
-                    for head in receivers})
-    patched = replace_heads(slots, direct[name])(intact[name])
-    with taps(model, {name: replace_by(patched)}):
+    if not senders:
         return model.losses(*batch)
+    paths = Paths(model, batch, senders, receivers, method)
+    return paths.losses(receivers, into)
+
+
+class Paths:
+    """What the heads of one layer would read without some earlier heads, on the direct path."""
+
+    def __init__(self, model: GPT, batch: Batch, senders: Collection[Head],
+                 receivers: Collection[Head], method: Method = "mean"):
+        layers = {head.layer for head in receivers}
+        if len(layers) != 1 or any(head.layer >= min(layers) for head in senders):
+            raise ValueError(f"path_patch: {', '.join(map(str, senders))} → "
+                             f"{', '.join(map(str, receivers))}: receivers must be in one layer, "
+                             "senders in layers before it")
+        self.model, self.batch, self.layer = model, batch, layers.pop()
+        parts = ["z"] if model.config.mlp == "none" else ["z", "mlp_out"]
+        between = [f"L{n}.{part}" for n in range(min(head.layer for head in senders), self.layer)
+                   for part in parts]
+        intact = activations(model, batch, [*between, f"L{self.layer}.z"])
+        self.intact_z = intact.pop(f"L{self.layer}.z")
+        held: dict[str, TapFunction | None] = {name: replace_by(value)
+                                               for name, value in intact.items()}
+        for n in {head.layer for head in senders}:
+            z = intact[f"L{n}.z"]
+            indices = [head.index for head in senders if head.layer == n]
+            held[f"L{n}.z"] = replace_by(ablation_tap(indices, method, z)(z))
+        inputs = {f"L{self.layer}.{part}": None for part in INPUTS}
+        with torch.no_grad(), taps(model, held | inputs) as without:
+            model.hidden(batch.tokens, segments=batch.segments)
+        self.without = without
+        self.outputs: dict[Input, Tensor] = {}
+
+    def losses(self, receivers: Collection[Head], into: Input) -> Tensor:
+        """The loss of each target (B, T) if only `into` of `receivers` is without the senders."""
+        if into not in self.outputs:            # what all heads of the layer write with that input
+            name, written = f"L{self.layer}.{into}", f"L{self.layer}.z"
+            with torch.no_grad(), taps(self.model, {name: replace_by(self.without[name]),
+                                                    written: None}) as acts:
+                self.model.hidden(self.batch.tokens, segments=self.batch.segments)
+            self.outputs[into] = acts[written]
+        z = replace_heads([head.index for head in receivers], self.outputs[into])(self.intact_z)
+        with taps(self.model, {f"L{self.layer}.z": replace_by(z)}):
+            return self.model.losses(*self.batch)
+
+
+class Path(NamedTuple):
+    """From one head into the queries, keys or values of a later one."""
+
+    sender: Head
+    receiver: Head
+    into: Input
+    rise: float             # of the loss, in nats, without this path
+
+
+def path_matrix(model: GPT, batch: Batch, counted: Tensor, senders: Collection[Head],
+                receivers: Collection[Head], progress: ProgressBar = iter) -> list[Path]:
+    """The rise in loss, over the targets that `counted` (B, T) bool selects, for every single path
+    from a sender into the queries, keys or values of a receiver in a later layer."""
+    intact = mean_of(model.losses(*batch), counted)
+    paths: list[Path] = []
+    for sender in progress(senders):
+        for layer in sorted({head.layer for head in receivers if head.layer > sender.layer}):
+            inside = [head for head in receivers if head.layer == layer]
+            routes = Paths(model, batch, [sender], inside)
+            for receiver in inside:
+                for into in INPUTS:
+                    rise = mean_of(routes.losses([receiver], into), counted) - intact
+                    paths.append(Path(sender, receiver, into, rise))
+    return paths

@@ -4,14 +4,19 @@ from typing import NamedTuple
 
 from errors import UserError
 
+import torch
 from torch import Tensor
 
 from data.batches import Batch
 from induction.ablation import ProgressBar, ablate_each_head
 from induction.history import condition_of, model_transition
-from induction.probes import SHORTEST_CONTEXT, Probes, probes_of
+from induction.mechanism import MechanismEvidence, mechanism_evidence
+from induction.probe_set import Probes, probes_of
+from induction.probes import SHORTEST_CONTEXT
 from induction.scores import (
+    SCORES,
     Measured,
+    Visible,
     attention_scores,
     composition,
     copying_eigenvalues,
@@ -19,21 +24,14 @@ from induction.scores import (
     qk_trace,
 )
 from induction.token_rows import TokenRows
-from induction.verdict import (
-    PreviousTokenHeads,
-    SetAblation,
-    Verdict,
-    ablate_set,
-    induction_heads,
-    judge,
-    previous_token_heads,
-)
+from induction.verdict import BehaviourFinding, Verdict, find_behaviour, judge
 from induction.watch import as_metrics
 from model.gpt import GPT
 from model.taps import Head
 from training.loaded_run import LoadedRun, load_run
 from training.logger import Record
 
+VISIBLE = "prefix_matching_visible"
 PROBE_ROWS = 64         # four times as many as during training
 BATCH = 16              # rows in one forward pass
 
@@ -79,28 +77,27 @@ class KeyComposition(NamedTuple):
 
 
 class ProbeExamination(NamedTuple):
-    """What repeated random tokens show about a model's heads."""
+    """What repeated random tokens show about a model and its heads."""
 
     table: HeadScores
-    measured: Measured
-    ablation: SetAblation | None                # this and the next two: None without such heads
-    previous_token: PreviousTokenHeads | None
-    composition: KeyComposition | None
+    measured: Measured                          # on the periodic probe
+    behaviour: BehaviourFinding                 # this and the next on the aperiodic probe
+    mechanism: MechanismEvidence
+    composition: KeyComposition | None          # of the strongest induction head, if there is one
 
 
 def examine_on_probe(model: GPT, probes: Probes, progress: ProgressBar = iter) -> ProbeExamination:
-    """Score every head, ablate each head, and ablate the induction heads together; `progress` wraps
-    what is ablated one by one."""
+    """Score every head, ablate each head, and ask what the model predicts and which heads do it;
+    `progress` wraps what is ablated one by one."""
     probe = probes.scored
     measured = measure(model, probe, probes.unrepeated)
     scores = measured.scores | {"copying_eigenvalues": copying_eigenvalues(model)}
-    table = HeadScores(scores, ablate_each_head(model, probe.batch, probe.second_copy, progress))
-    heads = induction_heads(model, measured)
-    if not heads:
-        return ProbeExamination(table, measured, None, None, None)
+    table = HeadScores(scores, ablate_each_head(model, probe.batch, probe.known, progress))
+    evidence = mechanism_evidence(model, probes, measured, progress)
+    composition = key_composition(model, evidence.attending[0]) if evidence.roles else None
     return ProbeExamination(
-        table, measured, ablate_set(model, heads, probes, progress=progress),
-        previous_token_heads(model, measured, heads, probes), key_composition(model, heads[0]))
+        table, measured, find_behaviour(model, probes.aperiodic, probes.vocabulary), evidence,
+        composition)
 
 
 def key_composition(model: GPT, head: Head) -> KeyComposition | None:
@@ -116,26 +113,48 @@ def key_composition(model: GPT, head: Head) -> KeyComposition | None:
     return KeyComposition(head, earlier, strengths[earlier], trace)
 
 
-def examine_on_rows(model: GPT, rows: TokenRows, progress: ProgressBar = iter) -> HeadScores:
+class TextScores(NamedTuple):
+    """What heads do on the user's own rows."""
+
+    table: HeadScores
+    visible: list[Visible]              # of each layer: queries that have an induction target
+
+
+def examine_on_rows(model: GPT, rows: TokenRows, progress: ProgressBar = iter) -> TextScores:
     """Score every head on all of the user's rows, and ablate each head on the first BATCH rows."""
     device = model.embed.weight.device
-    tokens, queries = rows.tokens[:BATCH], rows.queries[:BATCH]
+    tokens, queries = rows.tokens[:BATCH], rows.queries[:BATCH].to(device)
     batch = Batch(tokens[:, :-1], tokens[:, 1:]).to(device)
-    ablated = ablate_each_head(model, batch, queries[:, 1:].to(device), progress)
-    return HeadScores(score_rows(model, rows), ablated)
+    # A position is real if the next one is: the last of each row has no target.
+    ablated = ablate_each_head(model, batch, queries[:, 1:], progress, real=queries[:, 1:])
+    scores, visible = score_rows(model, rows)
+    return TextScores(HeadScores(scores, ablated), visible)
 
 
-def score_rows(model: GPT, rows: TokenRows) -> dict[str, Tensor]:
-    """Scores averaged over all queries of all rows, BATCH rows at a time."""
+def score_rows(model: GPT, rows: TokenRows) -> tuple[dict[str, Tensor], list[Visible]]:
+    """Scores averaged over all queries of all rows, BATCH rows at a time, and of each layer how
+    many queries have an induction target."""
     device = model.embed.weight.device
     totals: dict[str, Tensor] = {}
+    seeing = torch.zeros(model.config.n_layers, dtype=torch.float64)
+    uniform = torch.zeros(model.config.n_layers, dtype=torch.float64)
     for n in range(0, len(rows.tokens), BATCH):
         tokens, queries = rows.tokens[n:n + BATCH], rows.queries[n:n + BATCH]
         weight = (queries.sum() / rows.queries.sum()).double()
-        scores = attention_scores(model, tokens.to(device), queries.to(device)).scores
+        measured = attention_scores(model, tokens.to(device), queries.to(device))
+        # Averages over the queries that see a target are weighted by how many these are.
+        fractions = torch.tensor([layer.fraction for layer in measured.visible]).double()
+        scores = dict(measured.scores)
+        visible = scores.pop(VISIBLE, scores["prefix_matching"])
+        scores[VISIBLE] = visible * fractions[:, None]
         for name, values in scores.items():
             totals[name] = totals.get(name, 0) + values * weight
-    return totals
+        seeing += fractions * weight
+        uniform += fractions * weight * torch.tensor([layer.uniform for layer in measured.visible])
+    totals[VISIBLE] = totals[VISIBLE] / seeing.clamp(min=1e-30)[:, None]
+    uniform = uniform / seeing.clamp(min=1e-30)
+    return ({name: totals[name] for name in SCORES if name in totals},
+            [Visible(*layer) for layer in zip(seeing.tolist(), uniform.tolist())])
 
 
 def judge_run(run: LoadedRun) -> Verdict:

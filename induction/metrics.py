@@ -7,6 +7,13 @@ from model.taps import Head
 
 LOSS_FIRST = "repeat/loss_first"        # nats per token in the first copy of random tokens
 LOSS_SECOND = "repeat/loss_second"      # in the second copy
+ACCURACY = "aperiodic/accuracy"         # of the known tokens of the aperiodic probe, on rows behind
+                                        # the token that begins a text
+ACCURACY_BARE = "aperiodic/accuracy_without_begin"      # the same rows without it
+KNOWN_LOSS = "aperiodic/loss_known"     # nats per known token, over both kinds of rows
+KNOCKOUT = "knockout/gain_removed"      # fraction of the repeat gain lost without the induction
+                                        # edges of all heads
+KNOCKOUT_RANDOM = "knockout/gain_removed_random"        # without as many random edges
 ICL_SCORE = "icl/score"                 # loss late in the context minus loss early, on text
 ONSET_TOKENS = "phase/onset_tokens"     # tokens seen when prefix matching began to rise
 

@@ -1,4 +1,16 @@
-"""The inputs on which heads are measured: fixed, seeded sequences that training never draws."""
+"""The inputs on which heads are measured: fixed, seeded rows of random tokens that training never
+draws, of two kinds.
+
+    periodic    A block of distinct tokens, repeated to the end of the row. Every query has the same
+                distance to its target, so a model that looks back by that distance meets the row
+                without knowing what it reads.
+    aperiodic   A block of distinct tokens, then short segments of it in random order. No look-back
+                of any fixed length, and no counting, tells what comes next: only finding the
+                current token's earlier place does.
+
+Each exists behind the token that begins a text and without it, because a model can learn to do
+induction only behind that token (docs/studies/begin_token.md).
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,21 +19,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import Batch, random_key, repeat_vocabulary
-from data.config import SHORTEST_PERIOD, DataConfig
-from data.tokenizer import Tokenizer
+from data.batches import Batch, random_key
 
-SHORTEST_CONTEXT = 1 + 2 * SHORTEST_PERIOD       # the first token, and the shortest block twice
-FULL_ROWS_CONTEXT = 256                 # longer contexts get fewer rows
-ROWS = 16               # of a probe: enough for scores within ±0.01; takes a few milliseconds
+SHORTEST_CONTEXT = 7            # the begin token, and the shortest block (3 tokens) twice
+ROWS = 16               # of a probe: standard errors of scores are about 0.015
 UNREPEATED = 25         # random tokens in a row that measures copying, as in Olsson et al. 2022
+SEGMENTS = range(3, 8)  # lengths of the segments of an aperiodic row, in tokens
 
 
-class Repeats(NamedTuple):
-    """Rows of [begin] + a block of distinct random tokens, repeated to the end of the row."""
+class Probe(NamedTuple):
+    """Rows of random tokens that repeat, and which of their tokens can be known."""
 
     tokens: Tensor          # (B, T)
-    periods: Tensor         # (B,) length of each row's block
+    blocks: Tensor          # (B,) length of each row's block
+    periods: Tensor         # (B,) the same for periodic rows, 0 for aperiodic ones
+    queries: Tensor         # (B, T) bool: tokens with an earlier copy that tells what follows
+    first_copy: Tensor      # (B, T) bool: tokens of the block, where nothing is repeated yet
+    known: Tensor           # (B, T − 1) bool: the targets tokens[:, 1:] that can be known
 
     @property
     def batch(self) -> Batch:
@@ -29,55 +43,67 @@ class Repeats(NamedTuple):
         return Batch(self.tokens[:, :-1], self.tokens[:, 1:])
 
     @property
-    def queries(self) -> Tensor:
-        """The positions whose token occurred before, so that a head can know what comes next: the
-        second and later copies, (B, T) bool."""
-        return self._positions > self.periods[:, None]
+    def unknown(self) -> Tensor:
+        """The targets that belong to the block, which nobody can know: (B, T − 1) bool."""
+        return self.first_copy[:, 1:]
 
     @property
-    def first_copy(self) -> Tensor:
-        """The targets tokens[:, 1:] that belong to the first copy: (B, T − 1) bool."""
-        return self._positions[1:] <= self.periods[:, None]
+    def chance(self) -> float:
+        """How often a random token of the block is the next one."""
+        return (1 / self.blocks.double()).mean().item()
 
-    @property
-    def second_copy(self) -> Tensor:
-        """The targets that belong to the second copy, without its first token, which cannot be
-        predicted: nothing tells the model that the block ends there. (B, T − 1) bool."""
-        targets, periods = self._positions[1:], self.periods[:, None]
-        return (targets > periods + 1) & (targets <= 2 * periods)
+    def rows(self, index: Tensor | slice) -> "Probe":
+        """Some of the rows: index (N,), (B,) bool, or a slice."""
+        return Probe(*(part[index] for part in self))
 
     def example(self, length: int) -> tuple[Tensor, str]:
         """The row that shows about three copies in `length` tokens, cut to that length, and a title
         for it: ids (T,) and text."""
         copies_of = min(length, self.tokens.shape[1]) / 3
-        row = int((self.periods - copies_of).abs().argmin())
-        return self.tokens[row, :length], f"random tokens, period {self.periods[row]}"
+        row = int((self.blocks - copies_of).abs().argmin())
+        return self.tokens[row, :length], f"random tokens, period {self.blocks[row]}"
+
+    def to(self, device: torch.device) -> "Probe":
+        return Probe(*(part.to(device) for part in self))
+
+
+class Pair(NamedTuple):
+    """The same rows behind the token that begins a text, and without it."""
+
+    begun: Probe
+    bare: Probe
 
     @property
-    def _positions(self) -> Tensor:
-        return torch.arange(self.tokens.shape[1], device=self.tokens.device)
+    def both(self) -> Probe:
+        """All rows as one probe: (2 B, T)."""
+        return Probe(*map(torch.cat, zip(self.begun, self.bare)))
 
-    def to(self, device: torch.device) -> "Repeats":
-        return Repeats(self.tokens.to(device), self.periods.to(device))
+    def to(self, device: torch.device) -> "Pair":
+        return Pair(self.begun.to(device), self.bare.to(device))
 
 
-def repeats(periods: Sequence[int], length: int, vocabulary: np.ndarray, begin: int, *,
-            rows: int = ROWS, seed: int = 0) -> Repeats:
-    """`rows` rows of `length` tokens. Row r has period periods[r mod len(periods)]; its block is
-    drawn from `vocabulary` without replacement.
+# --- periodic rows --------------------------------------------------------------------------------
 
-    Raises ValueError if the vocabulary has too few tokens for the longest block.
+def repeats(periods: Sequence[int], length: int, vocabulary: np.ndarray, begin: int | None, *,
+            rows: int = ROWS, seed: int = 0) -> Probe:
+    """`rows` rows of `length` tokens, [begin] + a block of distinct tokens repeated. Row r has
+    period periods[r mod len(periods)]; its block is drawn from `vocabulary` without replacement.
+
+    What can be known is the second copy without its first token: nothing tells the model that the
+    block ends there. Raises ValueError if the vocabulary has too few tokens for the longest block.
     """
-    if len(vocabulary) < max(periods):
-        raise ValueError(f"a block of {max(periods)} distinct tokens cannot be drawn from "
-                         f"{len(vocabulary)}")
-    row_periods = [periods[r % len(periods)] for r in range(rows)]
-    tokens = []
+    row_periods = np.array([periods[r % len(periods)] for r in range(rows)])
+    start = 0 if begin is None else 1
+    tokens = np.empty((rows, length), np.int64)
+    tokens[:, :start] = begin or 0
     for r, period in enumerate(row_periods):
-        draw = np.random.Generator(np.random.Philox(key=random_key(seed, f"probe {period}", r)))
-        block = draw.choice(vocabulary, size=period, replace=False)
-        tokens.append(np.array([begin, *np.resize(block, length - 1)], dtype=np.int64))
-    return Repeats(torch.from_numpy(np.stack(tokens)), torch.tensor(row_periods))
+        block = draw_block(period, vocabulary, seed, f"probe {period}", r)
+        tokens[r, start:] = np.resize(block, length - start)
+    position = np.arange(length) - start            # in what is repeated; −1 is the begin token
+    second = (position > row_periods[:, None]) & (position < 2 * row_periods[:, None])
+    return as_probe(tokens, row_periods, row_periods, queries=position >= row_periods[:, None],
+                    first_copy=(position >= 0) & (position < row_periods[:, None]),
+                    known=second[:, 1:])
 
 
 def unrepeated(length: int, vocabulary: np.ndarray, begin: int, *, rows: int = ROWS,
@@ -87,83 +113,68 @@ def unrepeated(length: int, vocabulary: np.ndarray, begin: int, *, rows: int = R
     return repeats([period], 1 + period, vocabulary, begin, rows=rows, seed=seed).tokens
 
 
-class Probes(NamedTuple):
-    """The probes of a run. `scored` and `unrepeated` are measured during training, the others
-    only for the verdict."""
-
-    scored: Repeats                 # periods that training never repeats, if it leaves any
-    never_trained: bool             # False if it leaves none: then `scored` has trained periods
-    trained: Repeats | None         # periods that training repeats, if any
-    unseen_tokens: Repeats | None   # tokens that training never repeats, if any are held out
-    unrepeated: Tensor              # (B, 1 + n) distinct random tokens, for `copying`
-    note: str                       # which periods `scored` has, in words
-
-    def to(self, device: torch.device) -> "Probes":
-        return Probes._make(part.to(device) if isinstance(part, (Repeats, Tensor)) else part
-                            for part in self)
+def draw_block(size: int, vocabulary: np.ndarray, seed: int, stream: str, row: int) -> np.ndarray:
+    """Distinct random tokens: (size,). Raises ValueError if there are too few."""
+    if len(vocabulary) < size:
+        raise ValueError(f"a block of {size} distinct tokens cannot be drawn from "
+                         f"{len(vocabulary)}")
+    draw = np.random.Generator(np.random.Philox(key=random_key(seed, stream, row)))
+    return draw.choice(vocabulary, size=size, replace=False)
 
 
-def probes_of(data: DataConfig, n_ctx: int, tokenizer: Tokenizer, seed: int,
-              most: int = ROWS) -> Probes | None:
-    """The probes for a run with this data, `most` rows each. Contexts above 256 tokens get fewer
-    rows (at least four): fewer give the same precision there, and each costs more.
+def as_probe(tokens: np.ndarray, blocks: np.ndarray, periods: np.ndarray, queries: np.ndarray,
+             first_copy: np.ndarray, known: np.ndarray) -> Probe:
+    return Probe(*map(torch.from_numpy, (tokens, blocks, periods, queries, first_copy, known)))
 
-    None if the context is too short to repeat anything (fewer than SHORTEST_CONTEXT tokens).
+
+# --- aperiodic rows -------------------------------------------------------------------------------
+
+def aperiodic(length: int, vocabulary: np.ndarray, begin: int | None, *, rows: int = ROWS,
+              seed: int = 0) -> Probe:
+    """`rows` rows of `length` tokens, [begin] + a block of distinct tokens + segments of it.
+
+    The block takes a quarter to a half of the row. What can be known is what lies inside a segment;
+    where a segment begins cannot. Raises ValueError if a row is shorter than SHORTEST_CONTEXT, or
+    the vocabulary has fewer than 3 tokens.
     """
-    known, unseen = repeat_vocabulary(data.repeats, tokenizer.ordinary_ids, seed)
-    longest = min((n_ctx - 1) // 2, len(known))         # it must fit twice after the first token
-    fitting = list(range(SHORTEST_PERIOD, longest + 1))
-    if not fitting:
-        return None
-    trained = trained_periods(data, fitting)
-    held_out = held_out_periods(data, fitting, trained)
-    scored = held_out or trained
-    rows = min(most, max(4, FULL_ROWS_CONTEXT * most // n_ctx))
-
-    def probe(periods: list[int], vocabulary: np.ndarray) -> Repeats | None:
-        periods = [p for p in periods if p <= len(vocabulary)]
-        if not periods:
-            return None
-        return repeats(periods, n_ctx, vocabulary, tokenizer.begin, rows=rows, seed=seed)
-
-    return Probes(repeats(scored, n_ctx, known, tokenizer.begin, rows=rows, seed=seed),
-                  bool(held_out), probe(trained, known), probe(scored, unseen),
-                  unrepeated(n_ctx, known, tokenizer.begin, rows=rows, seed=seed),
-                  describe_periods(held_out, trained))
-
-
-def trained_periods(data: DataConfig, fitting: list[int]) -> list[int]:
-    """The periods of `fitting` that training repeats."""
-    if "repeats" not in data.corpora:
-        return []
-    shortest, longest = data.repeats.period
-    in_range = [p for p in fitting if shortest <= p <= longest]
-    return [p for p in in_range if p not in data.repeats.held_out_periods]
+    if length < SHORTEST_CONTEXT or len(vocabulary) < 3:
+        raise ValueError(f"an aperiodic row needs {SHORTEST_CONTEXT} tokens and 3 different ones, "
+                         f"there are {length} and {len(vocabulary)}")
+    start = 0 if begin is None else 1
+    tokens, inside = np.empty((rows, length), np.int64), np.zeros((rows, length), bool)
+    tokens[:, :start] = begin or 0
+    blocks = np.empty(rows, np.int64)
+    longest = min((length - 1) // 2, len(vocabulary))
+    for r in range(rows):
+        draw = np.random.Generator(np.random.Philox(key=random_key(seed, "segments", r)))
+        blocks[r] = draw.integers(max(3, min(length // 4, longest)), longest + 1)
+        block = draw_block(blocks[r], vocabulary, seed, "aperiodic", r)
+        places, inside_row = segments(blocks[r], length, draw)
+        tokens[r, start:] = block[places][:length - start]      # the same with `begin` and without
+        inside[r, start:] = inside_row[:length - start]
+    position = np.arange(length) - start
+    queries = np.pad(inside[:, 1:], ((0, 0), (0, 1)))       # the next token is inside a segment
+    return as_probe(tokens, blocks, np.zeros_like(blocks), queries=queries,
+                    first_copy=(position >= 0) & (position < blocks[:, None]),
+                    known=inside[:, 1:])
 
 
-def held_out_periods(data: DataConfig, fitting: list[int], trained: list[int]) -> list[int]:
-    """The periods of `fitting` to score on: those that the config holds out; if it names none, four
-    untrained ones, evenly spread; none if every period is trained."""
-    if named := [p for p in data.repeats.held_out_periods if p in fitting]:
-        return named
-    untrained = [p for p in fitting if p not in trained]
-    # The shortest periods tell least: every query then has many matches. Use them only if no other.
-    untrained = [p for p in untrained if p >= 8] or untrained
-    if not untrained:
-        return []
-    every = -(-len(untrained) // 4)                     # rounded up
-    return untrained[::every]
+def segments(block: int, room: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """For each of `room` tokens its place in the block, and whether it follows the token before it
+    in the same segment: (room,) each.
 
-
-def describe_periods(held_out: list[int], trained: list[int]) -> str:
-    """The probe in words, for the head of a table."""
-    if not held_out:
-        return (f"random tokens, periods {_listed(trained)}: every period that fits was trained on")
-    reason = "held out of training" if trained else "training repeats nothing"
-    return f"random tokens, periods {_listed(held_out)} ({reason})"
-
-
-def _listed(periods: list[int]) -> str:
-    if len(periods) > 6:
-        return f"{periods[0]} to {periods[-1]}"
-    return ", ".join(map(str, periods))
+    No two segments of a row are at the same distance from the block, as far as there are enough
+    places, and none continues the one before it: so no look-back meets more than one segment.
+    """
+    places, inside = list(range(block)), [False] * block
+    distances: set[int] = set()
+    while len(places) < room:
+        size = min(int(draw.choice(SEGMENTS)), block - 1)
+        begins = [place for place in range(block - size + 1)
+                  if place != (places[-1] + 1) % block]
+        new = [place for place in begins if len(places) - place not in distances]
+        place = int(draw.choice(new or begins))
+        distances.add(len(places) - place)
+        places += range(place, place + size)
+        inside += [False] + [True] * (size - 1)
+    return np.array(places[:room]), np.array(inside[:room])

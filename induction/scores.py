@@ -10,57 +10,74 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from induction.probes import Repeats
+from induction.behaviour import probe_losses
+from induction.probes import Probe
 from kernels.planes import REACH
-from kernels.statistics import head_statistics
+from kernels.statistics import HeadStatistics, head_statistics
 from model.circuits import readers, token_embedding, unembedding_after_norm, writers
-from model.cross_entropy import cross_entropies
 from model.gpt import GPT
 from model.taps import TapFunction, taps
 
 SCORES = {                              # name → explanation, for readers of tables and pages
     "prefix_matching": "attention on tokens that follow an earlier copy of the current token "
                        "(1: a perfect induction head)",
+    "prefix_matching_visible": "the same, over the queries that can see such a token",
     "latest_match": "the part of prefix matching on the latest such token",
-    "previous_token": "attention on the previous token",
+    "current_token": "attention on the current token itself",
+    "previous_token": "attention on the previous token, in the first copy, where an induction "
+                      "circuit needs it",
+    "previous_token_later": "the same, in later copies",
     "duplicate_token": "attention on earlier copies of the current token",
     "first_token": "attention on the first token (an attention sink)",
     "entropy": "entropy of the attention rows, relative to uniform attention "
                "(0: one key, 1: uniform)",
     "distance": "mean look-back, in tokens",
     "copying": "whether the head's output raises the logit of the token it reads "
-               "(1: only that token, −1: never)",
+               "(1: only that token, 0: as by chance, −1: it lowers only that token)",
 }
 
 
 # --- from attention patterns ----------------------------------------------------------------------
+
+class Visible(NamedTuple):
+    """Of the counted queries of one layer, how many can see a key after an earlier copy of their
+    token, and what uniform attention would score on those."""
+
+    fraction: float
+    uniform: float
+
 
 class PatternScores(NamedTuple):
     """The result of one tapped forward pass."""
 
     scores: dict[str, Tensor]   # name → (L, H) float64 on the CPU
     offset_profile: Tensor      # (L, H, 2 · REACH + 1)
+    by_row: Tensor              # (L, H, B) prefix matching of each row
+    visible: list[Visible]      # of each layer
     final: Tensor               # (B, T, E) the last hidden state
 
 
 @torch.no_grad()
-def attention_scores(model: GPT, tokens: Tensor, queries: Tensor) -> PatternScores:
+def attention_scores(model: GPT, tokens: Tensor, queries: Tensor,
+                     first_copy: Tensor | None = None) -> PatternScores:
     """The scores of every head's attention pattern on tokens (B, T), averaged over the rows of the
-    pattern that `queries` (B, T) bool selects.
+    pattern that `queries` (B, T) bool selects. With `first_copy` (B, T) bool, the previous-token
+    score is averaged over that, and over `queries` under another name.
 
     Definitions: Olsson et al. 2022, "In-context Learning and Induction Heads", appendix. Entropy is
     divided by the log of the number of keys that its row sees. The offset profile is the attention
-    on each position around the induction target.
+    on each position around the induction target. Prefix matching over the visible targets alone is
+    left out if every counted query sees one.
     """
-    weight = queries.float() / queries.sum().clamp(min=1)                       # (B, T), sums to 1
-    layers: list[dict[str, Tensor]] = []
+    layers: list[LayerScores] = []
 
     with taps(model, ["L*.q", "L*.k"]) as acts:
         # lse comes after q and k, so each layer is measured, and dropped, before the next.
         def measure_layer(layer: int, window: int | None) -> TapFunction:
             def on_lse(lse: Tensor) -> None:
-                q, k = acts.pop(f"L{layer}.q"), acts.pop(f"L{layer}.k")
-                layers.append(layer_scores(q, k, lse, tokens, weight, window))
+                rows = head_statistics(acts.pop(f"L{layer}.q"), acts.pop(f"L{layer}.k"), lse,
+                                       tokens, window=window)
+                layers.append(layer_scores(rows, tokens, queries, first_copy, window))
             return on_lse
 
         lse_taps: dict[str, TapFunction | None] = {
@@ -68,23 +85,66 @@ def attention_scores(model: GPT, tokens: Tensor, queries: Tensor) -> PatternScor
             for layer, window in enumerate(model.config.windows)}
         with taps(model, lse_taps):
             final = model.hidden(tokens)
-    scores = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
+    scores = {name: torch.stack([layer.scores[name] for layer in layers])
+              for name in layers[0].scores}
     profile = scores.pop("offset_profile")
     scores["latest_match"] = profile[..., REACH]                                # offset 0
-    return PatternScores({name: scores[name] for name in SCORES if name in scores}, profile, final)
+    if all(layer.visible.fraction == 1 for layer in layers):
+        del scores["prefix_matching_visible"]
+    return PatternScores({name: scores[name] for name in SCORES if name in scores}, profile,
+                         torch.stack([layer.by_row for layer in layers]),
+                         [layer.visible for layer in layers], final)
 
 
-def layer_scores(q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, weight: Tensor,
-                 window: int | None) -> dict[str, Tensor]:
-    """The statistics of one layer's patterns, averaged with `weight` (B, T) over their rows: (H,)
-    each, (H, 2 · REACH + 1) for the offset profile."""
-    rows = head_statistics(q, k, lse, tokens, window=window)                    # (B, H, T) each
+class LayerScores(NamedTuple):
+    scores: dict[str, Tensor]   # name → (H,), (H, 2 · REACH + 1) for the offset profile
+    by_row: Tensor              # (H, B) prefix matching
+    visible: Visible
+
+
+def layer_scores(statistics: HeadStatistics, tokens: Tensor, queries: Tensor,
+                 first_copy: Tensor | None, window: int | None) -> LayerScores:
+    """One layer's statistics, averaged over the rows of its patterns as in attention_scores."""
     T = tokens.shape[1]
     keys = torch.arange(1, T + 1, device=tokens.device).clamp(max=window or T)  # (T,) visible ones
-    entropy = torch.where(keys > 1, rows.entropy / keys.log(), 0)               # 0 with one key
-    rows = rows._replace(entropy=entropy)
-    return {name: torch.einsum("bht...,bt->h...", row, weight).cpu().double()
-            for name, row in rows._asdict().items()}
+    entropy = torch.where(keys > 1, statistics.entropy / keys.log(), 0)         # 0 with one key
+    statistics = statistics._replace(entropy=entropy)
+    weight = equal_weights(queries)                                             # (B, T)
+    scores = {name: average(row, weight) for name, row in statistics._asdict().items()}
+    if first_copy is not None:
+        scores["previous_token_later"] = scores["previous_token"]
+        has_previous = torch.arange(T, device=tokens.device) > 0
+        scores["previous_token"] = average(statistics.previous_token,
+                                           equal_weights(first_copy & has_previous))
+    matches = visible_matches(tokens, window)                                   # (B, T)
+    seeing = queries & (matches > 0)
+    scores["prefix_matching_visible"] = average(statistics.prefix_matching, equal_weights(seeing))
+    uniform = ((matches / keys) * equal_weights(seeing)).sum().item()
+    by_row = torch.einsum("bht,bt->hb", statistics.prefix_matching,
+                          queries / queries.sum(1, keepdim=True).clamp(min=1)).cpu().double()
+    fraction = (seeing.sum() / queries.sum().clamp(min=1)).item()
+    return LayerScores(scores, by_row, Visible(fraction, uniform))
+
+
+def equal_weights(selected: Tensor) -> Tensor:
+    """(B, T) bool → weights that are equal where it is True and sum to 1."""
+    return selected.float() / selected.sum().clamp(min=1)
+
+
+def average(row: Tensor, weight: Tensor) -> Tensor:
+    """A statistic (B, H, T, …) averaged with `weight` (B, T): (H, …) float64 on the CPU."""
+    return torch.einsum("bht...,bt->h...", row, weight).cpu().double()
+
+
+def visible_matches(tokens: Tensor, window: int | None) -> Tensor:
+    """How many keys j with x_{j−1} = x_i each query i of (B, T) sees: (B, T). That is, how many
+    earlier copies of its token it has, the last `window` tokens only."""
+    T = tokens.shape[1]
+    position = torch.arange(T, device=tokens.device)
+    ordered = (tokens.long() * T + position).sort(dim=1).values     # by token, then by position
+    nearest = (position - (window or T)).clamp(min=0)               # the earliest copy that counts
+    until = torch.searchsorted(ordered, tokens.long() * T + position)
+    return until - torch.searchsorted(ordered, tokens.long() * T + nearest)
 
 
 class Measured(NamedTuple):
@@ -92,48 +152,21 @@ class Measured(NamedTuple):
 
     scores: dict[str, Tensor]   # name → (L, H) float64 on the CPU
     offset_profile: Tensor      # (L, H, 2 · REACH + 1)
+    by_period: dict[int, Tensor]        # period → (L, H) prefix matching; of a periodic probe
     loss_first: float           # nats per token in the first copy, where tokens are random
-    loss_second: float          # in the second copy, where every token can be known
+    loss_second: float          # where every token can be known; of a periodic probe, in the second
+                                # copy
 
 
-def measure(model: GPT, probe: Repeats, unrepeated: Tensor) -> Measured:
+def measure(model: GPT, probe: Probe, unrepeated: Tensor) -> Measured:
     """All scores of all heads on repeated random tokens, and the losses of both copies."""
-    attention = attention_scores(model, probe.tokens, probe.queries)
+    attention = attention_scores(model, probe.tokens, probe.queries, probe.first_copy)
     scores = attention.scores | {"copying": copying(model, unrepeated)}
-    return Measured(scores, attention.offset_profile, *repeat_losses(model, probe, attention.final))
-
-
-@torch.no_grad()
-def repeat_losses(model: GPT, probe: Repeats, final: Tensor) -> tuple[float, float]:
-    """Mean loss in the first and in the second copy, in nats, from the last hidden state (B, T, E)
-    of a pass over the probe."""
-    targets = probe.tokens[:, 1:]
-    losses = cross_entropies(final[:, :-1].flatten(0, 1), model.unembedding, targets.flatten())
-    losses = losses.view(targets.shape)                                         # (B, T − 1)
-    return mean_of(losses, probe.first_copy), mean_of(losses, probe.second_copy)
-
-
-def mean_of(losses: Tensor, counted: Tensor) -> float:
-    """The mean of the losses (B, T) that `counted` (B, T) bool selects, summed in float64 on the
-    CPU (some devices have no float64)."""
-    return losses[counted].cpu().double().mean().item()
-
-
-def icl_score(losses: Tensor) -> float | None:
-    """In-context-learning score: mean loss late in the context minus mean loss early, in nats, from
-    losses (N, T) on text. More negative means more in-context learning. None if T < 16.
-
-    From T = 512 on: around token 500 minus around token 50 (Olsson et al. 2022), 17 tokens each
-    because single tokens are noisy. Below: the last eighth minus the second sixteenth.
-    """
-    T, losses = losses.shape[1], losses.cpu().double()
-    if T < 16:
-        return None
-    if T >= 512:
-        early, late = losses[:, 41:58], losses[:, 491:508]
-    else:
-        early, late = losses[:, T // 16:T // 8], losses[:, -(T // 8):]
-    return late.mean().item() - early.mean().item()
+    periods = probe.periods.cpu()
+    by_period = {period: attention.by_row[:, :, periods == period].mean(-1)
+                 for period in periods.unique().tolist() if period}
+    losses = probe_losses(model, probe, attention.final)
+    return Measured(scores, attention.offset_profile, by_period, losses.first, losses.known)
 
 
 # --- from values and weights ----------------------------------------------------------------------
@@ -144,10 +177,11 @@ def copying(model: GPT, tokens: Tensor) -> Tensor:
     are distinct within a row.
 
     What a head would write if it attended to a single token, v W_O, goes through W_U to the logits
-    of the row's n tokens. Subtract their mean and drop negative values. The share that goes to the
-    token read, rescaled from [0, 1] to [−1, 1], is the score (Olsson et al. 2022, appendix). A head
-    that ignores what it reads scores 2/n − 1. A bias of the values is part of v; the bias of W_O
-    belongs to no head.
+    of the row's n tokens; their mean is subtracted. The score is the share of all raising that goes
+    to the token read (Olsson et al. 2022, appendix, who rescale it to −1 … 1 with chance at
+    2/n − 1) minus the share of all lowering that goes to it. So a head that ignores what it reads
+    scores 0, one that raises only the token read 1, and one that lowers only it −1. A bias of the
+    values is part of v; the bias of W_O belongs to no head.
     """
     with taps(model, "L*.v") as acts:
         model.hidden(tokens)
@@ -157,10 +191,15 @@ def copying(model: GPT, tokens: Tensor) -> Tensor:
         v = acts[f"L{layer}.v"][:, :, 1:].float()                              # (B, K, n, D)
         v = v.repeat_interleave(model.config.n_heads // v.shape[1], dim=1)      # (B, H, n, D)
         logits = v @ writers(model, layer) @ unembed[:, None].mT                # (B, H, n read, n)
-        raised = (logits - logits.mean(-1, keepdim=True)).relu()
-        share = raised.diagonal(dim1=-2, dim2=-1) / raised.sum(-1).clamp(min=1e-30)     # (B, H, n)
-        scores.append(2 * share.cpu().double().mean((0, 2)) - 1)
+        change = logits - logits.mean(-1, keepdim=True)
+        score = share_on_read(change.relu()) - share_on_read((-change).relu())  # (B, H, n)
+        scores.append(score.cpu().double().mean((0, 2)))
     return torch.stack(scores)
+
+
+def share_on_read(weights: Tensor) -> Tensor:
+    """The share of each row's weights (…, n read, n) that is on the token read: (…, n)."""
+    return weights.diagonal(dim1=-2, dim2=-1) / weights.sum(-1).clamp(min=1e-30)
 
 
 @torch.no_grad()

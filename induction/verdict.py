@@ -1,114 +1,98 @@
-"""Did induction heads form in a run? The evidence, and the answer that follows from it.
+"""Did induction heads form in a run? Three questions, kept apart, and the answer to each.
 
-A head counts as an induction head here if its pattern says so on periods never trained, its output
-raises the tokens it reads, *and* the model predicts repeats worse without it. A pattern on its own
-shows what was averaged, not what was used. report/verdict_page.py puts a verdict into words.
+    behaviour   Does the model predict repeated tokens, on rows that no fixed look-back can meet,
+                behind the token that begins a text and without it?
+    mechanism   Which heads attend to what followed the earlier copy, and is the prediction gone
+                when just these attention edges are removed?
+    transfer    Does it work for periods and tokens that training never repeated, and on text?
+
+A pattern on its own shows what was averaged, not what was used. induction/mechanism.py gathers the
+evidence on heads, report/verdict_page.py puts a verdict into words.
 """
 
+from math import log
 from typing import Literal, NamedTuple
 
-from torch import Tensor
-
 from data.batches import Batch
-from induction.ablation import (
-    Effect,
-    ProgressBar,
-    ablation_effect,
-    losses_without,
-    matched_sets,
-    path_patch,
-)
+from induction.ablation import ProgressBar
+from induction.behaviour import Behaviour, behaviour
+from induction.knockout import TextKnockout, knock_out_on_text
+from induction.mechanism import MechanismEvidence, mechanism_evidence
 from induction.phase import INDUCTION_HEAD, Transition
-from induction.probes import Probes
-from induction.scores import Measured, copying_eigenvalues, mean_of, measure
-from kernels.planes import REACH
+from induction.probe_set import Probes
+from induction.probes import Pair
+from induction.scores import Measured, measure
 from model.gpt import GPT
 from model.taps import Head, heads_of
 
-PREVIOUS_TOKEN_HEAD = 0.25      # previous-token score from which a head counts as one
-MIN_COPYING_RATIO = 3.0         # share of the token read in what is raised, relative to chance
-MIN_HELD_OUT_RATIO = 0.5        # prefix matching on held-out periods, as a fraction of trained ones
-MIN_GAIN_REMOVED = 0.5          # fraction of the repeat gain that ablating the heads must remove
-MIN_RATIO_TO_OTHERS = 2.0       # the same, relative to matched sets of other heads
-MAX_CONTROL = 0.15              # prefix matching that a one-layer control may reach
-MAX_LOSS_RATIO = 0.5            # second-copy loss over first-copy loss below which a model copies
+MIN_ACCURACY = 0.5      # of the known tokens of the aperiodic probe, on rows of both kinds
+MIN_GAIN = 0.5          # nats: loss of known tokens below that of the first copy, and of guessing
+WEAK_RATIO = 2.0        # accuracy, relative to a random token of the block, from which a model that
+                        # fails the above still predicts something
+MAX_CHANCE = 0.15       # accuracy of a random token of the block above which a context is too short
+                        # for the aperiodic probe: some look-backs meet it
+MIN_REMOVED = 0.5       # fraction of the repeat gain that removing the induction edges must remove
+MAX_RANDOM = 0.25       # fraction that removing as many random edges may remove
 
 
-# --- what the evidence is made of -----------------------------------------------------------------
+BehaviourAnswer = Literal["yes", "only with begin token", "only without begin token", "weak", "no",
+                          "not shown"]
+MechanismAnswer = Literal["yes", "another", "attention only", "no", "not shown"]
+TransferAnswer = Literal["yes", "no", "not shown"]
+Answer = Literal["yes", "partly", "no", "not shown"]
 
-class SetAblation(NamedTuple):
-    """The effect of mean-ablating a set of heads, and of matched sets of other heads."""
 
-    heads: list[Head]
-    effect: Effect
-    others: list[float]         # fraction of the repeat gain that each matched set removes
-    other_sizes: set[int]       # how many heads a matched set has
+# --- the three answers ----------------------------------------------------------------------------
+
+class BehaviourFinding(NamedTuple):
+    """On the aperiodic probe."""
+
+    answer: BehaviourAnswer
+    begun: Behaviour            # rows behind the token that begins a text
+    bare: Behaviour             # the same rows without it
+    guessing: float             # loss of a model that knows only which tokens are drawn, in nats
 
     @property
-    def others_mean(self) -> float | None:
-        return sum(self.others) / len(self.others) if self.others else None
+    def accuracy(self) -> float:
+        """On the worse of both kinds of rows."""
+        return min(self.begun.accuracy, self.bare.accuracy)
 
 
-class PreviousTokenHeads(NamedTuple):
-    """What previous-token heads below the induction heads are worth to them: the rise of the
-    second-copy loss, in nats, when they are mean-ablated."""
-
-    heads: list[Head]
-    total: float
-    patterns_kept: float        # with every attention pattern fixed
-    into: dict[str, float]      # only on the direct path into the induction heads' "q", "k" or "v"
+class MechanismFinding(NamedTuple):
+    answer: MechanismAnswer
+    evidence: MechanismEvidence
 
 
-class Copying(NamedTuple):
-    """Whether the strongest head raises the token it reads."""
+class TransferFinding(NamedTuple):
+    """What was never trained, counted, and whether the behaviour is there too."""
 
-    score: float
-    chance: float               # the score of a head that ignores what it reads
-    ratio: float                # share of the token read in what is raised, relative to chance
-    eigenvalues: float          # Σ Re λ / Σ |λ|
-
-
-class Peak(NamedTuple):
-    """Where around the induction target a head attends most."""
-
-    head: Head
-    offset: int                 # in tokens from the induction target
-    weight: float
-
-
-class Criteria(NamedTuple):
-    """Each is True if it supports induction heads, False if it speaks against them, None if it
-    decides nothing or was not measured."""
-
-    matches_prefixes: bool
-    beyond_trained_periods: bool | None
-    repeats_help: bool | None
-    peaks_on_target: bool | None
-    copies: bool | None = None
-    needed: bool | None = None
-    needed_more_than_others: bool | None = None
-
-
-Answer = Literal["yes", "no", "not shown"]
+    periods: TransferAnswer
+    by_period: dict[int, float]         # period → accuracy on the worse of both kinds of rows
+    tokens: TransferAnswer
+    unseen: BehaviourFinding | None     # aperiodic rows of tokens that training never repeated
+    text: TextKnockout | None           # the induction edges on held-out text
 
 
 class Verdict(NamedTuple):
     run: str
     condition: str              # the same for runs that differ only by their seed
     control: bool               # one layer, trained to its end, that cannot form induction heads
-    answer: Answer
-    criteria: Criteria
     probes: Probes
-    measured: Measured          # on held-out periods; on trained ones if there are no others
-    trained: Measured | None    # on trained periods, if the probe is held out
-    unseen: Measured | None     # on tokens that training never repeated
+    measured: Measured          # on the periodic probe, behind the begin token
+    behaviour: BehaviourFinding
+    mechanism: MechanismFinding
+    transfer: TransferFinding
     transition: Transition | None       # in tokens
-    heads: list[Head]           # the induction heads by their pattern, the strongest first
-    strongest: Head             # by prefix matching, whether it is an induction head or not
-    peak: Peak
-    copying: Copying | None     # this and the next two only if there are induction heads
-    ablation: SetAblation | None
-    previous_token: PreviousTokenHeads | None
+
+    @property
+    def answer(self) -> Answer:
+        """Did induction heads form? Yes only if the behaviour is there and they do it."""
+        behaviour, mechanism = self.behaviour.answer, self.mechanism.answer
+        if "not shown" in (behaviour, mechanism):
+            return "not shown"
+        if mechanism != "yes" or behaviour in ("weak", "no"):
+            return "no"
+        return "yes" if behaviour == "yes" else "partly"
 
     @property
     def one_layer(self) -> bool:
@@ -117,130 +101,104 @@ class Verdict(NamedTuple):
 
     @property
     def best(self) -> float:
-        """Prefix matching of the strongest head."""
-        return self.measured.scores["prefix_matching"][self.strongest].item()
+        """Prefix matching of the strongest head, on the periodic probe."""
+        return self.measured.scores["prefix_matching"].max().item()
+
+    @property
+    def control_fails(self) -> bool:
+        """Whether this is a control, and what it must not show is there: then the probe can be met
+        without induction heads."""
+        return self.control and (self.answer in ("yes", "partly")
+                                 or self.behaviour.answer == "yes")
 
 
-# --- how it is gathered ---------------------------------------------------------------------------
+# --- how they are found ---------------------------------------------------------------------------
 
 def judge(run: str, condition: str, control: bool, model: GPT, probes: Probes,
-          transition: Transition | None, text: Batch | None = None) -> Verdict:
+          transition: Transition | None, text: Batch | None = None,
+          progress: ProgressBar = iter) -> Verdict:
     """The verdict on one model; `transition` is that of its run, `text` held-out text."""
     measured = measure(model, probes.scored, probes.unrepeated)
-    prefix_matching = measured.scores["prefix_matching"]
-    heads = induction_heads(model, measured)
-    strongest = max(heads_of(model.config), key=lambda head: prefix_matching[head].item())
-    peak = peak_of(strongest if heads else highest_peak(measured), measured)
-    trained, unseen = None, None
-    if probes.trained is not None and probes.never_trained:
-        trained = measure(model, probes.trained, probes.unrepeated)
-    if probes.unseen_tokens is not None:
-        unseen = measure(model, probes.unseen_tokens, probes.unrepeated)
-
-    criteria = Criteria(
-        matches_prefixes=bool(heads),
-        beyond_trained_periods=beyond_trained_periods(measured, trained),
-        repeats_help=None if measured.loss_first > measured.loss_second else False,
-        peaks_on_target=peak.offset == 0 if heads else None)
-    copying, ablation, previous_token = None, None, None
-    if heads:
-        copying = copying_of(model, strongest, measured, probes.unrepeated)
-        ablation = ablate_set(model, heads, probes, text)
-        previous_token = previous_token_heads(model, measured, heads, probes)
-        removed, others = ablation.effect.gain_removed, ablation.others_mean
-        criteria = criteria._replace(
-            copies=copying.ratio >= MIN_COPYING_RATIO and copying.eigenvalues > 0,
-            needed=removed >= MIN_GAIN_REMOVED,
-            needed_more_than_others=(None if others is None else
-                                     removed >= MIN_RATIO_TO_OTHERS * max(others, 0)))
+    behaviour_finding = find_behaviour(model, probes.aperiodic, probes.vocabulary)
+    evidence = mechanism_evidence(model, probes, measured, progress)
+    answer = mechanism_answer(behaviour_finding.answer, evidence)
+    heads = evidence.attending or heads_of(model.config)
     return Verdict(
-        run=run, condition=condition, control=control, answer=answer_of(criteria, probes),
-        criteria=criteria, probes=probes, measured=measured, trained=trained, unseen=unseen,
-        transition=transition, heads=heads, strongest=strongest, peak=peak, copying=copying,
-        ablation=ablation, previous_token=previous_token)
+        run=run, condition=condition, control=control, probes=probes, measured=measured,
+        behaviour=behaviour_finding, mechanism=MechanismFinding(answer, evidence),
+        transfer=find_transfer(model, probes, behaviour_finding, heads, text),
+        transition=transition)
 
 
-def answer_of(criteria: Criteria, probes: Probes) -> Answer:
-    """The answer is no if any criterion speaks against it, and not shown if only trained periods
-    were probed."""
-    if any(criterion is False for criterion in criteria):
-        return "no"
-    return "yes" if probes.never_trained else "not shown"
+def find_behaviour(model: GPT, rows: Pair, vocabulary: int) -> BehaviourFinding:
+    """What the model predicts on rows of `vocabulary` different tokens."""
+    begun, bare = behaviour(model, rows.begun), behaviour(model, rows.bare)
+    guessing = log(vocabulary)
+
+    def predicts(b: Behaviour) -> bool:
+        # A model of text is worse than guessing on random tokens: that is no gain of repetition.
+        gain = min(b.loss_first, guessing) - b.loss_known
+        return b.accuracy >= MIN_ACCURACY and gain >= MIN_GAIN
+
+    def predicts_some(b: Behaviour) -> bool:
+        return b.accuracy >= WEAK_RATIO * b.chance and b.gain > 0
+
+    answer: BehaviourAnswer = "no"
+    if begun.chance > MAX_CHANCE:
+        answer = "not shown"
+    elif predicts(begun) and predicts(bare):
+        answer = "yes"
+    elif predicts(begun):
+        answer = "only with begin token"
+    elif predicts(bare):
+        answer = "only without begin token"
+    elif predicts_some(begun) or predicts_some(bare):
+        answer = "weak"
+    return BehaviourFinding(answer, begun, bare, guessing)
 
 
-def induction_heads(model: GPT, measured: Measured) -> list[Head]:
-    """The heads with the pattern of an induction head, the strongest first."""
-    score = measured.scores["prefix_matching"]
-    heads = [head for head in heads_of(model.config) if score[head] >= INDUCTION_HEAD]
-    return sorted(heads, key=lambda head: -score[head])
+def mechanism_answer(behaviour: BehaviourAnswer, evidence: MechanismEvidence) -> MechanismAnswer:
+    """Whether induction heads do what the model does.
 
-
-def beyond_trained_periods(measured: Measured, trained: Measured | None) -> bool | None:
-    """False if heads match prefixes on trained periods and much less on held-out ones: then they
-    attend by position, not by content."""
-    if trained is None:
-        return None
-    best_held_out = measured.scores["prefix_matching"].max().item()
-    best_trained = trained.scores["prefix_matching"].max().item()
-    if best_trained >= INDUCTION_HEAD and best_held_out < MIN_HELD_OUT_RATIO * best_trained:
-        return False
-    return None
-
-
-def highest_peak(measured: Measured) -> Head:
-    """The head that attends most to any position around the induction target."""
-    profile = measured.offset_profile                                   # (L, H, 2 · REACH + 1)
-    peaks = profile.max(-1).values                                      # (L, H)
-    layer, index = (peaks == peaks.max()).nonzero()[0].tolist()
-    return Head(layer, index)
-
-
-def peak_of(head: Head, measured: Measured) -> Peak:
-    profile = measured.offset_profile[head]
-    return Peak(head, int(profile.argmax()) - REACH, profile.max().item())
-
-
-def copying_of(model: GPT, head: Head, measured: Measured, unrepeated: Tensor) -> Copying:
-    score, n = measured.scores["copying"][head].item(), unrepeated.shape[1] - 1
-    eigenvalues = copying_eigenvalues(model)[head].item()
-    share = (score + 1) / 2                         # of what is raised, on the token read
-    return Copying(score, chance=2 / n - 1, ratio=share * n, eigenvalues=eigenvalues)
-
-
-def ablate_set(model: GPT, heads: list[Head], probes: Probes, text: Batch | None = None,
-               progress: ProgressBar = iter) -> SetAblation:
-    """Ablate `heads` together (redundant heads are hardly missed one by one), then matched sets of
-    other heads; `progress` wraps those."""
-    others = matched_sets(model.config, heads)
-    effect = ablation_effect(model, heads, probes.scored, text, "mean")
-    removed = [ablation_effect(model, other, probes.scored, method="mean").gain_removed
-               for other in progress(others)]
-    return SetAblation(heads, effect, removed, {len(other) for other in others})
-
-
-def previous_token_heads(model: GPT, measured: Measured, heads: list[Head],
-                         probes: Probes) -> PreviousTokenHeads | None:
-    """Ablate the previous-token heads below the strongest of `heads`; None if there are none.
-
-    What remains of the effect with the patterns kept is what they carry themselves; the rest is
-    where they make later heads attend. On the direct path into the keys it is K-composition (Elhage
-    et al. 2021): they tell each key which token precedes it.
+    Heads that attend as induction heads do without any behaviour are attention only. A behaviour
+    that outlives the removal of their edges has another mechanism.
     """
-    score, layer = measured.scores["previous_token"], heads[0].layer if heads else 0
-    senders = [head for head in heads_of(model.config)
-               if head.layer < layer and score[head] >= PREVIOUS_TOKEN_HEAD]
-    if not senders:
-        return None
-    probe, receivers = probes.scored, [head for head in heads if head.layer == layer]
+    if behaviour == "not shown":
+        return "not shown"
+    looks_right = any(role.prefix_matching >= INDUCTION_HEAD for role in evidence.roles)
+    if behaviour == "no":
+        return "attention only" if looks_right else "no"
+    knockout = evidence.knockout
+    if knockout is not None and knockout.gain_removed is not None:
+        assert knockout.by_random is not None
+        if knockout.by_random > MAX_RANDOM:
+            return "not shown"
+        if knockout.gain_removed >= MIN_REMOVED:
+            return "yes"
+    if behaviour == "weak":
+        return "attention only" if looks_right else "no"
+    return "another"
 
-    def second_copy(losses: Tensor) -> float:
-        return mean_of(losses, probe.second_copy)
 
-    intact = second_copy(losses_without(model, probe.batch, []))
-    total = second_copy(losses_without(model, probe.batch, senders, "mean"))
-    kept = second_copy(losses_without(model, probe.batch, senders, "mean", patterns_kept=True))
-    into = {}
-    for part in ("q", "k", "v"):
-        losses = path_patch(model, probe.batch, senders, receivers, part, "mean")
-        into[part] = second_copy(losses) - intact
-    return PreviousTokenHeads(senders, total - intact, kept - intact, into)
+def find_transfer(model: GPT, probes: Probes, finding: BehaviourFinding, heads: list[Head],
+                  text: Batch | None) -> TransferFinding:
+    """Whether the behaviour is there for what training never repeated."""
+    by_period = {}
+    for period in probes.periodic.begun.blocks.unique().tolist():
+        by_period[period] = min(
+            behaviour(model, probe.rows(probe.blocks == period)).accuracy
+            for probe in probes.periodic)
+    periods: TransferAnswer = "not shown"
+    if probes.never_trained:
+        periods = "yes" if min(by_period.values()) >= MIN_ACCURACY else "no"
+
+    unseen, tokens = None, finding.answer
+    if probes.unseen_tokens is not None:
+        unseen = find_behaviour(model, probes.unseen_tokens, probes.vocabulary)
+        tokens = unseen.answer
+    shown = (probes.history_known and finding.answer != "not shown"
+             and (unseen is not None or not probes.repeats_trained))
+    on_text = None if text is None else knock_out_on_text(model, heads, text)
+    return TransferFinding(
+        periods, by_period, ("yes" if tokens == "yes" else "no") if shown else "not shown",
+        unseen, on_text)

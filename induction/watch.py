@@ -6,7 +6,14 @@ the same run, bit for bit.
 
 from collections.abc import Sequence
 
+from induction.behaviour import behaviour
+from induction.knockout import knock_out
 from induction.metrics import (
+    ACCURACY,
+    ACCURACY_BARE,
+    KNOCKOUT,
+    KNOCKOUT_RANDOM,
+    KNOWN_LOSS,
     LOSS_FIRST,
     LOSS_SECOND,
     ONSET_TOKENS,
@@ -14,7 +21,7 @@ from induction.metrics import (
     score_key,
 )
 from induction.phase import transition
-from induction.probes import Probes
+from induction.probe_set import Probes
 from induction.scores import Measured, measure
 from model.config import ModelConfig
 from model.gpt import GPT
@@ -39,10 +46,22 @@ class HeadWatch:
         best = float(self.measured.scores["prefix_matching"].max())
         self.history.append((tokens_seen, best))
         metrics = as_metrics(self.model_config, self.measured)
+        begun, bare = (behaviour(model, probe) for probe in self.probes.aperiodic)
+        metrics |= {ACCURACY: begun.accuracy, ACCURACY_BARE: bare.accuracy,
+                    KNOWN_LOSS: (begun.loss_known + bare.loss_known) / 2}
         all_tokens, all_best = zip(*self.history)
         if rise := transition(all_tokens, all_best):
             metrics[ONSET_TOKENS] = round(rise.onset)
         return metrics
+
+
+def knockout_metrics(model: GPT, probes: Probes) -> Metrics:
+    """What the model loses without the induction edges of all its heads; empty if repeating is
+    worth nothing to it yet."""
+    result = knock_out(model, heads_of(model.config), probes.aperiodic.both)
+    if result.gain_removed is None or result.by_random is None:
+        return {}
+    return {KNOCKOUT: result.gain_removed, KNOCKOUT_RANDOM: result.by_random}
 
 
 def as_metrics(model_config: ModelConfig, measured: Measured) -> Metrics:

@@ -35,6 +35,7 @@ class HeadStatistics(NamedTuple):
 
     prefix_matching: Tensor     # Σ A[i, j] over all j ≤ i with x_{j−1} = x_i
     duplicate_token: Tensor     # Σ A[i, j] over j < i with x_j = x_i
+    current_token: Tensor       # A[i, i]
     previous_token: Tensor      # A[i, i − 1]
     first_token: Tensor         # A[i, 0]
     entropy: Tensor             # −Σ A ln A, in nats
@@ -76,11 +77,19 @@ def head_statistics(q: Tensor, k: Tensor, lse: Tensor, tokens: Tensor, *,
     return HeadStatistics(
         prefix_matching=planes[Plane.PREFIX_MATCHING],
         duplicate_token=planes[Plane.DUPLICATE_TOKEN],
+        current_token=current_token(q, k, lse, scale),
         previous_token=planes[Plane.PREVIOUS_TOKEN],
         first_token=planes[Plane.FIRST_TOKEN],
         entropy=planes[Plane.ENTROPY],
         distance=planes[Plane.DISTANCE],
         offset_profile=planes[Plane.OFFSET_PROFILE:].movedim(0, -1))        # (B, H, T, offsets)
+
+
+def current_token(q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """A[i, i], the weight of each query (B, H, T, D) on its own key: (B, H, T) float32."""
+    groups = q.float().unflatten(1, (k.shape[1], -1))                       # (B, K, H/K, T, D)
+    own_keys = k[:, :, None, -q.shape[2]:].float()                          # (B, K, 1, T, D)
+    return ((groups * own_keys).sum(-1).flatten(1, 2) * scale - lse).clamp(max=0).exp()
 
 
 def tokens_before(tokens: Tensor, segments: Tensor | None = None) -> Tensor:

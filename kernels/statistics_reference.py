@@ -24,6 +24,11 @@ def latest_match(A: Tensor, tokens: Tensor) -> Tensor:
     return entry(A, induction_target(A, tokens))
 
 
+def current_token(A: Tensor) -> Tensor:
+    """A[i, i]."""
+    return entry(A, query_positions(A))
+
+
 def previous_token(A: Tensor) -> Tensor:
     """A[i, i − 1]; 0 for the first position."""
     return entry(A, query_positions(A) - 1)

@@ -23,7 +23,7 @@ from torch import Tensor
 from data.batches import document_ids
 from data.tokenizer import Tokenizer
 from files import atomic_write
-from induction.probes import Probes
+from induction.probe_set import Probes
 from induction.scores import Measured
 from model.config import ModelConfig
 from model.gpt import GPT

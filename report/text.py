@@ -4,17 +4,23 @@ import json
 import textwrap
 from collections.abc import Mapping
 
-from induction.examine import HeadScores, KeyComposition, ProbeExamination
+from induction.ablation import Effect, Path
+from induction.examine import HeadScores, KeyComposition, ProbeExamination, TextScores
 from induction.history import icl_transition, model_transition, step_at
-from induction.metrics import LOSS_FIRST, LOSS_SECOND, scores_by_head
-from induction.phase import INDUCTION_HEAD, Transition
+from induction.knockout import Knockout
+from induction.mechanism import PREVIOUS_TOKEN_HEAD, HeadRole, PreviousTokenHeads
+from induction.metrics import ACCURACY, ACCURACY_BARE, scores_by_head
+from induction.phase import Transition
 from induction.scores import SCORES
-from induction.verdict import PREVIOUS_TOKEN_HEAD, PreviousTokenHeads, SetAblation
+from induction.verdict import BehaviourFinding
 from model.taps import Head
 from training.logger import Record
 
-SHORT = {"prefix_matching": "prefix", "latest_match": "latest", "previous_token": "previous",
-         "duplicate_token": "duplicate", "first_token": "first", "copying_eigenvalues": "eigen"}
+SHORT = {"prefix_matching": "prefix", "prefix_matching_visible": "visible",
+         "latest_match": "latest", "current_token": "current", "previous_token": "previous",
+         "previous_token_later": "later", "duplicate_token": "duplicate", "first_token": "first",
+         "copying_eigenvalues": "eigen"}
+INPUT_NAMES = {"q": "queries", "k": "keys", "v": "values"}
 
 EXPLANATIONS = SCORES | {"copying_eigenvalues": "the same as copying, from the head's weights"}
 
@@ -23,17 +29,18 @@ def head_table(table: HeadScores, text: str, formed: Mapping[Head, Transition]) 
     """One row per head, and a legend. `text` says on what the loss was measured; `formed` has the
     transitions of the heads that became induction heads, if the run recorded any."""
     columns = {SHORT.get(name, name): values for name, values in table.scores.items()}
-    width = max(10, 2 + max(len(name) for name in columns))
-    header = "head   " + "".join(f"{name:>{width}}" for name in columns) + f"{'alone':>10}"
+    widths = {name: max(7, len(name) + 1) for name in columns}
+    header = "head   " + "".join(f"{name:>{widths[name]}}" for name in columns) + f"{'alone':>8}"
     if formed:
-        header += f"{'formed':>10}"
+        header += f"{'formed':>9}"
     lines = [header]
     for head, rise in table.ablated.items():
         line = f"{head!s:7}"
-        line += "".join(f"{values[head].item():{width}.3f}" for values in columns.values())
-        line += f"{rise:+10.3f}"
+        line += "".join(f"{values[head].item():{widths[name]}.3f}"
+                        for name, values in columns.items())
+        line += f"{rise:+8.3f}"
         if head in formed:
-            line += f"{formed[head].onset / 1e6:8.2f} M"
+            line += f"{formed[head].onset / 1e6:7.2f} M"
         lines.append(line)
     return "\n".join([*lines, "", *legend(list(table.scores), text, bool(formed))])
 
@@ -50,6 +57,18 @@ def legend(scores: list[str], text: str, formed: bool) -> list[str]:
                           subsequent_indent=" " * 12) for column, meaning in entries.items()]
 
 
+def describe_visible(scores: TextScores) -> str:
+    """How many queries of a text have an induction target, and what uniform attention scores."""
+    lines = []
+    for layer, visible in enumerate(scores.visible):
+        lines.append(f"Layer {layer}: {visible.fraction:.0%} of the queries see a token that "
+                     "followed an earlier copy of theirs; uniform attention puts "
+                     f"{visible.uniform:.3f} on such tokens.")
+    if len(set(scores.visible)) == 1:
+        lines = [lines[0].replace("Layer 0: ", "")]
+    return "\n".join(lines)
+
+
 def scores_as_json(table: HeadScores) -> str:
     """{"L0H0": {"prefix_matching": …, …, "alone": …}, …}"""
     heads = {str(head): {name: values[head].item() for name, values in table.scores.items()}
@@ -61,31 +80,64 @@ def scores_as_json(table: HeadScores) -> str:
 
 def findings(examination: ProbeExamination) -> str:
     """What repeating is worth to the model, and which heads that gain depends on."""
-    measured = examination.measured
+    measured, evidence = examination.measured, examination.mechanism
     lines = [f"First-copy loss on random tokens: {measured.loss_first:.2f} nats per token, "
-             f"second-copy loss: {measured.loss_second:.2f}."]
-    if examination.ablation:
-        lines.append(describe_ablation(examination.ablation))
-    if examination.previous_token:
-        lines.append(describe_previous_token(examination.previous_token))
+             f"second-copy loss: {measured.loss_second:.2f}.",
+             "On rows that no fixed look-back can meet (the aperiodic probe), the model predicts\n"
+             f"  {describe_behaviour(examination.behaviour)}."]
+    if evidence.roles:
+        lines.append(f"Attention to what followed an earlier copy there: "
+                     f"{describe_roles(evidence.roles)}.")
+    if evidence.knockout:
+        lines.append(f"Without these attention edges {describe_knockout(evidence.knockout)}.")
+    if evidence.ablation:
+        lines.append(f"Mean-ablating {listed(evidence.attending)} "
+                     f"{describe_ablation(evidence.ablation)}.")
+    if evidence.previous_token:
+        lines.append(describe_previous_token(evidence.previous_token))
+    if strongest := strongest_paths(evidence.paths):
+        lines.append("The paths that matter most (rise of the loss of known tokens, in nats):\n"
+                     f"  {strongest}.")
     if examination.composition:
         lines.append(describe_composition(examination.composition))
     return "\n".join(lines)
 
 
+def describe_behaviour(finding: BehaviourFinding) -> str:
+    begun, bare = finding.begun, finding.bare
+    return (f"{begun.accuracy:.0%} of the known tokens behind the begin token, {bare.accuracy:.0%} "
+            f"without it (a random token of the block: {begun.chance:.0%})")
+
+
+def describe_roles(roles: list[HeadRole]) -> str:
+    """L1H3 0.94 (copies), L1H0 0.31 (suppresses)."""
+    return ", ".join(f"{role.head} {role.prefix_matching:.2f} ({describe_role(role)})"
+                     for role in roles)
+
+
+def describe_role(role: HeadRole) -> str:
+    return "copies or suppresses nothing" if role.role == "neither" else role.role
+
+
+def describe_knockout(knockout: Knockout) -> str:
+    if knockout.gain_removed is None or knockout.by_random is None:
+        return (f"known tokens cost {knockout.known:+.2f} nats (repeating gains too little to give "
+                "a fraction)")
+    return (f"{knockout.gain_removed:.0%} of the repeat gain is gone, without as many random edges "
+            f"{knockout.by_random:.0%}")
+
+
+def describe_ablation(effect: Effect) -> str:
+    text = f"{rises(effect.known)}, of the first copy by {effect.first_copy:+.2f}"
+    if effect.gain_removed is not None:
+        text += f": {effect.gain_removed:.0%} of the repeat gain"
+    return text
+
+
 def rises(nats: float) -> str:
-    """A change of the second-copy loss in words: raises second-copy loss by 2.10 nats."""
+    """A change of the loss in words: raises the loss of known tokens by 2.10 nats."""
     verb = "lowers" if nats < 0 else "raises"
-    return f"{verb} second-copy loss by {abs(nats):.2f} nats"
-
-
-def describe_ablation(ablation: SetAblation) -> str:
-    sentence = (f"Mean-ablating {listed(ablation.heads)} (prefix matching ≥ {INDUCTION_HEAD}) "
-                f"{rises(ablation.effect.second_copy)},\n"
-                f"  {ablation.effect.gain_removed:.0%} of the repeat gain")
-    if ablation.others_mean is not None:
-        sentence += f"; ablating other heads of the same layers: {ablation.others_mean:.0%}"
-    return f"{sentence}."
+    return f"{verb} the loss of known tokens by {abs(nats):.2f} nats"
 
 
 def describe_previous_token(heads: PreviousTokenHeads) -> str:
@@ -95,6 +147,13 @@ def describe_previous_token(heads: PreviousTokenHeads) -> str:
             f"  with all attention patterns fixed: {heads.patterns_kept:+.2f}; only on the direct "
             f"path into the induction heads' keys: {into['k']:+.2f},\n"
             f"  queries: {into['q']:+.2f}, values: {into['v']:+.2f}.")
+
+
+def strongest_paths(paths: list[Path], most: int = 5) -> str:
+    """L0H2 → keys of L1H3 +2.41, …; only those of at least 0.1 nats."""
+    strong = sorted((path for path in paths if path.rise >= 0.1), key=lambda path: -path.rise)
+    return ", ".join(f"{path.sender} → {INPUT_NAMES[path.into]} of {path.receiver} "
+                     f"{path.rise:+.2f}" for path in strong[:most])
 
 
 def describe_composition(composition: KeyComposition) -> str:
@@ -126,8 +185,11 @@ def heads_summary(latest: Record) -> str | None:
     if not scores:
         return None
     best = max(scores, key=lambda head: scores[head])
-    return (f"{best} has prefix matching {scores[best]:.2f} (1: a perfect induction head); loss on "
-            f"random tokens {latest[LOSS_FIRST]:.2f} nats, repeated {latest[LOSS_SECOND]:.2f}")
+    summary = f"{best} has prefix matching {scores[best]:.2f} (1: a perfect induction head)"
+    if ACCURACY in latest:
+        summary += (f"; {latest[ACCURACY]:.0%} of repeated random tokens predicted, "
+                    f"{latest[ACCURACY_BARE]:.0%} without the begin token in front")
+    return summary
 
 
 def listed(heads: list[Head]) -> str:

@@ -1,67 +1,150 @@
-"""The page of `heads.py verdict`: for each run the answer and the evidence, in Markdown."""
+"""The page of `heads.py verdict`: for each run the answers and the evidence, in Markdown."""
 
 from typing import NamedTuple
 
-from induction.phase import INDUCTION_HEAD, Transition
+from induction.ablation import INPUTS, Path
+from induction.phase import Transition
 from induction.verdict import (
-    MAX_CONTROL,
-    MAX_LOSS_RATIO,
-    PreviousTokenHeads,
-    SetAblation,
+    MAX_RANDOM,
+    MIN_ACCURACY,
+    MIN_GAIN,
+    MIN_REMOVED,
+    BehaviourFinding,
+    MechanismFinding,
+    TransferFinding,
     Verdict,
 )
-from report.text import listed, rises
+from report.text import (
+    INPUT_NAMES,
+    describe_ablation,
+    describe_behaviour,
+    describe_knockout,
+    describe_roles,
+    listed,
+    rises,
+    strongest_paths,
+)
 
-CAVEAT = ("Attention weights show what was averaged, not what was used. Ablation shows what this "
-          "model loses on this task, not what the head does elsewhere. The probe is random tokens: "
-          "on text a head may do more, or other things.")
+RULES = (f"**How to read this.** *Behaviour* is yes if the model predicts at least "
+         f"{MIN_ACCURACY:.0%} of the known tokens of the aperiodic probe, and at least {MIN_GAIN} "
+         "nats better than without repetition, with the begin token in front and without it. "
+         f"*Mechanism* is yes if removing the attention edges to induction targets removes at "
+         f"least {MIN_REMOVED:.0%} of the repeat gain, and as many random edges at most "
+         f"{MAX_RANDOM:.0%}. *Transfer* counts only what training never repeated. The probes are "
+         "random tokens: on text a head may do more, or other things.")
 
 
 def verdict_page(verdicts: list[Verdict]) -> str:
     """The answers of all runs, then the evidence of each, then what it cannot show."""
+    failing = [verdict for verdict in verdicts if verdict.control_fails]
     lines = ["# Did induction heads form?", ""]
     for condition in dict.fromkeys(verdict.condition for verdict in verdicts):
         runs = [verdict for verdict in verdicts if verdict.condition == condition]
-        lines.append(headline(condition, runs))
-    lines += ["", describe_controls([verdict for verdict in verdicts if verdict.control])]
+        lines += [headline(condition, runs, failing), ""]
+    lines.append(describe_controls([verdict for verdict in verdicts if verdict.control], failing))
     not_controls = [verdict.run for verdict in verdicts
                     if verdict.one_layer and not verdict.control]
     if not_controls:
         lines.append("One-layer runs that are not controls (unfinished, or with smeared keys or a "
-                     "single period, which let one layer meet the probe): "
+                     "single period, which let one layer meet a probe): "
                      f"{', '.join(not_controls)}.")
     lines.append("")
     for verdict in verdicts:
         lines += section(verdict)
-    return "\n".join([*lines, CAVEAT, ""])
+    return "\n".join([*lines, RULES, ""])
 
 
-def headline(condition: str, runs: list[Verdict]) -> str:
-    """The answer for runs that differ only by their seed."""
-    yes = [verdict for verdict in runs if verdict.answer == "yes"]
-    if len(yes) == len(runs):
-        answer = "Yes"
-    elif yes:
-        answer = "In some"
-    else:
-        answer = runs[0].answer.capitalize()
-    line = f"**{answer}: in {len(yes)} of {plural(len(runs), 'run')} of {condition}**"
-    onsets = [verdict.transition.onset / 1e6 for verdict in yes if verdict.transition]
+# --- the headline ---------------------------------------------------------------------------------
+
+def headline(condition: str, runs: list[Verdict], failing: list[Verdict]) -> str:
+    """One sentence for runs that differ only by their seed, and what transfers."""
+    if failing and not any(run.control for run in runs):
+        return (f"**{condition}: not shown**, because a control that cannot form induction heads "
+                f"passes too ({', '.join(run.run for run in failing)}).")
+    kinds = [statement(run) for run in runs]
+    parts = []
+    for kind in dict.fromkeys(kinds):
+        of_kind = [run for run, other in zip(runs, kinds) if other == kind]
+        count = "" if len(runs) == 1 else f" in {len(of_kind)} of {plural(len(runs), 'run')}"
+        parts.append(f"**{kind.answer}{count}**: {kind.reason} ({measured_accuracy(of_kind)})")
+    sentence = f"**{condition}**: " + "; ".join(parts) + "."
+    onsets = [run.transition.onset / 1e6 for run in runs
+              if run.transition and run.answer in ("yes", "partly")]
     if onsets:
-        line += f", from {spread(onsets)} M tokens on"
-    return line + f"; prefix matching of the best head: {spread([run.best for run in runs])}."
+        sentence += f" Prefix matching rises from {spread(onsets)} M tokens on."
+    return f"{sentence} {transfer_sentence(runs)}"
 
 
-def describe_controls(controls: list[Verdict]) -> str:
+class Statement(NamedTuple):
+    answer: str
+    reason: str
+
+
+def statement(verdict: Verdict) -> Statement:
+    """What a reader of a single sentence should take away."""
+    behaviour, mechanism = verdict.behaviour.answer, verdict.mechanism.answer
+    if behaviour == "not shown":
+        return Statement("Not shown", "the context is too short for a probe that no fixed "
+                         "look-back can meet")
+    if mechanism == "not shown":
+        return Statement("Not shown", "removing random attention edges does as much damage as "
+                         "removing those to induction targets")
+    if behaviour in ("no", "weak"):
+        amount = "does not continue" if behaviour == "no" else "hardly continues"
+        reason = f"the model {amount} sequences that it has just seen"
+        if mechanism in ("attention only", "yes"):
+            reason += ", though heads attend as induction heads do"
+        return Statement("No", reason)
+    where = ""
+    if behaviour == "only with begin token":
+        where = ", but only behind the begin token"
+    elif behaviour == "only without begin token":
+        where = ", but not behind the begin token"
+    if mechanism != "yes":
+        return Statement("No", "the model continues sequences of random tokens that it has just "
+                         f"seen{where}, but not by attending to induction targets")
+    return Statement("Partly" if where else "Yes", "the model continues sequences of random tokens "
+                     f"that it has just seen{where}, and induction heads do it")
+
+
+def measured_accuracy(runs: list[Verdict]) -> str:
+    accuracies = [accuracy for run in runs
+                  for accuracy in (run.behaviour.begun.accuracy, run.behaviour.bare.accuracy)]
+    chance = sum(run.behaviour.begun.chance for run in runs) / len(runs)
+    return f"{spread(accuracies, '{:.0%}')} of known tokens right, {chance:.0%} by chance"
+
+
+def transfer_sentence(runs: list[Verdict]) -> str:
+    """Never trained periods and tokens, each counted over the runs."""
+    parts = []
+    for name, answers in (("periods", [run.transfer.periods for run in runs]),
+                          ("tokens", [run.transfer.tokens for run in runs])):
+        shown = [answer for answer in answers if answer != "not shown"]
+        if not shown:
+            parts.append(f"{name} never repeated in training: not shown")
+        else:
+            parts.append(f"{name} never repeated in training: "
+                         f"{shown.count('yes')} of {len(shown)}")
+    return f"Transfer to {'; to '.join(parts)}."
+
+
+def describe_controls(controls: list[Verdict], failing: list[Verdict]) -> str:
     if not controls:
-        return ("No one-layer control is among these runs; a claim about composition needs one.")
-    worst = max(verdict.best for verdict in controls)
-    n_runs = plural(len(controls), "run")
-    line = f"One-layer control: prefix matching at most {worst:.2f} in {n_runs}"
-    if worst <= MAX_CONTROL:
+        return "No one-layer control is among these runs; a claim about composition needs one."
+    worst = max(verdict.behaviour.accuracy for verdict in controls)
+    line = (f"One-layer control: at most {worst:.0%} of known tokens right in "
+            f"{plural(len(controls), 'run')}")
+    if not failing:
         return f"{line}, as expected."
-    return (f"{line} (more than {MAX_CONTROL}: the probe can be met without induction, so doubt "
-            "the other results).")
+    return f"{line}: **it fails**, so nothing is claimed of the other runs."
+
+
+# --- the evidence ---------------------------------------------------------------------------------
+
+class Row(NamedTuple):
+    question: str
+    measured: str
+    answer: str
 
 
 def section(verdict: Verdict) -> list[str]:
@@ -69,11 +152,14 @@ def section(verdict: Verdict) -> list[str]:
     lines = [f"## {verdict.run}: {verdict.answer}", ""]
     if verdict.transition:
         lines += [describe_transition(verdict.transition), ""]
-    lines += ["| question | measured | evidence |", "|---|---|---|"]
-    for row in rows(verdict):
-        evidence = {None: "–", True: "for", False: "**against**"}[row.supports]
-        lines.append(f"| {row.question} | {row.measured} | {evidence} |")
-    return [*lines, ""]
+    lines += ["| question | measured | answer |", "|---|---|---|"]
+    rows = [*behaviour_rows(verdict.behaviour), *mechanism_rows(verdict.mechanism),
+            *transfer_rows(verdict)]
+    lines += [f"| {row.question} | {row.measured} | {row.answer} |" for row in rows]
+    lines.append("")
+    if verdict.mechanism.evidence.paths:
+        lines += path_table(verdict.mechanism.evidence.paths)
+    return lines
 
 
 def describe_transition(transition: Transition) -> str:
@@ -84,101 +170,96 @@ def describe_transition(transition: Transition) -> str:
             f"{transition.final:.2f}; it passed {crossings} M).")
 
 
-# --- the table ------------------------------------------------------------------------------------
+def behaviour_rows(finding: BehaviourFinding) -> list[Row]:
+    begun, bare = finding.begun, finding.bare
+    return [
+        Row("**Behaviour.** Does it predict repeated tokens, where no fixed look-back helps?",
+            describe_behaviour(finding), f"**{finding.answer}**"),
+        Row("What is repeating worth?",
+            f"with the begin token {begun.loss_first:.2f} → {begun.loss_known:.2f} nats, without "
+            f"{bare.loss_first:.2f} → {bare.loss_known:.2f} (guessing: {finding.guessing:.2f})",
+            "")]
 
-class Row(NamedTuple):
-    question: str
-    measured: str
-    supports: bool | None       # as in induction.verdict.Criteria
 
-
-def rows(verdict: Verdict) -> list[Row]:
-    criteria, measured = verdict.criteria, verdict.measured
-    periods = "periods never trained" if verdict.probes.never_trained else "trained periods"
-    n_heads = measured.scores["prefix_matching"].numel()
-    table = [
-        Row(f"Do heads attend to what followed an earlier copy, on {periods}?",
-            f"prefix matching {verdict.best:.2f} ({verdict.strongest}), {len(verdict.heads)} of "
-            f"{n_heads} heads ≥ {INDUCTION_HEAD}", criteria.matches_prefixes),
-        Row("Or only on trained periods, by looking back a fixed distance?",
-            describe_trained_periods(verdict), criteria.beyond_trained_periods),
-        Row("Does repetition lower the loss?",
-            f"first copy {measured.loss_first:.2f} nats, second {measured.loss_second:.2f}",
-            criteria.repeats_help),
-        Row("Where around the induction target do they attend?", describe_peak(verdict),
-            criteria.peaks_on_target)]
-    if verdict.copying:
-        copying = verdict.copying
-        table.append(Row(
-            "Does the strongest head raise the token it reads?",
-            f"{copying.ratio:.1f} times as much as at chance (copying {copying.score:.2f}, at "
-            f"chance {copying.chance:.2f}), eigenvalues {copying.eigenvalues:.2f}",
-            criteria.copies))
-    if verdict.ablation:
-        table += ablation_rows(verdict, verdict.ablation)
-    if verdict.previous_token:
+def mechanism_rows(finding: MechanismFinding) -> list[Row]:
+    evidence, peak = finding.evidence, finding.evidence.peak
+    place = "on it" if peak.offset == 0 else f"{peak.offset:+d} tokens from it"
+    attention = describe_roles(evidence.roles) if evidence.roles else "none"
+    table = [Row("**Mechanism.** Which heads attend to what followed an earlier copy?",
+                 f"{attention} (uniform attention: {evidence.uniform:.2f})",
+                 f"**{finding.answer}**"),
+             Row("Where around the induction target?",
+                 f"{peak.head} attends most {place} ({peak.weight:.2f})", "")]
+    if evidence.knockout:
+        table.append(Row("Without the attention edges of these heads to induction targets?",
+                         describe_knockout(evidence.knockout), ""))
+    table.append(Row("Without those of all heads?", describe_knockout(evidence.everywhere), ""))
+    if evidence.ablation:
+        table.append(Row("Without these heads as a whole?",
+                         f"mean ablation {describe_ablation(evidence.ablation)}", ""))
+    if evidence.suppressing:
+        table.append(Row("Do some of them suppress what they read?",
+                         f"{listed(evidence.suppressing)} lower the token they attend to", ""))
+    if evidence.previous_token:
+        heads = evidence.previous_token
+        into = ", ".join(f"{INPUT_NAMES[part]} {rise:+.2f}" for part, rise in heads.into.items())
         table.append(Row("Are they driven by previous-token heads?",
-                         describe_previous_token(verdict.previous_token), None))
-    if verdict.unseen:
-        unseen = verdict.unseen
-        table.append(Row(
-            "On tokens that training never repeated?",
-            f"prefix matching {unseen.scores['prefix_matching'].max().item():.2f}, first copy "
-            f"{unseen.loss_first:.2f} nats, second {unseen.loss_second:.2f}", None))
+                         f"mean-ablating {listed(heads.heads)} {rises(heads.total)}; with all "
+                         f"attention patterns fixed {heads.patterns_kept:+.2f}; only on the direct "
+                         f"path into their {into}", ""))
+    if paths := strongest_paths(evidence.paths):
+        table.append(Row("Which single paths from lower heads matter most?", paths, ""))
     return table
 
 
-def describe_trained_periods(verdict: Verdict) -> str:
-    if verdict.probes.trained is None:
-        return "training has no synthetic repeats"
-    if verdict.trained is None:
-        return ("unknown: every period that fits was trained on (hold some out with "
-                "data.repeats.held_out_periods)")
-    best = verdict.trained.scores["prefix_matching"].max().item()
-    return (f"trained periods {best:.2f} (second copy {verdict.trained.loss_second:.2f} nats), "
-            f"held-out {verdict.best:.2f}")
+def path_table(paths: list[Path]) -> list[str]:
+    """Every single path: a row for each sender, a column for each receiver."""
+    senders = list(dict.fromkeys(path.sender for path in paths))
+    receivers = list(dict.fromkeys(path.receiver for path in paths))
+    rise = {(path.sender, path.receiver, path.into): path.rise for path in paths}
+    lines = ["Rise of the loss of known tokens, in nats, without a single path into a head's "
+             "queries / keys / values:", "",
+             f"| from | {' | '.join(f'into {receiver}' for receiver in receivers)} |",
+             "|---" * (1 + len(receivers)) + "|"]
+    for sender in senders:
+        cells = []
+        for receiver in receivers:
+            rises = [rise.get((sender, receiver, into)) for into in INPUTS]
+            cells.append(" / ".join("–" if value is None else f"{value:+.2f}" for value in rises))
+        lines.append(f"| {sender} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
-def describe_peak(verdict: Verdict) -> str:
-    head, offset, weight = verdict.peak
-    place = "on it" if offset == 0 else f"{offset:+d} tokens from it"
-    text = f"{head} attends most {place} ({weight:.2f})"
-    measured = verdict.measured
-    if not verdict.heads and measured.loss_second < MAX_LOSS_RATIO * measured.loss_first:
-        text += "; still, the model predicts the second copy, so it uses another circuit"
-    return text
+def transfer_rows(verdict: Verdict) -> list[Row]:
+    transfer, probes = verdict.transfer, verdict.probes
+    periods = ", ".join(f"{period}: {accuracy:.0%}"
+                        for period, accuracy in transfer.by_period.items())
+    trained = "never trained" if probes.never_trained else "not known to be untrained"
+    if not probes.history_known:
+        trained += " (what the weights were trained on before this run is unknown)"
+    return [Row(f"**Transfer.** To periods {trained}?", f"known tokens right by period: {periods}",
+                f"**{transfer.periods}**"),
+            Row("To tokens that training never repeated?", describe_unseen(transfer, verdict),
+                f"**{transfer.tokens}**"),
+            *text_rows(transfer)]
 
 
-def ablation_rows(verdict: Verdict, ablation: SetAblation) -> list[Row]:
-    effect, criteria = ablation.effect, verdict.criteria
-    table = [Row("Does the model need them?",
-                 f"mean-ablating {listed(ablation.heads)} {rises(effect.second_copy)}, "
-                 f"{effect.gain_removed:.0%} of the repeat gain", criteria.needed),
-             Row("More than other heads of the same layers?", describe_others(ablation),
-                 criteria.needed_more_than_others)]
-    if effect.validation is not None:
-        text = f"validation loss {effect.validation:+.3f} nats"
-        if effect.icl is not None:
-            text += f", ICL score {effect.icl:+.3f}"
-        table.append(Row("What does ablating them change on held-out text?", text, None))
-    return table
+def describe_unseen(transfer: TransferFinding, verdict: Verdict) -> str:
+    if transfer.unseen is not None:
+        return describe_behaviour(transfer.unseen)
+    if verdict.probes.repeats_trained:
+        return "none were held out (data.repeats.held_out_tokens)"
+    return "training repeats nothing, so no token of the probe"
 
 
-def describe_others(ablation: SetAblation) -> str:
-    if ablation.others_mean is None:
-        return "there are none to compare with"
-    sets, size = plural(len(ablation.others), "other set"), len(ablation.heads)
-    if ablation.other_sizes != {size}:
-        sets += f" (of {min(ablation.other_sizes)} heads, not {size}: there are no more)"
-    return (f"{sets}: {spread(ablation.others, '{:.0%}')} of the repeat gain, mean "
-            f"{ablation.others_mean:.0%}")
-
-
-def describe_previous_token(heads: PreviousTokenHeads) -> str:
-    into = heads.into
-    return (f"mean-ablating {listed(heads.heads)} {rises(heads.total)}; with all attention "
-            f"patterns fixed {heads.patterns_kept:+.2f}; only on the direct path into their keys "
-            f"{into['k']:+.2f}, queries {into['q']:+.2f}, values {into['v']:+.2f}")
+def text_rows(transfer: TransferFinding) -> list[Row]:
+    if transfer.text is None:
+        return []
+    text = transfer.text
+    return [Row("What are these attention edges worth on held-out text?",
+                f"without them tokens that have an induction target ({text.fraction:.0%}) cost "
+                f"{text.matched:+.3f} nats, without as many random edges {text.by_random:+.3f}",
+                "")]
 
 
 def plural(n: int, noun: str) -> str:

@@ -25,7 +25,8 @@ def by_definition(pattern: torch.Tensor, tokens: torch.Tensor,
         tokens = reference.tokens_by_document(tokens, segments)
     return HeadStatistics(
         reference.prefix_matching(pattern, tokens), reference.duplicate_token(pattern, tokens),
-        reference.previous_token(pattern), reference.first_token(pattern),
+        reference.current_token(pattern), reference.previous_token(pattern),
+        reference.first_token(pattern),
         reference.entropy(pattern), reference.distance(pattern),
         reference.offset_profile(pattern, tokens))
 
@@ -44,6 +45,7 @@ BY_HAND = {
     "prefix_matching": [0, 0, 0.20, 0.30, 0.10 + 0.25],
     "latest_match": [0, 0, 0.20, 0.30, 0.25],
     "duplicate_token": [0, 0, 0.50, 0.20, 0.05 + 0.20],
+    "current_token": [1, 0.75, 0.30, 0.40, 0.40],
     "previous_token": [0, 0.25, 0.20, 0.30, 0.25],
     "first_token": [1, 0.25, 0.50, 0.10, 0.05],
     "distance": [0, 0.25, 2 * 0.5 + 0.2, 3 * 0.1 + 2 * 0.2 + 0.3, 4 * 0.05 + 3 * 0.1 + 0.4 + 0.25],
@@ -210,7 +212,7 @@ def test_a_head_that_rests_on_the_first_token_is_no_induction_head(backend):
 def test_previous_and_duplicate_token_heads(backend):
     tokens = torch.arange(10, device=DEVICE).repeat(3)[None]
     position = torch.arange(30, device=DEVICE)
-    for back, name in ((1, "previous_token"), (10, "duplicate_token")):
+    for back, name in ((0, "current_token"), (1, "previous_token"), (10, "duplicate_token")):
         q, k = head_that_looks_at(position - back)
         _, lse = attention(q, k, k, return_lse=True)
         statistics = head_statistics(q, k, lse, tokens, backend=backend)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data.config import DataConfig
 from data.load_tokenizer import make_tokenizer
-from induction.probes import probes_of
+from induction.probe_set import probes_of
 from induction.scores import Measured, measure
 from model.config import ModelConfig
 from model.taps import heads_of, taps

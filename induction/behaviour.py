@@ -1,0 +1,87 @@
+"""What a model predicts: its losses on a probe, how often it is right, its ICL score on text."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from induction.probes import Probe
+from model.cross_entropy import chunk_rows, cross_entropies
+from model.gpt import GPT
+
+
+class ProbeLosses(NamedTuple):
+    """Mean losses on a probe, in nats per token."""
+
+    first: float        # in the block, where tokens are random
+    known: float        # of the targets that can be known
+
+    @property
+    def gain(self) -> float:
+        """What repeating is worth to the model."""
+        return self.first - self.known
+
+
+@torch.no_grad()
+def probe_losses(model: GPT, probe: Probe, final: Tensor) -> ProbeLosses:
+    """Mean losses, from the last hidden state (B, T, E) of a pass over the probe."""
+    targets = probe.tokens[:, 1:]
+    losses = cross_entropies(final[:, :-1].flatten(0, 1), model.unembedding, targets.flatten())
+    return mean_losses(losses.view(targets.shape), probe)
+
+
+def mean_losses(losses: Tensor, probe: Probe) -> ProbeLosses:
+    """Mean losses, from the losses (B, T − 1) of the probe's targets."""
+    return ProbeLosses(mean_of(losses, probe.unknown), mean_of(losses, probe.known))
+
+
+class Behaviour(NamedTuple):
+    """How well a model predicts the tokens of a probe that can be known."""
+
+    accuracy: float         # how often the likeliest token is the right one
+    loss_first: float       # nats per token in the block
+    loss_known: float
+    chance: float           # accuracy of a random token of the block
+
+    @property
+    def gain(self) -> float:
+        """What repeating is worth to the model, in nats."""
+        return self.loss_first - self.loss_known
+
+
+@torch.no_grad()
+def behaviour(model: GPT, probe: Probe) -> Behaviour:
+    """What the model predicts on a probe. One forward pass without taps."""
+    final, targets = model.hidden(probe.tokens), probe.tokens[:, 1:]
+    losses = probe_losses(model, probe, final)
+    right = predictions(model, final[:, :-1][probe.known]) == targets[probe.known]
+    return Behaviour(right.double().mean().item(), losses.first, losses.known, probe.chance)
+
+
+def predictions(model: GPT, final: Tensor) -> Tensor:
+    """The likeliest next token from last hidden states (N, E): (N,)."""
+    rows = final.split(chunk_rows(model.unembedding))
+    return torch.cat([model.unembed(part).argmax(-1) for part in rows])
+
+
+def mean_of(losses: Tensor, counted: Tensor) -> float:
+    """The mean of the losses (B, T) that `counted` (B, T) bool selects, summed in float64 on the
+    CPU (some devices have no float64)."""
+    return losses[counted].cpu().double().mean().item()
+
+
+def icl_score(losses: Tensor) -> float | None:
+    """In-context-learning score: mean loss late in the context minus mean loss early, in nats, from
+    losses (N, T) on text. More negative means more in-context learning. None if T < 16.
+
+    From T = 512 on: around token 500 minus around token 50 (Olsson et al. 2022), 17 tokens each
+    because single tokens are noisy. Below: the last eighth minus the second sixteenth.
+    """
+    T, losses = losses.shape[1], losses.cpu().double()
+    if T < 16:
+        return None
+    if T >= 512:
+        early, late = losses[:, 41:58], losses[:, 491:508]
+    else:
+        early, late = losses[:, T // 16:T // 8], losses[:, -(T // 8):]
+    return late.mean().item() - early.mean().item()
