@@ -2,6 +2,7 @@
 score is known."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,17 +10,21 @@ import torch
 
 from data.config import DataConfig
 from data.load_tokenizer import make_tokenizer
-from induction.probes import Probes, Repeats, probes_of, repeats, unrepeated
+from induction.behaviour import behaviour, icl_score
+from induction.probe_set import Probes, Training, probes_of
+from induction.probes import Pair, Probe, aperiodic, repeats, unrepeated
 from induction.scores import (
     SCORES,
     attention_scores,
     composition,
     copying,
     copying_eigenvalues,
-    icl_score,
+    layer_scores,
     measure,
     qk_trace,
+    visible_matches,
 )
+from induction.watch import as_metrics
 from kernels.attention import attention
 from kernels.reference import attention_pattern
 from kernels.statistics import head_statistics
@@ -51,28 +56,72 @@ PROBE = repeats([8, 11, 13], 40, np.arange(V - 1), V - 1, rows=6, seed=1)
 
 # --- probes ---------------------------------------------------------------------------------------
 
-def test_a_probe_is_its_definition():
+def test_a_periodic_probe_is_its_definition():
     for row, period in zip(PROBE.tokens.tolist(), PROBE.periods.tolist()):
         block = row[1:1 + period]
         assert row[0] == V - 1 and len(set(block)) == period and V - 1 not in block
         assert all(row[i] == row[i - period] for i in range(1 + period, 40))
-    assert PROBE.periods.tolist() == [8, 11, 13, 8, 11, 13]
+    assert PROBE.periods.tolist() == PROBE.blocks.tolist() == [8, 11, 13, 8, 11, 13]
     row = PROBE.periods.tolist().index(11)
+    assert PROBE.first_copy[row].nonzero().flatten().tolist() == list(range(1, 12))
     assert PROBE.queries[row].nonzero().flatten().tolist() == list(range(12, 40))
     # Targets are one to the right: target t is token t + 1. Token 12, the seam, is left out.
-    assert PROBE.first_copy[row].nonzero().flatten().tolist() == list(range(0, 11))
-    assert PROBE.second_copy[row].nonzero().flatten().tolist() == list(range(12, 22))
+    assert PROBE.unknown[row].nonzero().flatten().tolist() == list(range(0, 11))
+    assert PROBE.known[row].nonzero().flatten().tolist() == list(range(12, 22))
     again = repeats([8, 11, 13], 40, np.arange(V - 1), V - 1, rows=6, seed=1)
     assert torch.equal(again.tokens, PROBE.tokens)
     other_seed = repeats([8, 11, 13], 40, np.arange(V - 1), V - 1, rows=6, seed=2)
     assert not torch.equal(other_seed.tokens, PROBE.tokens)
 
 
+SEGMENTED = Pair(*(aperiodic(64, np.arange(V - 1), begin, rows=64, seed=1)
+                   for begin in (V - 1, None)))
+
+
+def test_an_aperiodic_probe_is_its_definition():
+    """Inside a segment each token follows the token that it follows in the block; no segment goes
+    on where the one before it ended."""
+    for probe, start in zip(SEGMENTED, (1, 0)):
+        for tokens, size, known, queries in zip(probe.tokens.tolist(), probe.blocks.tolist(),
+                                                probe.known.tolist(), probe.queries.tolist()):
+            row = tokens[start:]
+            block = row[:size]
+            assert len(set(block)) == size and set(row) <= set(block)
+            follows = dict(pairwise(block))
+            for t in range(len(tokens) - 1):
+                inside = t + 1 >= start + size and known[t]
+                assert known[t] == queries[t] == inside
+                if t + 1 >= start + size:
+                    assert known[t] == (follows.get(tokens[t]) == tokens[t + 1])
+            assert sum(known) > (len(row) - size) / 2
+    assert torch.equal(SEGMENTED.begun.tokens[:, 1:], SEGMENTED.bare.tokens[:, :-1])
+    assert (SEGMENTED.begun.tokens[:, 0] == V - 1).all()
+    assert len(SEGMENTED.both.tokens) == 128
+
+
+def right_by_looking_back(probe: Probe, distance: int) -> float:
+    """How many known tokens a model predicts that repeats what is `distance` tokens back."""
+    x, guess = probe.tokens, torch.full_like(probe.tokens[:, 1:], -1)
+    guess[:, distance - 1:] = x[:, :x.shape[1] - distance]
+    return (guess == x[:, 1:])[probe.known].double().mean().item()
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("n_ctx", [64, 256])
+def test_no_look_back_meets_the_aperiodic_probe(n_ctx, rows):
+    for begin in (999, None):
+        probe = aperiodic(n_ctx, np.arange(900), begin, rows=rows, seed=3)
+        by_distance = [right_by_looking_back(probe, distance) for distance in range(1, n_ctx)]
+        assert max(by_distance) < 3 * probe.chance < 0.15
+        periodic = repeats([n_ctx // 4], n_ctx, np.arange(900), begin, rows=4)
+        assert right_by_looking_back(periodic, n_ctx // 4) == 1         # the trap it replaces
+
+
 def test_a_run_is_probed_on_what_it_never_trained_on():
     tokenizer = make_tokenizer(DataConfig(tokenizer="bytes").tokenizer, iter(()))
 
-    def of(n_ctx: int = 64, **data) -> Probes | None:
-        return probes_of(DataConfig(tokenizer="bytes", **data), n_ctx, tokenizer, 0)
+    def of(n_ctx: int = 64, before=(), **data) -> Probes | None:
+        return probes_of(DataConfig(tokenizer="bytes", **data), n_ctx, tokenizer, 0, before=before)
 
     held = {"corpus": "repeats", "repeats": {"period": [8, 32], "held_out_periods": [12, 18],
                                              "held_out_tokens": 0.25, "n_tokens": 128}}
@@ -80,9 +129,10 @@ def test_a_run_is_probed_on_what_it_never_trained_on():
     assert set(probes.scored.periods.tolist()) == {12, 18}
     assert not {12, 18} & set(probes.trained.periods.tolist())
     known = set(probes.scored.tokens[:, 1:].flatten().tolist())
-    unseen = set(probes.unseen_tokens.tokens[:, 1:].flatten().tolist())
+    unseen = set(probes.unseen_tokens.bare.tokens.flatten().tolist())
     assert not known & unseen and max(known | unseen) < 128 and len(known) > 80
     assert all(len(set(row)) == len(row) == 26 for row in probes.unrepeated.tolist())
+    assert "of 12, 18 a multiple or a divisor was trained" in probes.note         # 24, 9
     unnamed = of(corpus="repeats", repeats={"period": [16, 16]})
     assert 16 not in unnamed.scored.periods and len(unnamed.scored.periods.unique()) >= 3
     assert of().trained is None and of().unseen_tokens is None
@@ -95,12 +145,49 @@ def test_a_run_is_probed_on_what_it_never_trained_on():
     assert not every.never_trained and "every period that fits was trained on" in every.note
 
 
+@pytest.mark.parametrize("n_ctx, trained", [(64, [8, 12]), (64, [16, 16]), (128, [8, 24]),
+                                            (256, [10, 40]), (64, None)])
+def test_held_out_periods_have_no_multiple_or_divisor_among_trained_ones(n_ctx, trained):
+    tokenizer = make_tokenizer(DataConfig(tokenizer="bytes").tokenizer, iter(()))
+    data = DataConfig(tokenizer="bytes", corpus="stdlib")
+    if trained:
+        data = DataConfig(tokenizer="bytes", corpus="repeats", repeats={"period": trained})
+    probes = probes_of(data, n_ctx, tokenizer, 0)
+    scored = probes.scored.periods.unique().tolist()
+    in_training = range(trained[0], trained[1] + 1) if trained else ()
+    assert 2 <= len(scored) <= 4 and probes.never_trained
+    for period in scored:
+        others = [*in_training, *(other for other in scored if other != period)]
+        assert not [other for other in others if other % period == 0 or period % other == 0]
+
+
+def test_what_ancestors_trained_is_not_held_out():
+    """The laundered look-back: period 24 was trained before, by the run whose weights this one
+    starts from, and this run's config calls it held out."""
+    tokenizer = make_tokenizer(DataConfig(tokenizer="bytes").tokenizer, iter(()))
+    data = DataConfig(tokenizer="bytes", corpus="repeats", repeats={
+        "period": [8, 9], "held_out_periods": [24], "held_out_tokens": 0.25})
+    earlier = DataConfig(tokenizer="bytes", corpus="repeats", repeats={
+        "period": [24, 24], "held_out_tokens": 0.25})
+    assert set(probes_of(data, 64, tokenizer, 0).scored.periods.tolist()) == {24}
+    probes = probes_of(data, 64, tokenizer, 0, before=[Training(earlier, 5)])
+    assert not {8, 9, 24} & set(probes.scored.periods.tolist()) and probes.never_trained
+    assert {8, 9, 24} == set(probes.trained.periods.tolist())
+    # Only what neither of the two repeated is left: a sixteenth of the 256 bytes, about.
+    unseen = set(probes.unseen_tokens.bare.tokens.flatten().tolist())
+    assert 3 <= len(unseen) < 32
+    unknown = probes_of(data, 64, tokenizer, 0, before=None)
+    assert not unknown.never_trained and not unknown.history_known
+    assert "unknown" in unknown.note
+
+
 # --- attention ------------------------------------------------------------------------------------
 
 def dense_scores(pattern: torch.Tensor, tokens: torch.Tensor, queries: torch.Tensor,
                  window: int | None) -> dict[str, torch.Tensor]:
     """The definitions on a pattern (B, H, T, T), one query at a time."""
-    names = [name for name in SCORES if name != "copying"]
+    names = [name for name in SCORES
+             if name not in ("copying", "previous_token_later", "prefix_matching_visible")]
     total = {name: torch.zeros(pattern.shape[1], dtype=torch.float64) for name in names}
     count = 0
     for b, i in queries.nonzero().tolist():
@@ -109,6 +196,7 @@ def dense_scores(pattern: torch.Tensor, tokens: torch.Tensor, queries: torch.Ten
         seen = min(i + 1, window or i + 1)
         total["prefix_matching"] += A[:, follows].sum(-1)
         total["latest_match"] += A[:, follows[-1]] if follows else 0
+        total["current_token"] += A[:, i]
         total["previous_token"] += A[:, i - 1]
         total["duplicate_token"] += A[:, [j for j in range(i) if x[j] == x[i]]].sum(-1)
         total["first_token"] += A[:, 0]
@@ -141,6 +229,67 @@ def test_scores_are_those_of_the_dense_pattern(shape, dtype, tolerance):
                                   rtol=0), (name, layer)
 
 
+def test_the_previous_token_score_is_of_the_first_copy():
+    """Where an induction circuit writes which token precedes each key; and apart from it, later."""
+    model = make_model()
+    with taps(model, "L*.pattern") as cache, torch.no_grad():
+        model.hidden(PROBE.tokens)
+    measured = measure(model, PROBE, PROBE.tokens[:, :9])
+    for layer in range(2):
+        first, later = [], []
+        for b, period in enumerate(PROBE.periods.tolist()):
+            for i in range(1, 40):
+                weights = cache[f"L{layer}.pattern"][b, :, i, i - 1].double()
+                (first if i <= period else later).append(weights)
+        for name, rows in (("previous_token", first), ("previous_token_later", later)):
+            expected = torch.stack(rows).mean(0)
+            assert torch.allclose(measured.scores[name][layer], expected, atol=1e-5), name
+            assert f"heads/{name}/L0H0" in as_metrics(model.config, measured)
+
+
+def test_prefix_matching_is_kept_by_period():
+    model = make_model()
+    measured = measure(model, PROBE, PROBE.tokens[:, :9])
+    assert sorted(measured.by_period) == [8, 11, 13]
+    for period, values in measured.by_period.items():
+        rows = PROBE.rows(PROBE.periods == period)
+        alone = attention_scores(model, rows.tokens, rows.queries).scores["prefix_matching"]
+        assert torch.allclose(values, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 100])
+def test_visible_matches_are_counted(window):
+    tokens = torch.randint(0, 6, (3, 30), generator=torch.Generator().manual_seed(1))
+    counts = visible_matches(tokens, window)
+    for b in range(3):
+        x = tokens[b].tolist()
+        for i in range(30):
+            first = 0 if window is None else max(0, i - window + 1)
+            visible = [j for j in range(max(1, first), i + 1) if x[j - 1] == x[i]]
+            assert counts[b, i] == len(visible), (b, i)
+
+
+def test_a_windowed_head_is_judged_on_what_it_sees():
+    """Periods 8 … 24, a window of 16: a perfect head meets every target that it sees."""
+    probe = repeats([8, 20, 24], 60, np.arange(99), 99, rows=3)
+    x = probe.tokens
+    before = torch.nn.functional.pad(x[:, :-1], (1, 0), value=-1)
+    T = x.shape[1]
+    wanted = 60.0 * (x[:, :, None] == before[:, None, :])                       # x_i = x_{j−1}
+    q, k = wanted[:, None] * T ** 0.5, torch.eye(T).expand(len(x), 1, T, T)
+    _, lse = attention(q, k, k, window=16, return_lse=True)
+    rows = head_statistics(q, k, lse, x, window=16)
+    scores, _, visible = layer_scores(rows, x, probe.queries, probe.first_copy, 16)
+    assert scores["prefix_matching"].item() == pytest.approx(visible.fraction, abs=1e-6)
+    assert 0.3 < visible.fraction < 0.6
+    assert scores["prefix_matching_visible"].item() == pytest.approx(1, abs=1e-5)
+    # Only period 8 has targets in sight: one of up to 16 keys, two as soon as the window reaches
+    # back over two periods.
+    seen = [i for b, i in probe.queries.nonzero().tolist() if probe.periods[b] == 8]
+    by_query = [(2 if i > 16 else 1) / min(i + 1, 16) for i in seen]
+    assert visible.uniform == pytest.approx(np.mean(by_query), abs=1e-6)
+
+
 def test_any_text_is_scored():
     model = make_model()
     tokens = torch.randint(0, 9, (3, 30), generator=torch.Generator().manual_seed(0))
@@ -158,7 +307,7 @@ def test_a_score_that_is_listed_and_not_measured_is_not_made_up(monkeypatch):
     assert "new" not in attention_scores(make_model(), PROBE.tokens, PROBE.queries).scores
 
 
-def statistics_of(wanted: torch.Tensor, probe: Repeats):
+def statistics_of(wanted: torch.Tensor, probe: Probe):
     """Scores of a head whose attention logits are `wanted` (B, T, T)."""
     T = wanted.shape[1]
     q, k = wanted[:, None] * T ** 0.5, torch.eye(T).expand(len(wanted), 1, T, T)
@@ -193,7 +342,7 @@ def test_a_sink_is_not_an_induction_head():
 
 
 def test_inputs_and_model_stay_as_they_are():
-    model, probe = make_model(), Repeats(PROBE.tokens.clone(), PROBE.periods.clone())
+    model, probe = make_model(), Probe(*(part.clone() for part in PROBE))
     before = {name: p.clone() for name, p in model.named_parameters()}
     tokens = unrepeated(26, np.arange(V - 1), V - 1)
     kept = tokens.clone()
@@ -219,6 +368,29 @@ def test_repeating_is_measured_inside_the_copies():
                 losses["second"].append(loss)
     assert measured.loss_first == pytest.approx(np.mean(losses["first"]), rel=1e-5)
     assert measured.loss_second == pytest.approx(np.mean(losses["second"]), rel=1e-5)
+
+
+def test_behaviour_is_what_the_logits_say():
+    """Accuracy and losses at known tokens, from logits in float64."""
+    model = make_model(seed=3)
+    for probe in (PROBE, SEGMENTED.bare.rows(slice(5))):
+        probe = probe._replace(tokens=probe.tokens[:, :40], known=probe.known[:, :39],
+                               first_copy=probe.first_copy[:, :40])
+        found = behaviour(model, probe)
+        with torch.no_grad():
+            log_p = model(probe.tokens).double().log_softmax(-1)
+        right, losses = [], {True: [], False: []}
+        for b, t in [(b, t) for b in range(len(probe.tokens)) for t in range(39)]:
+            target = probe.tokens[b, t + 1]
+            if probe.known[b, t]:
+                right.append(bool(log_p[b, t].argmax() == target))
+            if probe.known[b, t] or probe.first_copy[b, t + 1]:
+                losses[bool(probe.known[b, t])].append(-log_p[b, t, target].item())
+        assert found.accuracy == pytest.approx(np.mean(right))
+        assert found.loss_known == pytest.approx(np.mean(losses[True]), rel=1e-5)
+        assert found.loss_first == pytest.approx(np.mean(losses[False]), rel=1e-5)
+        assert found.gain == pytest.approx(found.loss_first - found.loss_known)
+        assert found.chance == pytest.approx(np.mean([1 / n for n in probe.blocks.tolist()]))
 
 
 def test_the_icl_score_is_late_minus_early():
@@ -274,10 +446,23 @@ def test_copying_is_what_the_heads_output_does_to_the_logits(shape):
                     written = model.blocks[layer].attn.w_o.weight @ z.flatten()
                     normed = (centring(model).float() @ written) * model.norm_final.gain
                     logits = model.unembed(normed)[tokens[b, 1:]].double()
-                    raised = (logits - logits.mean()).clamp(min=0)
-                    shares.append((raised[j - 1] / raised.sum()).item())
-            expected = 2 * np.mean(shares) - 1
-            assert scores[layer, head].item() == pytest.approx(expected, abs=1e-5)
+                    change = logits - logits.mean()
+                    raised, lowered = change.clamp(min=0), (-change).clamp(min=0)
+                    shares.append((raised[j - 1] / raised.sum()
+                                   - lowered[j - 1] / lowered.sum()).item())
+            assert scores[layer, head].item() == pytest.approx(np.mean(shares), abs=1e-5)
+
+
+@torch.no_grad()
+def test_a_head_that_ignores_what_it_reads_scores_zero():
+    """Chance is 0: over random heads, and exactly for one that writes the same whatever it reads
+    (Olsson et al.'s form of the score gives 2/25 − 1 = −0.92)."""
+    tokens = unrepeated(26, np.arange(V - 1), V - 1)
+    scores = torch.cat([copying(make_model(seed), tokens).flatten() for seed in range(8)])
+    assert scores.mean().abs() < 4 * scores.std() / len(scores) ** 0.5 < 0.05
+    model = make_model(n_layers=1, bias="all")
+    model.blocks[0].attn.w_v.weight.zero_()
+    assert copying(model, tokens).abs().max() < 1e-6
 
 
 @torch.no_grad()
