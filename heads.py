@@ -23,13 +23,20 @@ from induction.history import best_head_history, head_transitions
 from induction.token_rows import TokenRows, given_rows
 from report.figures import write_figures
 from report.movie import movie_of, write_movie
-from report.page import pictures_at, write_report
+from report.page import (
+    PROBE,
+    Examined,
+    as_curves,
+    pictures_at,
+    scores_on_rows,
+    write_report,
+)
 from report.snapshots import SnapshotFolder
 from report.text import describe_visible, findings, head_table, scores_as_json, transitions
 from report.verdict_page import verdict_page
 from training.device import choose_device
 from training.loaded_run import LoadedRun, load_run
-from training.logger import Record
+from training.logger import Record, read_metrics
 
 
 def main() -> None:
@@ -45,7 +52,7 @@ def main() -> None:
         if rows is None:
             show_probe(args, run, records)
         else:
-            show_rows(args, run, records, rows)
+            show_rows(args, run, rows)
         if movie:
             print(f"movie    {write_movie(movie)}")
 
@@ -53,8 +60,9 @@ def main() -> None:
 def show_probe(args: argparse.Namespace, run: LoadedRun, records: list[Record]) -> None:
     """Examine the heads on repeated random tokens: a table, findings, figures, a page."""
     probes = probes_for(run)
-    if args.all_steps and not best_head_history(records):       # not measured during training
-        records = sorted([*records, *measure_checkpoints(run, probes)],
+    if args.all_steps:
+        known = [tokens for tokens, _ in best_head_history(records)]    # measured during training
+        records = sorted([*records, *measure_checkpoints(run, probes, known)],
                          key=lambda record: record["tokens"])
     examination = examine_on_probe(run.model, probes, progress)
     formed = head_transitions(records, run.config.model)
@@ -69,30 +77,39 @@ def show_probe(args: argparse.Namespace, run: LoadedRun, records: list[Record]) 
     name, figures = "report.html", "figures"
     if args.all_steps:
         name = "report-all-steps.html"
-    elif args.step is not None:
-        name, figures = f"report-step-{args.step}.html", f"figures-step-{args.step}"
-    pictures = None                                             # those kept during training
+    elif args.step is not None or run.checkpoint != run.checkpoints()[-1]:
+        name, figures = f"report-step-{run.step}.html", f"figures-step-{run.step}"
+    examined = Examined(PROBE, "second copy", run.step, examination.table.ablated)
     if name != "report.html" or len(SnapshotFolder(run.folder / "heads")) == 0:
         example, title = probes.scored.example(run.config.model.n_ctx)
-        pictures = pictures_at(run, checkpoints(args, run), example, title)
-    causal = {str(head): rise for head, rise in examination.table.ablated.items()}
-    page = write_report(run.folder, run.config, records, causal, name=name, pictures=pictures)
+        pictures, shown = pictures_at(run, checkpoints(args, run), example, title), records
+        if not args.all_steps:
+            scores = as_curves({run.state["tokens"]: examination.table.scores})
+            examined = examined._replace(scores=scores)
+    else:               # those kept during training, which may be later than the checkpoint
+        pictures, shown = None, read_metrics(run.folder / "metrics.jsonl")
+    page = write_report(run.folder, run.config, shown, examined, name=name, pictures=pictures)
     paths = write_figures(run.folder / figures, run.config, records, examination.measured)
     print(f"\nplots    {', '.join(map(str, paths))}\nlook     {page} in a browser")
 
 
-def show_rows(args: argparse.Namespace, run: LoadedRun, records: list[Record],
-              rows: TokenRows) -> None:
+def show_rows(args: argparse.Namespace, run: LoadedRun, rows: TokenRows) -> None:
     """Examine the heads on the user's text or tokens: a table, a page."""
     title = "the given text" if args.tokens is None else "the given tokens"
-    examined = examine_on_rows(run.model, rows, progress)
+    text = examine_on_rows(run.model, rows, progress)
     print(f"{args.run} at step {run.step}, on {title}\n")
-    print(head_table(examined.table, title, {}))
-    print(f"\n{describe_visible(examined)}")
+    print(head_table(text.table, title, {}))
+    print(f"\n{describe_visible(text)}")
     if args.json:
-        write_text(args.json, "--json", scores_as_json(examined.table))
-    pictures = pictures_at(run, checkpoints(args, run), rows.first, title)
-    page = write_report(run.folder, run.config, records, name="report-text.html", pictures=pictures)
+        write_text(args.json, "--json", scores_as_json(text.table))
+    n_rows, steps = len(rows.tokens), checkpoints(args, run)
+    first, scored = title, title
+    if n_rows > 1:
+        first, scored = f"{title}, row 1 of {n_rows}", f"all {n_rows} rows of {title}"
+    examined = Examined(scored, f"loss on {title}", run.step, text.table.ablated,
+                        scores_on_rows(run, text.table, rows, steps))
+    page = write_report(run.folder, run.config, [], examined, name="report-text.html",
+                        pictures=pictures_at(run, steps, rows.first, first))
     print(f"\nlook     {page} in a browser")
 
 

@@ -1,5 +1,6 @@
 """Measures the heads of a run on disk, for heads.py and for studies of several runs."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from errors import UserError
@@ -28,6 +29,7 @@ from induction.verdict import BehaviourFinding, Verdict, find_behaviour, judge
 from induction.watch import as_metrics
 from model.gpt import GPT
 from model.taps import Head
+from training.checkpoint import read_state
 from training.loaded_run import LoadedRun, load_run
 from training.logger import Record
 
@@ -49,10 +51,13 @@ def probes_for(run: LoadedRun) -> Probes:
     return probes.to(run.model.embed.weight.device)
 
 
-def measure_checkpoints(run: LoadedRun, probes: Probes) -> list[Record]:
-    """What the trainer would have logged at every checkpoint that is kept."""
+def measure_checkpoints(run: LoadedRun, probes: Probes, known: Collection[int]) -> list[Record]:
+    """What the trainer would have logged at every checkpoint that is kept, without those at which
+    it was logged (`known`, in tokens seen)."""
     records = []
     for checkpoint in run.checkpoints():
+        if read_state(checkpoint)["tokens"] in known:
+            continue
         loaded = load_run(checkpoint, device=run.model.embed.weight.device)
         measured = measure(loaded.model, probes.scored, probes.unrepeated)
         records.append({"step": loaded.step, "tokens": loaded.state["tokens"]}

@@ -12,6 +12,9 @@ from training.config import Config
 from training.logger import Record
 
 
+RESCALED = ("copying", "previous_token")        # since heads/current_token/… is measured too
+
+
 class Curve(NamedTuple):
     """A metric over training."""
 
@@ -32,6 +35,9 @@ def score_curves(records: list[Record], score: str, model: ModelConfig) -> Curve
     """A score of all heads over training, values (N, L, H); None if it was never measured."""
     keys = [score_key(score, head) for head in heads_of(model)]
     measured = [record for record in records if keys[0] in record]
+    if score in RESCALED:               # earlier versions measured it otherwise
+        measured = [record for record in measured
+                    if score_key("current_token", heads_of(model)[0]) in record]
     if not measured:
         return None
     tokens = np.array([record["tokens"] for record in measured], dtype=float)

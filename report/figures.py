@@ -95,21 +95,19 @@ def score_grids(model: ModelConfig, measured: Measured) -> Figure:
 
 
 def draw_grid(axes: Axes, model: ModelConfig, name: str, values: np.ndarray) -> None:
-    """One score (L, H); with numbers if there are at most eight heads per layer."""
-    low, high = 0.0, 1.0
-    if name == "copying":
-        low = -1.0
-    elif name == "distance":
-        high = max(1.0, values.max())
-    axes.imshow(values, cmap="RdBu_r" if low < 0 else "Blues", vmin=low, vmax=high, origin="lower",
-                aspect="auto")
+    """One score (L, H); with numbers if there are at most eight heads per layer. A score with
+    negative values is white at 0, blue above as the others are, and red below."""
+    high = np.abs(values[np.isfinite(values)]).max(initial=1.0)
+    signed = (values < -0.005).any()                                # what reads −.01 or less
+    axes.imshow(values, cmap="RdBu" if signed else "Blues", vmin=-high if signed else 0, vmax=high,
+                origin="lower", aspect="auto")
     if model.n_heads <= 8:
         for layer, index in heads_of(model):
             value = values[layer, index]
-            number = re.sub(r"^(-?)0\.", r"\1.", f"{value:.2f}")
+            number = re.sub(r"^(-?)0\.", r"\1.", f"{value:z.2f}").replace("nan", "–")
             colour = "white" if abs(value) > 0.6 * high else "black"
             axes.text(index, layer, number, ha="center", va="center", fontsize=7, color=colour)
-    titled(axes, name.replace("_", " "))
+    titled(axes, name.replace("_", " ") + (" (red: below 0)" if signed else ""))
     axes.set(xticks=range(model.n_heads), yticks=range(model.n_layers))
     axes.set_xticklabels([f"H{index}" for index in range(model.n_heads)], fontsize=7)
     axes.set_yticklabels([f"L{layer}" for layer in range(model.n_layers)], fontsize=7)

@@ -1,21 +1,26 @@
 """report.html of a run, from the files that the run left."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from data.config import DataConfig
-from induction.history import curve, model_transition, score_curves
+from induction.examine import HeadScores, score_rows
+from induction.history import Curve, curve, model_transition, score_curves
 from induction.metrics import ICL_SCORE, LOSS_FIRST, LOSS_SECOND
 from induction.scores import SCORES
+from induction.token_rows import TokenRows
+from model.taps import Head
 from report.snapshots import SnapshotFolder, attention_patterns, spell, tokens_shown
 from report.viewer import Passage, PatternSnapshot, View, write_viewer
 from training.config import Config
 from training.loaded_run import LoadedRun, load_run
 from training.logger import Record
 
+PROBE = "repeated random tokens"
 CURVES = ("train/loss", "val/loss", LOSS_FIRST, LOSS_SECOND, ICL_SCORE)
 
 
@@ -26,13 +31,24 @@ class Pictures(NamedTuple):
     snapshots: Iterable[PatternSnapshot]        # oldest first
 
 
-def write_report(folder: Path, config: Config, records: list[Record],
-                 causal: dict[str, float] | None = None, *, name: str = "report.html",
-                 pictures: Pictures | None = None) -> Path | None:
-    """Write `folder`/`name` from a run's config and its records of metrics.jsonl. Returns its path,
-    or None if there is no snapshot to show.
+class Examined(NamedTuple):
+    """What was measured after training, to show beside the patterns."""
 
-    causal      "L1H3" → rise in loss when only this head is mean-ablated, in nats
+    tokens: str                 # what the heads read: "the given text"
+    loss: str                   # the loss that rises when a head is ablated: "second copy"
+    step: int                   # at which the heads were ablated
+    ablated: dict[Head, float]  # rise in loss, in nats, when only this head is mean-ablated
+    scores: dict[str, Curve] | None = None      # values (N, L, H); None: those in the records
+
+
+def write_report(folder: Path, config: Config, records: list[Record],
+                 examined: Examined | None = None, *, name: str = "report.html",
+                 pictures: Pictures | None = None) -> Path | None:
+    """Write `folder`/`name` from a run's config and its records of metrics.jsonl, which hold curves
+    and scores on the probe. Returns its path, or None if there is no snapshot to show.
+
+    records     [] on a page of other tokens than the probe's: curves of the probe do not belong
+                beside them
     pictures    to show instead of those that the run kept while it trained
     """
     if pictures is None:
@@ -42,17 +58,22 @@ def write_report(folder: Path, config: Config, records: list[Record],
         pictures = Pictures(kept.passages, kept)
     model, rise = config.model, model_transition(records)
     layers = "1 layer" if model.n_layers == 1 else f"{model.n_layers} layers"
-    steps = records[-1]["step"] if records else 0
-    scores = {score: score_curves(records, score, model) for score in SCORES}
+    examined = examined or Examined(PROBE, "", -1, {})
+    steps = records[-1]["step"] if records else examined.step
+    scores: Mapping[str, Curve | None] | None = examined.scores
+    if scores is None:
+        scores = {score: score_curves(records, score, model) for score in SCORES}
     curves = {metric: curve(records, metric) for metric in CURVES}
     view = View(
         title=config.run, subtitle=f"{layers} × {model.n_heads} heads, {steps:,} steps",
         n_layers=model.n_layers, n_heads=model.n_heads, n_kv_heads=model.kv_heads,
         passages=pictures.passages, snapshots=pictures.snapshots,
         scores={score: values for score, values in scores.items() if values is not None},
+        scored=examined.tokens,
         curves={metric: values for metric, values in curves.items() if values is not None},
         marks={"onset": rise.onset, "end": rise.end} if rise else {},
-        causal=causal or {}, notes=caveats(config.data))
+        causal={str(head): rise for head, rise in examined.ablated.items()},
+        causal_loss=examined.loss, causal_step=examined.step, notes=caveats(config.data))
     write_viewer(folder / name, view)
     return folder / name
 
@@ -72,6 +93,27 @@ def pictures_at(run: LoadedRun, checkpoints: list[Path], ids: Tensor, title: str
             yield PatternSnapshot(loaded.step, loaded.state["tokens"], patterns)
 
     return Pictures([Passage(title, spell(ids[:fits], run.tokenizer))], snapshots())
+
+
+def scores_on_rows(run: LoadedRun, table: HeadScores, rows: TokenRows,
+                   checkpoints: list[Path]) -> dict[str, Curve]:
+    """The scores on the user's rows at some of a run's checkpoints, values (N, L, H). `table` holds
+    those of the checkpoint at which the run was opened."""
+    measured = {}
+    for checkpoint in checkpoints:
+        if checkpoint == run.checkpoint:
+            measured[run.state["tokens"]] = table.scores
+        else:
+            loaded = load_run(checkpoint, device=run.model.embed.weight.device)
+            measured[loaded.state["tokens"]] = score_rows(loaded.model, rows)[0]
+    return as_curves(measured)
+
+
+def as_curves(measured: Mapping[int, dict[str, Tensor]]) -> dict[str, Curve]:
+    """Tokens seen → all scores (L, H) as score → values (N, L, H)."""
+    tokens, tables = np.array(list(measured), dtype=float), list(measured.values())
+    return {score: Curve(tokens, np.stack([table[score].numpy() for table in tables]))
+            for score in tables[0]}
 
 
 def caveats(data: DataConfig) -> list[str]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from files import atomic_write
 from induction.history import Curve
-from induction.scores import SCORES
+from report.text import EXPLANATIONS
 
 TEMPLATE = Path(__file__).with_name("viewer.html")
 
@@ -51,9 +51,12 @@ class View(NamedTuple):
     passages: list[Passage]
     snapshots: Iterable[PatternSnapshot]    # oldest first; read one at a time
     scores: dict[str, Curve]                # name → values (N, L, H)
+    scored: str                             # the tokens on which they were measured, in words
     curves: dict[str, Curve]                # name → values (N,)
     marks: dict[str, float]                 # named moments, in tokens seen
     causal: dict[str, float]                # "L1H3" → rise in loss when it is mean-ablated, in nats
+    causal_loss: str                        # of what: "second copy"
+    causal_step: int                        # the heads were ablated at this step
     notes: list[str]
 
 
@@ -118,7 +121,7 @@ def as_json(view: View, moments: list[dict]) -> str:
         "passages": [{"title": passage.title, "tokens": passage.tokens}
                      for passage in view.passages],
         "snapshots": moments,
-        "explanations": SCORES,
+        "explanations": EXPLANATIONS,
         "scores": {name: series(*score) for name, score in view.scores.items()},
         "curves": {name: series(*curve) for name, curve in view.curves.items()},
     }

@@ -151,6 +151,13 @@ def trained(made_once) -> Path:
     return made_once("trained", train) / "runs" / "tiny"
 
 
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of a finished run, to write into."""
+    shutil.copytree(trained.parent.parent, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "runs" / "tiny"
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_running():
     """End the processes that a failed test leaves behind: each would take a core from the rest."""

@@ -33,13 +33,6 @@ def heads(*arguments, cwd: Path | None = None):
     return command("heads.py", *arguments, cwd=cwd)
 
 
-@pytest.fixture
-def run(trained, tmp_path) -> Path:
-    """A copy of a finished run, to write into."""
-    shutil.copytree(trained.parent.parent, tmp_path, dirs_exist_ok=True)
-    return tmp_path / "runs" / "tiny"
-
-
 def test_the_readme_command(run):
     """A table, a page, figures, a movie."""
     done = heads("runs/tiny", "--movie", "--json", "scores.json", cwd=run.parent.parent)

@@ -460,8 +460,9 @@ def test_a_head_that_ignores_what_it_reads_scores_zero():
     tokens = unrepeated(26, np.arange(V - 1), V - 1)
     scores = torch.cat([copying(make_model(seed), tokens).flatten() for seed in range(8)])
     assert scores.mean().abs() < 4 * scores.std() / len(scores) ** 0.5 < 0.05
-    model = make_model(n_layers=1, bias="all")
+    model = make_model(n_layers=1, bias="attention")
     model.blocks[0].attn.w_v.weight.zero_()
+    model.blocks[0].attn.w_v.bias.copy_(torch.arange(16.0).sin())
     assert copying(model, tokens).abs().max() < 1e-6
 
 

@@ -48,8 +48,9 @@ def example(**changes) -> View:
               "icl/score": Curve(TOKENS_SEEN, np.array([0, 0, np.nan, -1, -2]))}
     return View(title="a run", subtitle="2 layers × 4 heads", n_layers=L, n_heads=H, n_kv_heads=2,
                 passages=PASSAGES, snapshots=snapshots,
-                scores=scores, curves=curves, marks={"onset": 2e5, "end": 5e5},
-                causal={"L1H2": 2.1, "L0H0": -0.004},
+                scores=scores, scored="repeated random tokens", curves=curves,
+                marks={"onset": 2e5, "end": 5e5},
+                causal={"L1H2": 2.1, "L0H0": -0.004}, causal_loss="second copy", causal_step=1000,
                 notes=["Synthetic rows cause the formation."])._replace(**changes)
 
 
@@ -199,8 +200,49 @@ def test_the_score_colours_the_grid(show):
     assert page.inner_text("#L1H2") == "-1.00"
     assert SCORES["copying"] in page.inner_text("#explanation")
     page.select_option("#score", "of_our_own")                      # a name unknown to the page
-    assert page.inner_text("#L1H2") == "9.0" and page.inner_text("#explanation") == ""
+    assert page.inner_text("#L1H2") == "9.0"
+    assert page.inner_text("#explanation") == "Scores on repeated random tokens, step 1,000."
     assert "of our own" in page.locator("#plots text").all_text_contents()
+
+
+def test_scores_and_ablation_belong_to_the_tokens_and_the_step_they_name(show):
+    """Only three of five snapshots were scored: the page shows no number of another step."""
+    scored = Curve(TOKENS_SEEN[[0, 2, 4]], PREFIX[[0, 2, 4]])
+    page = show(example(scores={"prefix_matching": scored}, scored="the given text",
+                        causal_loss="loss on the given text", causal_step=500))
+    page.get_by_role("slider").press("Home")
+    for snapshot, number in enumerate([f"{PREFIX[0, 1, 2]:.2f}", "–", f"{PREFIX[2, 1, 2]:.2f}", "–",
+                                       "1.00"]):
+        step = f"{TOKENS_SEEN[snapshot] / 1000:,.0f}"
+        assert page.inner_text("#L1H2") == number
+        assert page.inner_text("#explanation").startswith(
+            f"Scores on the given text, step {step}. prefix matching: ")
+        ablated = "ablated: loss on the given text +2.10 nats"
+        assert (ablated in page.inner_text("#head")) == (step == "500")
+        page.get_by_role("slider").press("ArrowRight")
+    assert "second copy" not in page.inner_text("body")
+
+
+def test_a_signed_score_is_neutral_at_zero_and_its_legend_says_so(show):
+    values = np.array([[[-0.9, -0.3, 0, 0.9], [0.3, -0.004, 1, 0.5]]])
+    fractions = np.abs(values)
+    page = show(example(snapshots=example().snapshots[-1:], curves={}, marks={}, scores={
+        "copying": Curve(TOKENS_SEEN[-1:], values), "entropy": Curve(TOKENS_SEEN[-1:], fractions)}))
+    page.select_option("#score", "copying")
+    assert page.locator("#scale span").all_inner_texts() == ["−1", "0", "1"]
+    assert page.inner_text("#L0H0") == "-0.90" and page.inner_text("#L1H1") == "0.00"
+    assert background(page, "#L0H2") == "rgba(0, 0, 0, 0)"              # 0: the page's own colour
+    negative, positive = background(page, "#L0H0"), background(page, "#L0H3")
+    warm, cool = (page.evaluate(
+        "colour => { const pen = make('canvas').getContext('2d'); pen.fillStyle = colour;"
+        "pen.fillRect(0, 0, 1, 1); return [...pen.getImageData(0, 0, 1, 1).data] }", colour)
+        for colour in (negative, positive))
+    assert warm[0] > warm[2] + 50 and cool[2] > cool[0] + 50            # orange, blue
+    bar = "getComputedStyle(document.getElementById('scale'), '::before').backgroundImage"
+    signed = page.evaluate(bar)
+    page.select_option("#score", "entropy")
+    assert page.locator("#scale span").all_inner_texts() == ["0", "1"]
+    assert background(page, "#L0H0") == positive and page.evaluate(bar) != signed
 
 
 def test_ticks_are_round_numbers(show):
