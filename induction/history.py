@@ -11,7 +11,6 @@ from model.taps import Head, heads_of
 from training.config import Config
 from training.logger import Record
 
-
 RESCALED = ("copying", "previous_token")        # since heads/current_token/… is measured too
 
 

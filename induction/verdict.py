@@ -68,6 +68,7 @@ class TransferFinding(NamedTuple):
 
     periods: TransferAnswer
     by_period: dict[int, float]         # period → accuracy on the worse of both kinds of rows
+    trained: float | None               # accuracy on trained periods, if there are any
     tokens: TransferAnswer
     unseen: BehaviourFinding | None     # aperiodic rows of tokens that training never repeated
     text: TextKnockout | None           # the induction edges on held-out text
@@ -199,6 +200,7 @@ def find_transfer(model: GPT, probes: Probes, finding: BehaviourFinding, heads: 
     shown = (probes.history_known and finding.answer != "not shown"
              and (unseen is not None or not probes.repeats_trained))
     on_text = None if text is None else knock_out_on_text(model, heads, text)
+    trained = None if probes.trained is None else behaviour(model, probes.trained).accuracy
     return TransferFinding(
-        periods, by_period, ("yes" if tokens == "yes" else "no") if shown else "not shown",
+        periods, by_period, trained, ("yes" if tokens == "yes" else "no") if shown else "not shown",
         unseen, on_text)

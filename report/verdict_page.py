@@ -237,6 +237,8 @@ def transfer_rows(verdict: Verdict) -> list[Row]:
     trained = "never trained" if probes.never_trained else "not known to be untrained"
     if not probes.history_known:
         trained += " (what the weights were trained on before this run is unknown)"
+    if transfer.trained is not None:
+        periods += f"; on trained periods: {transfer.trained:.0%}"
     return [Row(f"**Transfer.** To periods {trained}?", f"known tokens right by period: {periods}",
                 f"**{transfer.periods}**"),
             Row("To tokens that training never repeated?", describe_unseen(transfer, verdict),

@@ -12,18 +12,24 @@ from PIL import Image
 from test_scores import dense_scores
 
 from induction.ablation import Effect, losses_without
+from induction.ablation import Path as AblatedPath
 from induction.examine import HeadScores, probes_for
+from induction.knockout import Knockout
+from induction.mechanism import HeadRole, PreviousTokenHeads
 from induction.phase import Transition
 from induction.scores import SCORES
-from induction.verdict import PreviousTokenHeads, SetAblation
 from model.taps import Head, heads_of, taps
 from report.text import (
     describe_ablation,
+    describe_knockout,
     describe_previous_token,
+    describe_roles,
     head_table,
     heads_summary,
     scores_as_json,
+    strongest_paths,
 )
+from report.verdict_page import path_table
 from training.loaded_run import load_run
 
 HEADS = [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
@@ -40,7 +46,7 @@ def test_the_readme_command(run):
     lines = done.stdout.splitlines()
     table = [line.split() for line in lines if line[:1] == "L"]
     assert [row[0] for row in table] == HEADS
-    for word in ("prefix", "alone", "loss on random tokens: ", "report.html",
+    for word in ("prefix", "alone", "loss on random tokens: ", "aperiodic probe", "report.html",
                  "figures/formation.png", "heads.gif"):
         assert word in done.stdout, word
     for name in ("formation", "scores", "offsets"):
@@ -63,31 +69,46 @@ def test_alone_is_the_loss_without_that_head(run):
     scores = json.loads((run.parent.parent / "s.json").read_text())
     opened = load_run(run)
     probe = probes_for(opened).scored
-    intact = losses_without(opened.model, probe.batch, [])[probe.second_copy].mean().item()
+    intact = losses_without(opened.model, probe.batch, [])[probe.known].mean().item()
     for head in heads_of(opened.model.config):
         without = losses_without(opened.model, probe.batch, [head], "mean")
-        rise = without[probe.second_copy].mean().item() - intact
+        rise = without[probe.known].mean().item() - intact
         assert scores[str(head)]["alone"] == pytest.approx(rise, abs=1e-5)
 
 
 def test_sentences_say_what_was_measured():
-    """Numbers that nobody has to compute: a set of two heads, and one previous-token head."""
+    """Numbers that nobody has to compute."""
     two, one = [Head(1, 3), Head(1, 0)], [Head(0, 2)]
-    ablation = SetAblation(two, Effect(2.104, 0.938, None, None), [0.1, 0.3], {1})
-    assert describe_ablation(ablation) == (
-        "Mean-ablating L1H3, L1H0 (prefix matching ≥ 0.4) raises second-copy loss by 2.10 nats,\n"
-        "  94% of the repeat gain; ablating other heads of the same layers: 20%.")
-    nothing_else = ablation._replace(effect=Effect(-0.5, -0.2, None, None), others=[])
-    assert "lowers second-copy loss by 0.50 nats" in describe_ablation(nothing_else)
-    assert "other heads" not in describe_ablation(nothing_else)
+    effect = Effect(2.104, 0.25, 0.938, None, None)
+    assert describe_ablation(effect) == (
+        "raises the loss of known tokens by 2.10 nats, of the first copy by +0.25: 94% of the "
+        "repeat gain")
+    nothing = describe_ablation(effect._replace(known=-0.5, gain_removed=None))
+    assert "lowers the loss of known tokens by 0.50 nats" in nothing and "%" not in nothing
+    knockout = Knockout(two, 0.97, 0.02, 6.5, 0.1, 0.0)
+    assert describe_knockout(knockout) == (
+        "97% of the repeat gain is gone, without as many random edges 2%")
+    assert "%" not in describe_knockout(knockout._replace(gain_removed=None, by_random=None))
+    roles = [HeadRole(two[0], 0.94, 0.31, 0.8, 2.0), HeadRole(two[1], 0.5, -0.4, -0.9, -0.3),
+             HeadRole(one[0], 0.2, 0.02, 0.5, 0.0), HeadRole(one[0], 0.2, 0.4, -0.5, 0.0)]
+    assert describe_roles(roles) == (
+        "L1H3 0.94 (copies), L1H0 0.50 (suppresses), L0H2 0.20 (copies or suppresses nothing), "
+        "L0H2 0.20 (copies or suppresses nothing)")
     previous = PreviousTokenHeads(one, 6.0, -0.02, {"q": 0.25, "k": 6.2, "v": -0.125})
     sentence = describe_previous_token(previous)
-    assert "L0H2" in sentence and "raises second-copy loss by 6.00 nats" in sentence
+    assert "L0H2" in sentence and "raises the loss of known tokens by 6.00 nats" in sentence
     assert "fixed: -0.02" in sentence and "keys: +6.20" in sentence and "queries: +0.25" in sentence
+    paths = [AblatedPath(one[0], two[0], "k", 2.0), AblatedPath(one[0], two[1], "q", 3.0),
+             AblatedPath(one[0], two[0], "v", 0.05), AblatedPath(one[0], two[1], "v", -1.0)]
+    assert strongest_paths(paths) == "L0H2 → queries of L1H0 +3.00, L0H2 → keys of L1H3 +2.00"
+    table = path_table(paths)
+    assert table[2:5] == ["| from | into L1H3 | into L1H0 |", "|---|---|---|",
+                          "| L0H2 | – / +2.00 / +0.05 | +3.00 / – / -1.00 |"]
     record = {"heads/prefix_matching/L0H0": 0.1, "heads/prefix_matching/L1H3": 0.95,
-              "heads/previous_token/L0H0": 1.0, "repeat/loss_first": 6.3, "repeat/loss_second": 0.2}
+              "heads/previous_token/L0H0": 1.0, "aperiodic/accuracy": 0.914,
+              "aperiodic/accuracy_without_begin": 0.332}
     line = heads_summary(record)
-    assert line.startswith("L1H3 ") and "0.95" in line and "6.30" in line and "0.20" in line
+    assert line.startswith("L1H3 ") and "0.95" in line and "91%" in line and "33%" in line
     assert heads_summary({"val/loss": 2.0}) is None
 
 
@@ -140,8 +161,8 @@ def test_given_tokens_are_taken_as_they_are(run):
                 total[layer, name] = total.get((layer, name), 0) + values * (len(row) - 1)
         count += len(row) - 1
     for layer, head in heads_of(model.config):
-        for name in ("prefix_matching", "previous_token", "duplicate_token", "first_token",
-                     "entropy", "distance"):
+        for name in ("prefix_matching", "current_token", "previous_token", "duplicate_token",
+                     "first_token", "entropy", "distance"):
             expected = total[layer, name][head].item() / count
             assert scores[f"L{layer}H{head}"][name] == pytest.approx(expected, abs=1e-4), name
 
@@ -244,15 +265,14 @@ def test_the_verdict(studied):
     assert "## toy_2l: yes" in page and "## toy_1l_smear: yes" in page
     assert "## toy_fixed_period: no" in page and "## toy_1l: no" in page
     trap = page[page.index("## toy_fixed_period"):page.index("## toy_1l: no")]
-    trained = float(trap.split("trained periods ")[1].split(" ")[0])
-    assert trained > 0.8 and "**against**" in trap          # looks like induction on its own period
-    assert "One-layer control: prefix matching at most 0.0" in page
-    assert "what was averaged, not what was used" in page
+    trained = trap.split("on trained periods: ")[1].split("%")[0]
+    assert float(trained) > 80                          # looks like induction on its own period
+    assert "One-layer control: at most" in page and "as expected" in page
     assert "One-layer runs that are not controls" in page
-    assert "meet the probe): toy_1l_smear, toy_fixed_period." in page
+    assert "meet a probe): toy_1l_smear, toy_fixed_period." in page
     first = sorted((studied / "runs/toy_1l/checkpoints").glob("0*"))[0]
     early = heads("verdict", first, cwd=studied).stdout
     assert "of 800): no" in early and "No one-layer control" in early
     assert "(unfinished, or" in early
     smear = page[page.index("## toy_1l_smear"):page.index("## toy_fixed_period")]
-    assert "**against**" not in smear and "Prefix matching rose between" in smear
+    assert "Prefix matching rose between" in smear
