@@ -9,6 +9,7 @@ from torch import Tensor
 from data.config import DataConfig
 from induction.history import curve, model_transition, score_curves
 from induction.metrics import ICL_SCORE, LOSS_FIRST, LOSS_SECOND
+from induction.phase import Transition
 from induction.scores import SCORES
 from report.snapshots import SnapshotFolder, attention_patterns, spell, tokens_shown
 from report.viewer import Passage, PatternSnapshot, View, write_viewer
@@ -51,10 +52,16 @@ def write_report(folder: Path, config: Config, records: list[Record],
         passages=pictures.passages, snapshots=pictures.snapshots,
         scores={score: values for score, values in scores.items() if values is not None},
         curves={metric: values for metric, values in curves.items() if values is not None},
-        marks={"onset": rise.onset, "end": rise.end} if rise else {},
+        marks=moments_of(rise) if rise else {},
         causal=causal or {}, notes=caveats(config.data))
     write_viewer(folder / name, view)
     return folder / name
+
+
+def moments_of(rise: Transition) -> dict[str, float]:
+    """The moments of a transition by the names that the page shows, in tokens seen."""
+    moments = {"onset": rise.onset, "end": rise.end}
+    return moments if rise.faded is None else moments | {"faded": rise.faded}
 
 
 def pictures_at(run: LoadedRun, checkpoints: list[Path], ids: Tensor, title: str) -> Pictures:
