@@ -72,7 +72,7 @@ def test_a_single_high_measurement_is_no_formation_and_neither_is_the_beginning_
 
 
 def test_a_head_that_faded_is_named_in_text_figure_and_page():
-    records = [{"step": n, "tokens": n * 1e6, "heads/prefix_matching/L0H0": 0.0,
+    records = [{"step": n, "tokens": n * 1e6, "train/loss": 1.0, "heads/prefix_matching/L0H0": 0.0,
                 "heads/prefix_matching/L0H1": score} for n, score in enumerate(FADES)]
     model = ModelConfig(n_layers=1, n_heads=2, d_model=8)
     formed = head_transitions(records, model)
