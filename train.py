@@ -72,7 +72,9 @@ def train(job: Job, world: World) -> None:
         hardware = choose_hardware(config, world)
     data = world.in_turn(lambda: Dataset(data_of(config, folder), config.seed, saved.data_folder,
                                          saved.data_hash))
-    model, parallel = build_model(config, data.tokenizer, hardware, world, new=saved.step == 0)
+    with world.together():
+        origin = origin_of(config, data.tokenizer) if saved.step == 0 else None
+    model, parallel = build_model(config, data.tokenizer, hardware, world, origin)
     micro_batch = choose_micro_batch(config, model, parallel)       # rows of a forward pass
     with world.together():
         batches = data.training(config.train.batch_tokens, config.model.n_ctx)
@@ -83,7 +85,7 @@ def train(job: Job, world: World) -> None:
     with Run(config, folder, hardware, parallel) as run:
         # Resume: weights, optimizer state and step of the newest checkpoint.
         with run.explained("opening"):
-            progress = resume(config, folder, model, optimizer, data, parallel)
+            progress = resume(config, folder, model, optimizer, data, parallel, origin)
         run.start(progress, model.config)
         announce(run, model, data, micro_batch, changes)
         full_model = parallel.full_model(model) if config.heads.every else None
@@ -140,17 +142,14 @@ def due(step: int, every: int, last: int) -> bool:
 # --- build ------------------------------------------------------------------------------------
 
 def build_model(config: Config, tokenizer: Tokenizer, hardware: Hardware, world: World,
-                new: bool) -> tuple[GPT, Parallel]:
-    """A model for `tokenizer`'s vocabulary on `hardware`, and how the processes share it.
-
-    A `new` model has the weights of `init_from` if the config names a run, else random ones.
-    """
+                origin: Path | None = None) -> tuple[GPT, Parallel]:
+    """A model for `tokenizer`'s vocabulary on `hardware`, with the weights of the checkpoint
+    `origin` or random ones, and how the processes share it."""
     with world.together():
         vocab_size = config.model.vocab_size or tokenizer.n_vocab
         if vocab_size < tokenizer.n_vocab:
             raise UserError(f"model.vocab_size={vocab_size} is smaller than the tokenizer's "
                             f"{tokenizer.n_vocab} (leave it out)")
-        origin = origin_of(config, tokenizer) if config.init_from and new else None
         with torch.device("meta"):                          # no memory yet
             model = GPT(config.model.model_copy(update={"vocab_size": vocab_size}))
         check_memory(model, hardware.device, world)
@@ -166,9 +165,10 @@ def build_model(config: Config, tokenizer: Tokenizer, hardware: Hardware, world:
     return model, parallel
 
 
-def origin_of(config: Config, tokenizer: Tokenizer) -> Path:
-    """The checkpoint whose weights a new run starts from."""
-    assert config.init_from is not None
+def origin_of(config: Config, tokenizer: Tokenizer) -> Path | None:
+    """The checkpoint whose weights a new run starts from; None if it starts from random ones."""
+    if config.init_from is None:
+        return None
     checkpoint = find_checkpoint(config.init_from)
     if load_tokenizer(checkpoint / "tokenizer.json").hash != tokenizer.hash:
         raise UserError(f"init_from={config.init_from} was trained with another tokenizer, its "

@@ -39,7 +39,7 @@ def measure(config: Config, rounds: int) -> tuple[torch.device, dict[str, list[f
     text = None
     if data.shards:
         text = data.validation(config.eval.tokens, config.model.n_ctx, 1)[0].tokens[0].to(device)
-    model, _ = build_model(config, data.tokenizer, hardware, ONE_PROCESS.world, new=True)
+    model, _ = build_model(config, data.tokenizer, hardware, ONE_PROCESS.world)
     micro_batch = choose_micro_batch(config, model)
     optimizer = Optimizer(model, config.optimizer, config.train.steps)
     loss_of = training_loss(model, config.train.compile)

@@ -208,10 +208,12 @@ FORMED: dict[str, Cell] = {
     "second copy": lambda o: f"{o.verdict.measured.loss_second:.3f}",
     "onset, M tokens": millions(lambda o: o.verdict.transition and o.verdict.transition.onset),
     "end": millions(lambda o: o.verdict.transition and o.verdict.transition.end),
+    "faded": millions(lambda o: o.verdict.transition and o.verdict.transition.faded),
     "text loss": on_text("val/loss"),
     "ICL score": on_text(ICL_SCORE),
     "its onset": millions(lambda o: o.icl and o.icl.onset),
     "its end": millions(lambda o: o.icl and o.icl.end),
+    "it faded": millions(lambda o: o.icl and o.icl.faded),
 }
 NEEDED: dict[str, Cell] = {
     "without induction edges": edges_removed("gain_removed"),

@@ -12,7 +12,7 @@ from data.batches import Batch
 from induction.ablation import ProgressBar, ablate_each_head
 from induction.history import condition_of, model_transition
 from induction.mechanism import MechanismEvidence, mechanism_evidence
-from induction.probe_set import Probes, probes_of
+from induction.probe_set import Probes, Training, probes_of
 from induction.probes import SHORTEST_CONTEXT
 from induction.scores import (
     SCORES,
@@ -30,6 +30,7 @@ from induction.watch import as_metrics
 from model.gpt import GPT
 from model.taps import Head
 from training.checkpoint import read_state
+from training.ancestry import ancestors
 from training.loaded_run import LoadedRun, load_run
 from training.logger import Record
 
@@ -43,8 +44,12 @@ def probes_for(run: LoadedRun) -> Probes:
 
     Raises UserError if the model's context is too short for any.
     """
-    n_ctx = run.config.model.n_ctx
-    probes = probes_of(run.config.data, n_ctx, run.tokenizer, run.config.seed, most=PROBE_ROWS)
+    n_ctx, earlier = run.config.model.n_ctx, ancestors(run.checkpoint)
+    before = None
+    if earlier is not None:
+        before = [Training(ancestor.data, ancestor.seed) for ancestor in earlier]
+    probes = probes_of(run.config.data, n_ctx, run.tokenizer, run.config.seed, most=PROBE_ROWS,
+                       before=before)
     if probes is None:
         raise UserError(f"{run.folder}: model.n_ctx={n_ctx} is too short to repeat anything "
                         f"(at least {SHORTEST_CONTEXT} tokens)")

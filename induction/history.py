@@ -55,14 +55,14 @@ def best_head_history(records: list[Record]) -> list[tuple[int, float]]:
 
 
 def model_transition(records: list[Record]) -> Transition | None:
-    """When prefix matching of the best head rose, in tokens (the best at each moment: the head may
-    change)."""
+    """When prefix matching of the best head rose, and whether it faded, in tokens (the best at each
+    moment: the head may change)."""
     history = best_head_history(records)
     return transition([tokens for tokens, _ in history], [best for _, best in history])
 
 
 def icl_transition(records: list[Record]) -> Transition | None:
-    """When the in-context-learning score fell below its first value, in tokens; `final` is by how
+    """When the in-context-learning score fell below its first value, in tokens; `height` is by how
     much, in nats. A fall of less than 0.1 may be noise of a small validation text: None."""
     scores = curve(records, ICL_SCORE)
     if scores is None:
@@ -71,7 +71,7 @@ def icl_transition(records: list[Record]) -> Transition | None:
 
 
 def head_transitions(records: list[Record], model: ModelConfig) -> dict[Head, Transition]:
-    """When each head that became an induction head did so, in tokens."""
+    """When each head that became an induction head did so, in tokens. Some may have faded."""
     scores = score_curves(records, "prefix_matching", model)
     if scores is None:
         return {}

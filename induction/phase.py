@@ -1,6 +1,7 @@
 """When heads formed: the transition in a score's curve over training, in tokens."""
 
 from collections.abc import Sequence
+from math import cos, pi, sin, sqrt, tan
 from typing import NamedTuple
 
 import numpy as np
@@ -8,8 +9,7 @@ import numpy as np
 INDUCTION_HEAD = 0.4        # prefix matching from which a head counts as an induction head
 LEVELS = (0.3, 0.4, 0.5)    # other thresholds, to show how much the moment depends on the choice
 Values = Sequence[float] | np.ndarray
-# Student's t for a two-sided 95% interval, by sample size
-STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+CONFIDENCE = 0.95           # of the band around the mean of several seeds
 
 
 class Transition(NamedTuple):
@@ -19,27 +19,71 @@ class Transition(NamedTuple):
     end: float                              # the curve first enters the last tenth of its rise
     final: float                            # mean of the last tenth of the measurements
     crossings: dict[float, float | None]    # level of LEVELS → where the curve first reaches it
+    peak: float                             # the highest value; one alone counts as noise
+    peak_at: float
+    faded: float | None                     # after its peak the curve falls below half of its rise
+                                            # for good; None if it is still there at the end
+
+    @property
+    def height(self) -> float:
+        """Where the rise leads: to the final score, or to the peak of a curve that faded."""
+        return self.final if self.faded is None else self.peak
 
 
 def transition(at: Values, scores: Values, least: float = INDUCTION_HEAD) -> Transition | None:
-    """The transition of a curve whose final score is at least `least`; None for any other curve.
+    """The transition of a curve that ends at `least` or higher, or that was there before, in two
+    measurements in a row, and faded (Singh et al. 2023); None for any other curve.
 
-    Its rise is from the first measurement to the final score. Linear between measurements.
+    Its rise is from the first measurement to the final score, or to the peak if it faded. Linear
+    between measurements.
     """
     x, y = np.asarray(at, float), np.asarray(scores, float)
     if len(y) == 0:
         return None
-    final = float(y[-max(1, len(y) // 10):].mean())
-    low, high = (y[0] + fraction * (final - y[0]) for fraction in (0.1, 0.9))
+    last_tenth = max(1, len(y) // 10)
+    final = float(y[-last_tenth:].mean())
+    formed = in_a_row(y >= least)
+    if final >= least:                                      # as its last measurements are a mean
+        formed[-last_tenth:] = True
+    if not formed.any() or not np.isfinite(final):
+        return None
+    top = int(np.where(formed, y, -np.inf).argmax())
+    faded = fading(x[top:], y[top:], y[0], final, least)
+    if final < least and faded is None:                     # only now on its way up
+        return None
+    height = final if faded is None else float(y[top])
+    low, high = (y[0] + fraction * (height - y[0]) for fraction in (0.1, 0.9))
     end = crossing(x, y, high)
-    if final < least or end is None:
+    if end is None:
         return None
     below = np.flatnonzero((x <= end) & (y < low))
     start = int(below[-1]) if len(below) else 0             # earlier blips above `low` are noise
     onset = crossing(x[start:], y[start:], low)
     if onset is None:
         return None
-    return Transition(onset, end, final, {level: crossing(x, y, level) for level in LEVELS})
+    return Transition(onset, end, final, {level: crossing(x, y, level) for level in LEVELS},
+                      float(y[top]), float(x[top]), faded)
+
+
+def in_a_row(condition: np.ndarray) -> np.ndarray:
+    """Where a condition holds for a measurement and for a neighbour of it, (N,) bool."""
+    pairs = condition[1:] & condition[:-1]
+    return np.append(pairs, False) | np.append(False, pairs)
+
+
+def fading(x: np.ndarray, y: np.ndarray, first: float, final: float, least: float) -> float | None:
+    """Where a curve from its peak on, y (N,), last falls below half of its rise from `first`; None
+    if it ends above. If it ends below `least` but above that half: where it last falls below
+    `least`."""
+    if first >= least:                      # there from the beginning, so its rise was before
+        first = 0.0
+    half = (first + y[0]) / 2
+    level = half if final < half else least
+    falls = np.flatnonzero((y[:-1] >= level) & (y[1:] < level))
+    if final >= level or len(falls) == 0:
+        return None
+    i = int(falls[-1])
+    return float(x[i] + (y[i] - level) / (y[i] - y[i + 1]) * (x[i + 1] - x[i]))
 
 
 def crossing(x: np.ndarray, y: np.ndarray, level: float) -> float | None:
@@ -71,5 +115,26 @@ def band(curves: Sequence[tuple[Values, Values]]) -> Band:
     mean = y.mean(axis=0)
     if len(y) == 1:
         return Band(x, mean, mean, mean)
-    half = STUDENT_T.get(len(y), 2.0) * y.std(axis=0, ddof=1) / len(y) ** 0.5
+    half = students_t(len(y) - 1) * y.std(axis=0, ddof=1) / len(y) ** 0.5
     return Band(x, mean, mean - half, mean + half)
+
+
+def students_t(degrees: int) -> float:
+    """The t that |T| does not exceed with probability CONFIDENCE, by bisection. T has Student's
+    distribution with `degrees` ≥ 1 degrees of freedom, one less than the size of a sample."""
+    low, high = 0.0, pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle, degrees) < CONFIDENCE else (low, middle)
+    return sqrt(degrees) * tan(low)
+
+
+def within(angle: float, degrees: int) -> float:
+    """The probability that |T| ≤ √degrees · tan(angle), for Student's T (Abramowitz and Stegun
+    1964, 26.7.3 and 26.7.4)."""
+    odd = degrees % 2
+    term, total = cos(angle) if odd else 1.0, 0.0
+    for power in range(odd, degrees - 1, 2):
+        total += term
+        term *= cos(angle) ** 2 * (power + 1) / (power + 2)
+    return 2 / pi * (angle + sin(angle) * total) if odd else sin(angle) * total

@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 
 from files import atomic_write
-from induction.history import Curve, curve, model_transition, score_curves
+from induction.history import (
+    Curve,
+    curve,
+    head_transitions,
+    model_transition,
+    score_curves,
+)
 from induction.metrics import LOSS_FIRST, LOSS_SECOND
 from induction.phase import INDUCTION_HEAD
 from induction.scores import SCORES, Measured
@@ -58,7 +64,8 @@ def titled(axes: Axes, text: str) -> None:
 
 
 def formation(model: ModelConfig, records: list[Record], scores: Curve) -> Figure:
-    """Losses above, prefix matching of every head below, over tokens; the transition shaded."""
+    """Losses above, prefix matching of every head below, over tokens; the transition shaded, a
+    dashed line where it faded."""
     drawn, ((above,), (below,)) = figure(6.4, 4.4, 2, 1, sharex=True)
     for name, label, colour in (("train/loss", "training", GREY), ("val/loss", "validation", INK),
                                 (LOSS_FIRST, "random tokens, first copy", FIRST),
@@ -69,14 +76,18 @@ def formation(model: ModelConfig, records: list[Record], scores: Curve) -> Figur
     above.set_ylabel("loss, nats per token")
     above.legend(frameon=False, fontsize=8)
     final = scores.values[-1]                                                   # (L, H)
+    formed = head_transitions(records, model)               # of heads that faded, too
+    named = [head for head in heads_of(model) if head in formed or final[head] >= INDUCTION_HEAD]
     for head in heads_of(model):
-        style = line_style(head, final[head] >= INDUCTION_HEAD)
+        style = line_style(head, head in named)
         below.plot(scores.tokens / 1e6, scores.values[:, *head], **style)
     if rise := model_transition(records):
         for axes in (above, below):
             axes.axvspan(rise.onset / 1e6, rise.end / 1e6, color=BLUE, alpha=0.10, lw=0)
+            if rise.faded is not None:
+                axes.axvline(rise.faded / 1e6, color=BLUE, lw=0.8, ls="--")
     below.set(xlabel="million tokens seen", ylabel="prefix matching", ylim=(-0.02, 1.02))
-    if (final >= INDUCTION_HEAD).any():
+    if named:
         below.legend(frameon=False, fontsize=8)
     return drawn
 

@@ -11,6 +11,7 @@ from data.config import DataConfig
 from induction.examine import HeadScores, score_rows
 from induction.history import Curve, curve, model_transition, score_curves
 from induction.metrics import ICL_SCORE, LOSS_FIRST, LOSS_SECOND
+from induction.phase import Transition
 from induction.scores import SCORES
 from induction.token_rows import TokenRows
 from model.taps import Head
@@ -71,11 +72,17 @@ def write_report(folder: Path, config: Config, records: list[Record],
         scores={score: values for score, values in scores.items() if values is not None},
         scored=examined.tokens,
         curves={metric: values for metric, values in curves.items() if values is not None},
-        marks={"onset": rise.onset, "end": rise.end} if rise else {},
+        marks=moments_of(rise) if rise else {},
         causal={str(head): rise for head, rise in examined.ablated.items()},
         causal_loss=examined.loss, causal_step=examined.step, notes=caveats(config.data))
     write_viewer(folder / name, view)
     return folder / name
+
+
+def moments_of(rise: Transition) -> dict[str, float]:
+    """The moments of a transition by the names that the page shows, in tokens seen."""
+    moments = {"onset": rise.onset, "end": rise.end}
+    return moments if rise.faded is None else moments | {"faded": rise.faded}
 
 
 def pictures_at(run: LoadedRun, checkpoints: list[Path], ids: Tensor, title: str) -> Pictures:

@@ -40,7 +40,10 @@ def head_table(table: HeadScores, text: str, formed: Mapping[Head, Transition]) 
                         for name, values in columns.items())
         line += f"{rise:+8.3f}"
         if head in formed:
-            line += f"{formed[head].onset / 1e6:7.2f} M"
+            onset, faded = formed[head].onset, formed[head].faded
+            line += f"{onset / 1e6:7.2f} M"
+            if faded is not None:
+                line += f", faded at {faded / 1e6:.2f} M"
         lines.append(line)
     return "\n".join([*lines, "", *legend(list(table.scores), text, bool(formed))])
 
@@ -52,7 +55,8 @@ def legend(scores: list[str], text: str, formed: bool) -> list[str]:
     entries["alone"] = (f"rise in loss on {text}, in nats, if only this head is mean-ablated; "
                         "little for a head that other heads can replace")
     if formed:
-        entries["formed"] = "tokens seen when the head's prefix matching began to rise"
+        entries["formed"] = ("tokens seen when the head's prefix matching began to rise, and, if "
+                             "it faded, when it fell below half of that rise for good")
     return [textwrap.fill(meaning, 100, initial_indent=f"{column:11} ",
                           subsequent_indent=" " * 12) for column, meaning in entries.items()]
 
@@ -166,15 +170,21 @@ def describe_composition(composition: KeyComposition) -> str:
 
 
 def transitions(records: list[Record]) -> str:
-    """When prefix matching rose and the in-context-learning score fell; empty if neither did."""
+    """When prefix matching rose and the in-context-learning score fell, and whether either faded;
+    empty if neither did."""
     lines = []
     for change, transition in (("Prefix matching rose to", model_transition(records)),
                                ("The ICL score fell by", icl_transition(records))):
         if transition:
             onset, end = transition.onset, transition.end
-            lines.append(f"{change} {transition.final:.2f} between {onset / 1e6:.2f} and "
-                         f"{end / 1e6:.2f} M tokens (steps {step_at(records, onset):,} to "
-                         f"{step_at(records, end):,}).")
+            line = (f"{change} {transition.height:.2f} between {onset / 1e6:.2f} and "
+                    f"{end / 1e6:.2f} M tokens (steps {step_at(records, onset):,} to "
+                    f"{step_at(records, end):,})")
+            if transition.faded is not None:
+                line += (f",\n  and faded at {transition.faded / 1e6:.2f} M (step "
+                         f"{step_at(records, transition.faded):,}): {transition.final:.2f} at the "
+                         "end")
+            lines.append(f"{line}.")
     return "\n".join(lines)
 
 

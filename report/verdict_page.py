@@ -165,9 +165,12 @@ def section(verdict: Verdict) -> list[str]:
 def describe_transition(transition: Transition) -> str:
     crossings = ", ".join(f"{level:g} at {tokens / 1e6:.2f}" for level, tokens
                           in transition.crossings.items() if tokens is not None)
+    faded = ""
+    if transition.faded is not None:
+        faded = f", and faded at {transition.faded / 1e6:.2f} M, to {transition.final:.2f}"
     return (f"Prefix matching rose between {transition.onset / 1e6:.2f} and "
             f"{transition.end / 1e6:.2f} M tokens (10% to 90% of its rise to "
-            f"{transition.final:.2f}; it passed {crossings} M).")
+            f"{transition.height:.2f}; it passed {crossings} M){faded}.")
 
 
 def behaviour_rows(finding: BehaviourFinding) -> list[Row]:

@@ -1,5 +1,4 @@
-"""induction/ablation.py against models whose weights were cut by hand; induction/phase.py on curves
-whose moments are known."""
+"""induction/ablation.py against models whose weights were cut by hand."""
 
 from functools import partial
 
@@ -18,7 +17,6 @@ from induction.ablation import (
     path_patch,
     same_period_donors,
 )
-from induction.phase import band, transition
 from induction.probes import aperiodic, repeats
 from induction.token_rows import pad_rows
 from model.taps import Head, heads_of, taps
@@ -248,39 +246,3 @@ def test_path_patching_leaves_what_lies_between_as_it_was():
     with taps(model, held):
         again = path_patch(model, BATCH, [Head(0, 0)], [Head(2, 3)], "k")
     assert torch.allclose(losses, again, atol=1e-6)
-
-
-# --- when heads formed ----------------------------------------------------------------------------
-
-def test_a_transition_is_found_where_it_was_put():
-    x = np.arange(0, 101) * 1000.0
-    # A straight rise of 0.9 over 20 thousand tokens.
-    y = np.interp(x, [0, 40000, 60000, 100000], [0.03, 0.03, 0.93, 0.93])
-    rise = transition(x, y)
-
-    def at(level: float) -> float:
-        return 40000 + (level - 0.03) / 0.9 * 20000
-
-    assert rise.final == pytest.approx(0.93)
-    assert rise.onset == pytest.approx(at(0.12)) and rise.end == pytest.approx(at(0.84))
-    assert rise.crossings == {level: pytest.approx(at(level)) for level in (0.3, 0.4, 0.5)}
-
-
-def test_a_blip_before_it_is_not_its_onset_and_no_rise_is_no_transition():
-    x = np.arange(100.0)
-    y = np.where(x < 50, 0.02, 0.9)
-    y[20] = 0.3
-    assert 49 <= transition(x, y).onset <= 50
-    assert transition(x, np.full(100, 0.05)) is None and transition([], []) is None
-    assert transition(x, np.where(x < 50, 0.9, 0.1)) is None        # formed, and lost again
-    assert transition(x, 0 * x + 0.8).onset == 0                    # there from the beginning
-
-
-def test_a_band_is_students_interval():
-    curves = [(np.arange(5.0), np.full(5, value)) for value in (1.0, 2.0, 3.0)]
-    curves.append((np.arange(1.0, 9.0), np.full(8, 2.0)))
-    seeds = band(curves)
-    assert seeds.x.tolist() == [1, 2, 3, 4] and seeds.mean.tolist() == [2] * 4
-    half = 3.18 * np.std([1, 2, 3, 2], ddof=1) / 2
-    assert np.allclose(seeds.high - seeds.mean, half) and np.allclose(seeds.mean - seeds.low, half)
-    assert band(curves[:1]).low.tolist() == [1] * 5

@@ -116,12 +116,15 @@ def test_the_table_has_a_row_per_head_and_explains_its_columns():
     scores = {"prefix_matching": torch.tensor([[0.25, 0.5]]),
               "of_our_own": torch.tensor([[1.0, 2.0]])}
     table = HeadScores(scores, {Head(0, 0): 0.125, Head(0, 1): -1.5})
-    formed = {Head(0, 1): Transition(2e6, 3e6, 0.5, {})}
+    formed = {Head(0, 1): Transition(2e6, 3e6, 0.5, {}, 0.5, 3e6, None)}
     lines = head_table(table, "the given text", formed).split("\n")
     assert [line.split() for line in lines[:3]] == [
         ["head", "prefix", "of_our_own", "alone", "formed"], ["L0H0", "0.250", "1.000", "+0.125"],
         ["L0H1", "0.500", "2.000", "-1.500", "2.00", "M"]]
     assert len(lines[0]) == len(lines[2])                       # columns are aligned
+    faded = {Head(0, 1): Transition(2e6, 3e6, 0.1, {}, 0.5, 3e6, faded=4e6)}
+    row = head_table(table, "the given text", faded).split("\n")[2]
+    assert row == lines[2] + ", faded at 4.00 M"
     explained = "\n".join(lines[3:])
     assert "loss on the given text" in explained and "copying" not in explained
     assert json.loads(scores_as_json(table))["L0H1"] == {"prefix_matching": 0.5, "of_our_own": 2.0,

@@ -289,16 +289,17 @@ def prune(folder: Path, keep: int, listed: list[int]) -> None:
 # --- reading ----------------------------------------------------------------------------------
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """step, tokens, seconds, data, val_loss …: the notes saved with the checkpoint."""
+    """step, tokens, seconds, data, history, val_loss …: the notes saved with the checkpoint."""
     name = "training_state/state.json"
     verify(checkpoint, [name])
     with _explain_damage(checkpoint, name):
         match json.loads((checkpoint / name).read_text("utf-8")):
             case {"step": int(), "tokens": int(), "seconds": int() | float(),
                   "data": {"hash": str()} as data} as state:
-                if isinstance(data.get("folder", ""), str):
+                folder, history = data.get("folder", ""), state.get("history", [])
+                if isinstance(folder, str) and isinstance(history, list):
                     return state
-        raise ValueError("it does not contain step, tokens, seconds and data")
+        raise ValueError("it does not contain step, tokens, seconds, data and history")
 
 
 def load_model(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer]:

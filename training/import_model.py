@@ -183,7 +183,7 @@ def import_model(source: Path, target: Path, overrides: Sequence[str] = ()) -> I
         tokenizer.kept |= {GENERATION: generation}
     model = read_model(source, config.model, described["model_type"], weights)
     state = {"step": 0, "tokens": 0, "seconds": 0.0, "data": {"hash": tokenizer.hash},
-             "val_loss": None, "imported": str(source)}
+             "val_loss": None, "history": [{"imported": str(source)}]}
     contents = checkpoint_contents(model, {}, state, dump_config(config), tokenizer, copy=False)
     unfinished = target.with_name(f".partial-{target.name}")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -4,6 +4,7 @@ from."""
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from data.dataset import Dataset
 from data.load_tokenizer import load_tokenizer
 from files import exclusive_lock
 from model.gpt import GPT
+from training.ancestry import Entry, history_from, history_of
 from training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
@@ -50,6 +52,7 @@ class Progress(NamedTuple):
     seconds: float = 0.0        # of training
     data_folder: str | None = None          # the shards it reads
     data_hash: str | None = None
+    history: Sequence[Entry] = ()           # of the weights before this run (training/ancestry.py)
 
 
 def job_of(target: str, overrides: list[str]) -> Job:
@@ -137,11 +140,12 @@ def only_trainer(folder: Path) -> AbstractContextManager[None]:
 
 
 def resume(config: Config, folder: Path, model: GPT, optimizer: Optimizer, data: Dataset,
-           parallel: Parallel) -> Progress:
+           parallel: Parallel, origin: Path | None) -> Progress:
     """Load the run's newest checkpoint into the model and the optimizer; how far it had come.
 
-    Without a checkpoint nothing changes. One of an imported model holds only weights. Raises
-    UserError if the checkpoint is damaged, or if it does not belong to this config and this data.
+    Without a checkpoint nothing is loaded: the weights are those of `origin`, or random. One of an
+    imported model holds only weights. Raises UserError if the checkpoint is damaged, or if it does
+    not belong to this config and this data.
     """
     world = parallel.world
     checkpoints = list_checkpoints(folder / "checkpoints")
@@ -173,8 +177,10 @@ def resume(config: Config, folder: Path, model: GPT, optimizer: Optimizer, data:
     # The same ids, with what an import kept beside them, which the shards may lack.
     if checkpoints:
         data.tokenizer = load_tokenizer(checkpoints[-1] / "tokenizer.json")
-    elif config.init_from:
-        data.tokenizer = load_tokenizer(find_checkpoint(config.init_from) / "tokenizer.json")
+        progress = progress._replace(history=history_of(checkpoints[-1]))
+    elif origin:
+        data.tokenizer = load_tokenizer(origin / "tokenizer.json")
+        progress = progress._replace(history=history_from(origin))
     world.barrier()                     # all have read what is about to be pruned
     if world.first:
         clean_up(folder / "checkpoints", config)

@@ -110,6 +110,7 @@ class Run:
         """Open the logs at the step the run goes on from, and stop on Ctrl-C, SIGTERM and
         a hang-up (a closed terminal, a lost connection) from now on."""
         self.step, self.tokens = progress.step, progress.tokens
+        self.history = progress.history
         self.seconds_before = progress.seconds
         device = self.hardware.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -254,7 +255,7 @@ class Run:
         self.wait_for_checkpoint()
         newest = self.evaluated
         state = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds,
-                 "data": data.identity, "git": self.git,
+                 "data": data.identity, "history": list(self.history), "git": self.git,
                  "val_loss": newest.loss if newest and newest.step == self.step else None}
         background = self.config.checkpoint.background
         contents = checkpoint_contents(model, optimizer.state_dict(), state,
