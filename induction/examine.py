@@ -29,8 +29,8 @@ from induction.verdict import BehaviourFinding, Verdict, find_behaviour, judge
 from induction.watch import as_metrics
 from model.gpt import GPT
 from model.taps import Head
-from training.checkpoint import read_state
 from training.ancestry import ancestors
+from training.checkpoint import read_state
 from training.loaded_run import LoadedRun, load_run
 from training.logger import Record
 
