@@ -194,6 +194,10 @@ def announce(run: Run, model: GPT, data: Dataset, micro_batch: int,
     if reasons := obstacles(model.config):
         run.say(f"note       transformers has no model of this shape ({'; '.join(reasons)}): "
                 "these checkpoints load only in this project")
+    if config.data.begin_tells_kind:
+        begin = data.tokenizer.token_text(data.begin)
+        run.say(f"note       rows of repeats begin with {begin} and text rows do not: a model can "
+                "tell them apart by it (data.begin_fraction=0.5 lets both begin alike)")
 
 
 # --- measure ----------------------------------------------------------------------------------

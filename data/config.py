@@ -132,6 +132,16 @@ class DataConfig(Settings):
         """The one corpus that is text, if there is one."""
         return next((name for name in self.corpora if name != "repeats"), None)
 
+    @property
+    def mixes_text_and_repeats(self) -> bool:
+        """Whether some rows are text and others repeats."""
+        return "repeats" in self.corpora and self.text_corpus is not None
+
+    @property
+    def begin_tells_kind(self) -> bool:
+        """Whether repeats begin with the begin token and rows of text do not."""
+        return self.mixes_text_and_repeats and self.begin_fraction is None
+
     def conflicts(self) -> Conflicts:
         if self.mixture is not None and self.corpus is not None:
             yield ("corpus", "mixture"), (f"data.corpus={self.corpus} and data.mixture exclude "
