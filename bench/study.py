@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,6 +45,11 @@ class Condition(NamedTuple):
     label: str
     config: str
     changes: tuple[str, ...] = ()
+    seeds: int | None = None            # fewer than the study's
+
+    def first(self, seeds: int) -> range:
+        """Its seeds in a study with this many."""
+        return range(min(seeds, self.seeds or seeds))
 
     def run(self, seed: int) -> Path:
         return Path("runs") / f"{self.label}-s{seed}"
@@ -69,6 +75,9 @@ STUDIES = {
         Condition("text_unseen_tokens", "text_mixed_2l", (
             "data.repeats.held_out_tokens=0.1", "train.steps=3000",
             "data.mixture=[{corpus: stdlib, weight: 0.5}, {corpus: repeats, weight: 0.5}]"))]),
+    "begin_token": Study(5, [
+        Condition("text_mixed_2l", "text_mixed_2l"),
+        Condition("text_mixed_gated", "text_mixed_2l", ("data.begin_fraction=null",), seeds=3)]),
     "positions": Study(3, [
         Condition(f"position_{name}", "toy_2l", (f"model.position={name}",))
         for name in ("rope", "learned", "sinusoidal", "none")]),
@@ -84,7 +93,7 @@ def train_missing(conditions: list[Condition], seeds: int, at_once: int) -> None
     """Train every condition with every seed, `at_once` runs side by side on one thread each.
     Finished runs stay as they are."""
     missing = [(condition, seed) for seed in range(seeds) for condition in conditions
-               if not finished(condition, seed)]
+               if seed in condition.first(seeds) and not finished(condition, seed)]
     started = time.monotonic()
     with ThreadPoolExecutor(at_once) as pool:
         for n, run in enumerate(pool.map(train, missing), 1):
@@ -162,6 +171,12 @@ def unseen(o: Outcome) -> str | None:
     return None if finding is None else f"{finding.accuracy:.0%}"
 
 
+def text_loss(o: Outcome, field: str) -> str | None:
+    """Loss on held-out text with the begin token in front of it, or without."""
+    loss = o.verdict.transfer.text_loss
+    return None if loss is None else f"{getattr(loss, field):.3f}"
+
+
 def edges_removed(field: str) -> Cell:
     """A field of the knockout of the induction edges."""
     def cell(o: Outcome) -> str | None:
@@ -210,6 +225,8 @@ FORMED: dict[str, Cell] = {
     "end": millions(lambda o: o.verdict.transition and o.verdict.transition.end),
     "faded": millions(lambda o: o.verdict.transition and o.verdict.transition.faded),
     "text loss": on_text("val/loss"),
+    "text with begin token": lambda o: text_loss(o, "begun"),
+    "text without": lambda o: text_loss(o, "bare"),
     "ICL score": on_text(ICL_SCORE),
     "its onset": millions(lambda o: o.icl and o.icl.onset),
     "its end": millions(lambda o: o.icl and o.icl.end),
@@ -234,16 +251,21 @@ Column = dict[Condition, str]
 def tables(results: Results) -> str:
     """Markdown: what formed and when, and what it is worth. One row per condition; of several seeds
     the median and the range."""
-    yes = {condition: sum(o.verdict.answer == "yes" for o in outcomes)
-           for condition, outcomes in results.items()}
     caches = {condition: outcomes[0].cache for condition, outcomes in results.items()}
-    first = {"verdict": {condition: f"{yes[condition]} of {len(outcomes)}"
-                         for condition, outcomes in results.items()}}
+    first = {"induction heads": {condition: answers(outcomes)
+                                 for condition, outcomes in results.items()}}
     if len(set(caches.values())) > 1:
         first["cache, numbers a token and layer"] = {condition: str(cache)
                                                      for condition, cache in caches.items()}
     both = (table(first | columns(results, FORMED)), table(columns(results, NEEDED)))
     return "\n\n".join(markdown for markdown in both if markdown)
+
+
+def answers(outcomes: list[Outcome]) -> str:
+    """The verdicts of several seeds: yes 5 of 5; or no 2, yes 1 of 3."""
+    counts = Counter(o.verdict.answer for o in outcomes)
+    return (", ".join(f"{answer} {count}" for answer, count in counts.most_common())
+            + f" of {len(outcomes)}")
 
 
 def columns(results: Results, cells: dict[str, Cell]) -> dict[str, Column]:
@@ -324,7 +346,7 @@ def main() -> None:
     study = STUDIES[args.study]
     seeds = args.seeds or study.seeds
     train_missing(study.conditions, seeds, args.at_once)
-    results = {condition: [outcome(condition.run(seed)) for seed in range(seeds)]
+    results = {condition: [outcome(condition.run(seed)) for seed in condition.first(seeds)]
                for condition in study.conditions}
     markdown = tables(results)
     print(f"\n{markdown}")

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from data.batches import Batch
 from induction.probes import Probe
 from model.cross_entropy import chunk_rows, cross_entropies
 from model.gpt import GPT
@@ -56,6 +57,27 @@ def behaviour(model: GPT, probe: Probe) -> Behaviour:
     losses = probe_losses(model, probe, final)
     right = predictions(model, final[:, :-1][probe.known]) == targets[probe.known]
     return Behaviour(right.double().mean().item(), losses.first, losses.known, probe.chance)
+
+
+class TextLoss(NamedTuple):
+    """Mean loss of the same tokens of text, in nats, with and without the token that begins a text
+    in front of each window."""
+
+    begun: float
+    bare: float
+
+
+@torch.no_grad()
+def text_loss(model: GPT, text: Batch, begin: int) -> TextLoss | None:
+    """The loss on windows of text (B, T) that do not begin with `begin` by themselves; None if all
+    do."""
+    tokens = text.tokens[text.tokens[:, 0] != begin]
+    if len(tokens) == 0:
+        return None
+    shifted = torch.cat([torch.full_like(tokens[:, :1], begin), tokens[:, :-1]], dim=1)
+    bare = model.losses(tokens[:, :-2], tokens[:, 1:-1])            # of tokens 1 … T − 2
+    begun = model.losses(shifted[:, :-1], shifted[:, 1:])[:, 1:]    # of the same
+    return TextLoss(begun.double().mean().item(), bare.double().mean().item())
 
 
 def predictions(model: GPT, final: Tensor) -> Tensor:

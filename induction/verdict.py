@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from data.batches import Batch
 from induction.ablation import ProgressBar
-from induction.behaviour import Behaviour, behaviour
+from induction.behaviour import Behaviour, TextLoss, behaviour, text_loss
 from induction.knockout import TextKnockout, knock_out_on_text
 from induction.mechanism import MechanismEvidence, mechanism_evidence
 from induction.phase import INDUCTION_HEAD, Transition
@@ -72,6 +72,7 @@ class TransferFinding(NamedTuple):
     tokens: TransferAnswer
     unseen: BehaviourFinding | None     # aperiodic rows of tokens that training never repeated
     text: TextKnockout | None           # the induction edges on held-out text
+    text_loss: TextLoss | None          # with the begin token in front of it, and without
 
 
 class Verdict(NamedTuple):
@@ -199,8 +200,11 @@ def find_transfer(model: GPT, probes: Probes, finding: BehaviourFinding, heads: 
         tokens = unseen.answer
     shown = (probes.history_known and finding.answer != "not shown"
              and (unseen is not None or not probes.repeats_trained))
-    on_text = None if text is None else knock_out_on_text(model, heads, text)
+    on_text, loss = None, None
+    if text is not None:
+        on_text = knock_out_on_text(model, heads, text)
+        loss = text_loss(model, text, begin=int(probes.scored.tokens[0, 0]))
     trained = None if probes.trained is None else behaviour(model, probes.trained).accuracy
     return TransferFinding(
         periods, by_period, trained, ("yes" if tokens == "yes" else "no") if shown else "not shown",
-        unseen, on_text)
+        unseen, on_text, loss)

@@ -258,13 +258,18 @@ def describe_unseen(transfer: TransferFinding, verdict: Verdict) -> str:
 
 
 def text_rows(transfer: TransferFinding) -> list[Row]:
-    if transfer.text is None:
-        return []
-    text = transfer.text
-    return [Row("What are these attention edges worth on held-out text?",
-                f"without them tokens that have an induction target ({text.fraction:.0%}) cost "
-                f"{text.matched:+.3f} nats, without as many random edges {text.by_random:+.3f}",
-                "")]
+    rows = []
+    if transfer.text is not None:
+        text = transfer.text
+        rows.append(Row("What are these attention edges worth on held-out text?",
+                        f"without them tokens that have an induction target ({text.fraction:.0%}) "
+                        f"cost {text.matched:+.3f} nats, without as many random edges "
+                        f"{text.by_random:+.3f}", ""))
+    if transfer.text_loss is not None:
+        loss = transfer.text_loss
+        rows.append(Row("What does the begin token in front of text change?",
+                        f"{loss.begun:.3f} nats with it, {loss.bare:.3f} without", ""))
+    return rows
 
 
 def plural(n: int, noun: str) -> str:
