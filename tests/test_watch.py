@@ -14,6 +14,8 @@ from PIL import Image
 
 from data.config import DataConfig
 from data.load_tokenizer import make_tokenizer
+from induction.behaviour import behaviour
+from induction.knockout import knock_out
 from induction.probe_set import probes_of
 from induction.scores import Measured, measure
 from model.config import ModelConfig
@@ -22,8 +24,9 @@ from report.figures import score_grids
 from report.snapshots import SnapshotFolder, spell
 from training.loaded_run import load_run
 
-SCORES = ("prefix_matching", "latest_match", "previous_token", "duplicate_token", "first_token",
-          "entropy", "distance", "copying")
+LOGGED = ("prefix_matching", "latest_match", "current_token", "previous_token",
+          "previous_token_later", "duplicate_token", "first_token", "entropy", "distance",
+          "copying")
 HEADS = [f"L{layer}H{head}" for layer in range(2) for head in range(4)]
 
 
@@ -44,7 +47,7 @@ def test_training_is_the_same_bit_for_bit_with_probes_and_without(workplace):
     assert same_bits(*(Path(f"runs/{run}/checkpoints/000012") for run in ("watched", "alone")))
     watched, alone = metrics(Path("runs/watched")), metrics(Path("runs/alone"))
     assert all(watched[step][key] == value for step in alone for key, value in alone[step].items())
-    assert not any(key.startswith(("heads", "repeat", "phase"))
+    assert not any(key.startswith(("heads", "repeat", "phase", "aperiodic", "knockout"))
                    for record in alone.values() for key in record)
     assert not Path("runs/alone/heads").exists() and not Path("runs/alone/report.html").exists()
 
@@ -58,7 +61,7 @@ def test_what_is_logged_is_what_the_checkpoint_measures(workplace):
     probes = probes_of(DataConfig(**TINY["data"]), 32, run.tokenizer, 1)
     measured = measure(run.model, probes.scored, probes.unrepeated)
     metrics_at_end = records[12]
-    for name in SCORES:
+    for name in measured.scores:
         for head in heads_of(run.model.config):
             score = measured.scores[name][head].item()
             assert metrics_at_end[f"heads/{name}/{head}"] == pytest.approx(score, abs=1e-4)
@@ -66,6 +69,13 @@ def test_what_is_logged_is_what_the_checkpoint_measures(workplace):
     assert metrics_at_end["heads/offset_profile/L1H3"] == pytest.approx(profile, abs=1e-4)
     assert metrics_at_end["repeat/loss_second"] == pytest.approx(measured.loss_second)
     assert "icl/score" in metrics_at_end
+    begun, bare = (behaviour(run.model, probe) for probe in probes.aperiodic)
+    assert metrics_at_end["aperiodic/accuracy"] == begun.accuracy
+    assert metrics_at_end["aperiodic/accuracy_without_begin"] == bare.accuracy
+    assert metrics_at_end["aperiodic/loss_known"] == pytest.approx(
+        (begun.loss_known + bare.loss_known) / 2)
+    removed = knock_out(run.model, heads_of(run.model.config), probes.aperiodic.both)
+    assert metrics_at_end.get("knockout/gain_removed") == removed.gain_removed
 
 
 def test_snapshots_are_the_patterns_and_go_on_where_the_run_does(workplace):
@@ -100,7 +110,7 @@ def test_wandb_holds_every_key_image_table_and_page(workplace):
     run = Path("runs/tiny")
     history = wandb_history(run)
     text = json.dumps(history)
-    scores = [f"heads/{score}/{head}" for score in (*SCORES, "offset_profile") for head in HEADS]
+    scores = [f"heads/{score}/{head}" for score in (*LOGGED, "offset_profile") for head in HEADS]
     for key in [*scores, "repeat/loss_first", "repeat/loss_second", "icl/score",
                 "heads/patterns/random tokens", "heads/patterns/held-out text",
                 "heads/strongest/1", "heads/strongest/3", "heads/table", "heads/report"]:
@@ -115,7 +125,7 @@ def test_wandb_holds_every_key_image_table_and_page(workplace):
     assert "tiny" in page and "prefix_matching" in page
     assert page == (run / "report.html").read_text()
     table = json.loads(next(media.glob("table/**/*.json")).read_text())
-    assert table["columns"] == ["head", *SCORES] and [row[0] for row in table["data"]] == HEADS
+    assert table["columns"] == ["head", *LOGGED] and [row[0] for row in table["data"]] == HEADS
 
 
 def test_tokens_are_spelled_so_that_each_can_be_seen():
@@ -132,6 +142,6 @@ def test_a_context_too_short_to_repeat_is_not_probed(workplace):
 def test_a_figures_numbers_are_the_scores():
     """Without the zero before the point, and with every other digit: 10.36 is not 1.36."""
     values = torch.tensor([[10.36, -0.33, 0.5, 20.1]], dtype=torch.float64)
-    measured = Measured({"distance": values}, torch.zeros(1, 4, 17), 0, 0)
+    measured = Measured({"distance": values}, torch.zeros(1, 4, 17), {}, 0, 0)
     drawn = score_grids(ModelConfig(n_layers=1, n_heads=4, vocab_size=9), measured)
     assert [text.get_text() for text in drawn.axes[0].texts] == ["10.36", "-.33", ".50", "20.10"]

@@ -1,0 +1,128 @@
+"""induction/knockout.py: which edges are removed, and that removing them is masking before the
+softmax."""
+
+import numpy as np
+import pytest
+import torch
+from test_scores import make_model
+
+from data.batches import Batch
+from induction import knockout
+from induction.ablation import gain_removed
+from induction.behaviour import mean_losses
+from induction.knockout import (
+    induction_edges,
+    knock_out,
+    knock_out_on_text,
+    losses_without_edges,
+    random_edges,
+)
+from induction.probes import aperiodic
+from model.taps import Head, heads_of, taps
+
+PROBE = aperiodic(40, np.arange(59), 59, rows=6)
+TWO = [Head(0, 1), Head(1, 3)]
+
+
+def test_induction_edges_are_what_followed_earlier_copies():
+    tokens = torch.tensor([[5, 7, 5, 5, 8]])
+    # After the 5 at 0 comes key 1, after the 5 at 2 key 3; key 3 is the query's own place at 3.
+    expected = {2: [1], 3: [1, 3]}
+    edges = induction_edges(tokens)[0]
+    by_query = {i: edges[i].nonzero().flatten().tolist() for i in range(5)}
+    assert {i: keys for i, keys in by_query.items() if keys} == expected
+
+
+def test_random_edges_are_as_many_others_that_the_query_sees():
+    edges = induction_edges(PROBE.tokens)
+    others = random_edges(edges)
+    assert not (edges & others).any() and not others.triu(1).any()
+    visible = torch.arange(1, 41)
+    wanted = torch.minimum(edges.sum(-1), visible - edges.sum(-1))
+    assert torch.equal(others.sum(-1), wanted) and edges.sum() > 200
+    assert torch.equal(random_edges(edges), others)
+    assert not torch.equal(random_edges(edges, seed=1), others)
+    # Not always the same places: uniform over what is left.
+    where = torch.stack([random_edges(edges, seed)[0, 39] for seed in range(400)]).float().mean(0)
+    free = ~edges[0, 39]
+    assert (where[free] - edges[0, 39].sum() / free.sum()).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 1}, {"window": [None, 9]}])
+@torch.no_grad()
+def test_removing_edges_is_masking_before_the_softmax(shape):
+    """By the model's own q, k and v: the scores of removed edges are −∞."""
+    model, batch = make_model(**shape), PROBE.batch
+    edges, heads = induction_edges(batch.tokens), [Head(1, 0), Head(1, 3)]
+    with taps(model, ["L1.q", "L1.k", "L1.v", "L1.z"]) as acts:
+        model.hidden(batch.tokens)
+    z = acts["L1.z"].clone()
+    group = 4 // model.config.kv_heads
+    position = torch.arange(39)
+    sees = position[:, None] >= position
+    if model.config.windows[1]:
+        sees &= position > position[:, None] - model.config.windows[1]
+    for _, head in heads:
+        k, v = acts["L1.k"][:, head // group], acts["L1.v"][:, head // group]
+        scores = (acts["L1.q"][:, head] @ k.mT / 8 ** 0.5).masked_fill(~sees | edges, -torch.inf)
+        z[:, head] = scores.softmax(-1).nan_to_num(0) @ v          # nothing left: it writes nothing
+    with taps(model, {"L1.z": lambda x: z}):
+        expected = model.losses(*batch)
+    losses = losses_without_edges(model, batch, induction_edges, heads)
+    assert torch.allclose(losses, expected, atol=1e-4)
+    assert not torch.allclose(losses, model.losses(*batch), atol=1e-2)
+
+
+def test_a_query_without_edges_left_attends_to_nothing():
+    model = make_model()
+    with taps(model, "L0.pattern") as seen:
+        losses_without_edges(model, PROBE.batch, lambda tokens: torch.ones(
+            *tokens.shape, tokens.shape[1], dtype=torch.bool), [Head(0, 2)])
+    # The tap reads the intact pattern: the inner one, set later, gets what it has replaced.
+    assert seen["L0.pattern"][:, 2].sum(-1).allclose(torch.ones(6, 39))
+    losses = losses_without_edges(model, PROBE.batch, lambda tokens: torch.ones(
+        *tokens.shape, tokens.shape[1], dtype=torch.bool), [Head(0, 2)])
+    with taps(model, {"L0.z": lambda z: z.index_fill(1, torch.tensor([2]), 0)}):
+        silenced = model.losses(*PROBE.batch)
+    assert torch.allclose(losses, silenced, atol=1e-5)
+
+
+def test_rows_are_taken_a_few_at_a_time(monkeypatch):
+    model = make_model()
+    whole = losses_without_edges(model, PROBE.batch, induction_edges, TWO)
+    monkeypatch.setattr(knockout, "PATTERN_ELEMENTS", 4 * 39 * 39 * 4)
+    sizes = []
+    with taps(model, {"L0.pattern": lambda pattern: sizes.append(len(pattern))}):
+        parts = losses_without_edges(model, PROBE.batch, induction_edges, TWO)
+    assert sizes == [4, 2] and torch.allclose(whole, parts, atol=1e-5)
+
+
+def test_a_knockout_is_the_gain_without_these_edges():
+    model = make_model()
+    heads = heads_of(model.config)
+    result = knock_out(model, heads, PROBE)
+
+    def losses(edges_of):
+        return mean_losses(losses_without_edges(model, PROBE.batch, edges_of, heads), PROBE)
+
+    intact = mean_losses(model.losses(*PROBE.batch), PROBE)
+    targets = losses(induction_edges)
+    others = losses(lambda tokens: random_edges(induction_edges(tokens)))
+    assert result.known == pytest.approx(targets.known - intact.known)
+    assert result.known_by_random == pytest.approx(others.known - intact.known)
+    assert result.first_copy == pytest.approx(targets.first - intact.first)
+    assert result.gain_removed == gain_removed(intact.gain, targets.gain)
+    assert result.by_random == gain_removed(intact.gain, others.gain)
+    # In the block no token occurred before, so there is no edge to remove.
+    assert result.first_copy == pytest.approx(0, abs=1e-5)
+
+
+def test_edges_on_text_count_where_a_token_occurred_before():
+    model = make_model()
+    tokens = torch.randint(0, 20, (4, 31), generator=torch.Generator().manual_seed(0))
+    text = Batch(tokens[:, :-1], tokens[:, 1:])
+    result = knock_out_on_text(model, TWO, text)
+    matched = torch.tensor([[row[i] in row[:i] for i in range(30)] for row in tokens.tolist()])
+    assert result.fraction == pytest.approx(matched.double().mean().item())
+    change = losses_without_edges(model, text, induction_edges, TWO) - model.losses(*text)
+    assert result.matched == pytest.approx(change[matched].mean().item(), abs=1e-5)
