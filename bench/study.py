@@ -27,6 +27,7 @@ from induction.metrics import ICL_SCORE, LOSS_SECOND
 from induction.phase import INDUCTION_HEAD, Transition, band
 from induction.verdict import Verdict
 from report.figures import GREY, Figure, figure
+from report.text import percent
 from training.checkpoint import list_checkpoints
 from training.config import differences, load_config
 from training.device import choose_device
@@ -182,7 +183,7 @@ def edges_removed(field: str) -> Cell:
     def cell(o: Outcome) -> str | None:
         knockout = o.verdict.mechanism.evidence.knockout
         value = None if knockout is None else getattr(knockout, field)
-        return None if value is None else f"{value:.0%}"
+        return None if value is None else percent(value)
     return cell
 
 

@@ -87,8 +87,8 @@ def findings(examination: ProbeExamination) -> str:
     measured, evidence = examination.measured, examination.mechanism
     lines = [f"First-copy loss on random tokens: {measured.loss_first:.2f} nats per token, "
              f"second-copy loss: {measured.loss_second:.2f}.",
-             "On rows that no fixed look-back can meet (the aperiodic probe), the model predicts\n"
-             f"  {describe_behaviour(examination.behaviour)}."]
+             "On rows that no fixed look-back can meet (the aperiodic probe), the model predicts "
+             f"{describe_behaviour(examination.behaviour)}."]
     if evidence.roles:
         lines.append(f"Attention to what followed an earlier copy there: "
                      f"{describe_roles(evidence.roles)}.")
@@ -100,11 +100,11 @@ def findings(examination: ProbeExamination) -> str:
     if evidence.previous_token:
         lines.append(describe_previous_token(evidence.previous_token))
     if strongest := strongest_paths(evidence.paths):
-        lines.append("The paths that matter most (rise of the loss of known tokens, in nats):\n"
-                     f"  {strongest}.")
+        lines.append("The paths that matter most (rise of the loss of known tokens, in nats): "
+                     f"{strongest}.")
     if examination.composition:
         lines.append(describe_composition(examination.composition))
-    return "\n".join(lines)
+    return "\n".join(textwrap.fill(line, 100, subsequent_indent="  ") for line in lines)
 
 
 def describe_behaviour(finding: BehaviourFinding) -> str:
@@ -127,14 +127,14 @@ def describe_knockout(knockout: Knockout) -> str:
     if knockout.gain_removed is None or knockout.by_random is None:
         return (f"known tokens cost {knockout.known:+.2f} nats (repeating gains too little to give "
                 "a fraction)")
-    return (f"{knockout.gain_removed:.0%} of the repeat gain is gone, without as many random edges "
-            f"{knockout.by_random:.0%}")
+    return (f"{percent(knockout.gain_removed)} of the repeat gain is gone, without as many random "
+            f"edges {percent(knockout.by_random)}")
 
 
 def describe_ablation(effect: Effect) -> str:
     text = f"{rises(effect.known)}, of the first copy by {effect.first_copy:+.2f}"
     if effect.gain_removed is not None:
-        text += f": {effect.gain_removed:.0%} of the repeat gain"
+        text += f": {percent(effect.gain_removed)} of the repeat gain"
     return text
 
 
@@ -147,10 +147,9 @@ def rises(nats: float) -> str:
 def describe_previous_token(heads: PreviousTokenHeads) -> str:
     into = heads.into
     return (f"Mean-ablating {listed(heads.heads)} (previous token ≥ {PREVIOUS_TOKEN_HEAD}) "
-            f"{rises(heads.total)};\n"
-            f"  with all attention patterns fixed: {heads.patterns_kept:+.2f}; only on the direct "
-            f"path into the induction heads' keys: {into['k']:+.2f},\n"
-            f"  queries: {into['q']:+.2f}, values: {into['v']:+.2f}.")
+            f"{rises(heads.total)}; with all attention patterns fixed: {heads.patterns_kept:+.2f}; "
+            f"only on the direct path into the induction heads' keys: {into['k']:+.2f}, "
+            f"queries: {into['q']:+.2f}, values: {into['v']:+.2f}.")
 
 
 def strongest_paths(paths: list[Path], most: int = 5) -> str:
@@ -163,10 +162,9 @@ def strongest_paths(paths: list[Path], most: int = 5) -> str:
 def describe_composition(composition: KeyComposition) -> str:
     head, earlier = composition.head, composition.earlier
     return (f"By the weights, the keys of {head} read the output of {earlier} most (K-composition "
-            f"{composition.k:+.2f} relative to chance).\n"
-            f"  Its queries match their own token, as {earlier} copies it to a key, "
-            f"{composition.qk_trace:.1f} standard deviations\n"
-            "  more than other tokens (at distance 0).")
+            f"{composition.k:+.2f} relative to chance). Its queries match their own token, as "
+            f"{earlier} copies it to a key, {composition.qk_trace:.1f} standard deviations more "
+            "than other tokens (at distance 0).")
 
 
 def transitions(records: list[Record]) -> str:
@@ -200,6 +198,11 @@ def heads_summary(latest: Record) -> str | None:
         summary += (f"; {latest[ACCURACY]:.0%} of repeated random tokens predicted, "
                     f"{latest[ACCURACY_BARE]:.0%} without the begin token in front")
     return summary
+
+
+def percent(fraction: float) -> str:
+    """97%; never −0%."""
+    return f"{fraction:.0%}".replace("-0%", "0%")
 
 
 def listed(heads: list[Head]) -> str:
