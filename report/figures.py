@@ -14,7 +14,7 @@ from induction.history import (
     model_transition,
     score_curves,
 )
-from induction.metrics import LOSS_FIRST, LOSS_SECOND
+from induction.metrics import ACCURACY, ACCURACY_BARE, LOSS_FIRST, LOSS_SECOND
 from induction.phase import INDUCTION_HEAD
 from induction.scores import SCORES, Measured
 from kernels.planes import REACH
@@ -81,13 +81,18 @@ def formation(model: ModelConfig, records: list[Record], scores: Curve) -> Figur
     for head in heads_of(model):
         style = line_style(head, head in named)
         below.plot(scores.tokens / 1e6, scores.values[:, *head], **style)
+    for name, style, label in ((ACCURACY, "--", "known tokens right"),
+                               (ACCURACY_BARE, ":", "without begin token")):
+        right = curve(records, name)
+        if right is not None:
+            below.plot(right.tokens / 1e6, right.values, color=INK, lw=1.0, ls=style, label=label)
     if rise := model_transition(records):
         for axes in (above, below):
             axes.axvspan(rise.onset / 1e6, rise.end / 1e6, color=BLUE, alpha=0.10, lw=0)
             if rise.faded is not None:
                 axes.axvline(rise.faded / 1e6, color=BLUE, lw=0.8, ls="--")
-    below.set(xlabel="million tokens seen", ylabel="prefix matching", ylim=(-0.02, 1.02))
-    if named:
+    below.set(xlabel="million tokens seen", ylabel="prefix matching; right", ylim=(-0.02, 1.02))
+    if below.get_legend_handles_labels()[0]:
         below.legend(frameon=False, fontsize=8)
     return drawn
 

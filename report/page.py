@@ -10,7 +10,15 @@ from torch import Tensor
 from data.config import DataConfig
 from induction.examine import HeadScores, score_rows
 from induction.history import Curve, curve, model_transition, score_curves
-from induction.metrics import ICL_SCORE, LOSS_FIRST, LOSS_SECOND
+from induction.metrics import (
+    ACCURACY,
+    ACCURACY_BARE,
+    ICL_SCORE,
+    KNOCKOUT,
+    KNOCKOUT_RANDOM,
+    LOSS_FIRST,
+    LOSS_SECOND,
+)
 from induction.phase import Transition
 from induction.scores import SCORES
 from induction.token_rows import TokenRows
@@ -22,7 +30,8 @@ from training.loaded_run import LoadedRun, load_run
 from training.logger import Record
 
 PROBE = "repeated random tokens"
-CURVES = ("train/loss", "val/loss", LOSS_FIRST, LOSS_SECOND, ICL_SCORE)
+CURVES = ("train/loss", "val/loss", LOSS_FIRST, LOSS_SECOND, ACCURACY, ACCURACY_BARE, KNOCKOUT,
+          KNOCKOUT_RANDOM, ICL_SCORE)
 
 
 class Pictures(NamedTuple):
