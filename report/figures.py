@@ -81,11 +81,11 @@ def formation(model: ModelConfig, records: list[Record], scores: Curve) -> Figur
     for head in heads_of(model):
         style = line_style(head, head in named)
         below.plot(scores.tokens / 1e6, scores.values[:, *head], **style)
-    for name, style, label in ((ACCURACY, "--", "known tokens right"),
-                               (ACCURACY_BARE, ":", "without begin token")):
+    for name, dashes, label in ((ACCURACY, "--", "known tokens right"),
+                                (ACCURACY_BARE, ":", "without begin token")):
         right = curve(records, name)
         if right is not None:
-            below.plot(right.tokens / 1e6, right.values, color=INK, lw=1.0, ls=style, label=label)
+            below.plot(right.tokens / 1e6, right.values, color=INK, lw=1.0, ls=dashes, label=label)
     if rise := model_transition(records):
         for axes in (above, below):
             axes.axvspan(rise.onset / 1e6, rise.end / 1e6, color=BLUE, alpha=0.10, lw=0)

@@ -11,7 +11,7 @@ from induction.knockout import Knockout
 from induction.mechanism import PREVIOUS_TOKEN_HEAD, HeadRole, PreviousTokenHeads
 from induction.metrics import ACCURACY, ACCURACY_BARE, scores_by_head
 from induction.phase import Transition
-from induction.scores import SCORES
+from induction.scores import SCORES, Measured
 from induction.verdict import BehaviourFinding
 from model.taps import Head
 from training.logger import Record
@@ -87,6 +87,7 @@ def findings(examination: ProbeExamination) -> str:
     measured, evidence = examination.measured, examination.mechanism
     lines = [f"First-copy loss on random tokens: {measured.loss_first:.2f} nats per token, "
              f"second-copy loss: {measured.loss_second:.2f}.",
+             f"P{describe_by_period(measured)[1:]}.",
              "On rows that no fixed look-back can meet (the aperiodic probe), the model predicts "
              f"{describe_behaviour(examination.behaviour)}."]
     if evidence.roles:
@@ -105,6 +106,16 @@ def findings(examination: ProbeExamination) -> str:
     if examination.composition:
         lines.append(describe_composition(examination.composition))
     return "\n".join(textwrap.fill(line, 100, subsequent_indent="  ") for line in lines)
+
+
+def describe_by_period(measured: Measured) -> str:
+    """The prefix matching of the strongest head by period. A head that looks back by a fixed
+    distance reaches 1 on some periods and 0 on the others."""
+    score = measured.scores["prefix_matching"]
+    layer, index = (score == score.max()).nonzero()[0].tolist()
+    by_period = ", ".join(f"{period}: {values[layer, index]:.2f}"
+                          for period, values in sorted(measured.by_period.items()))
+    return f"prefix matching of {Head(layer, index)} by period: {by_period}"
 
 
 def describe_behaviour(finding: BehaviourFinding) -> str:

@@ -10,7 +10,6 @@ from induction.verdict import (
     MIN_GAIN,
     MIN_REMOVED,
     BehaviourFinding,
-    MechanismFinding,
     TransferFinding,
     Verdict,
 )
@@ -18,6 +17,7 @@ from report.text import (
     INPUT_NAMES,
     describe_ablation,
     describe_behaviour,
+    describe_by_period,
     describe_knockout,
     describe_roles,
     listed,
@@ -153,7 +153,7 @@ def section(verdict: Verdict) -> list[str]:
     if verdict.transition:
         lines += [describe_transition(verdict.transition), ""]
     lines += ["| question | measured | answer |", "|---|---|---|"]
-    rows = [*behaviour_rows(verdict.behaviour), *mechanism_rows(verdict.mechanism),
+    rows = [*behaviour_rows(verdict.behaviour), *mechanism_rows(verdict),
             *transfer_rows(verdict)]
     lines += [f"| {row.question} | {row.measured} | {row.answer} |" for row in rows]
     lines.append("")
@@ -184,15 +184,17 @@ def behaviour_rows(finding: BehaviourFinding) -> list[Row]:
             "")]
 
 
-def mechanism_rows(finding: MechanismFinding) -> list[Row]:
-    evidence, peak = finding.evidence, finding.evidence.peak
+def mechanism_rows(verdict: Verdict) -> list[Row]:
+    finding, evidence = verdict.mechanism, verdict.mechanism.evidence
+    peak = evidence.peak
     place = "on it" if peak.offset == 0 else f"{peak.offset:+d} tokens from it"
     attention = describe_roles(evidence.roles) if evidence.roles else "none"
     table = [Row("**Mechanism.** Which heads attend to what followed an earlier copy?",
                  f"{attention} (uniform attention: {evidence.uniform:.2f})",
                  f"**{finding.answer}**"),
              Row("Where around the induction target?",
-                 f"{peak.head} attends most {place} ({peak.weight:.2f})", "")]
+                 f"{peak.head} attends most {place} ({peak.weight:.2f})", ""),
+             Row("And on periodic rows?", describe_by_period(verdict.measured), "")]
     if evidence.knockout:
         table.append(Row("Without the attention edges of these heads to induction targets?",
                          describe_knockout(evidence.knockout), ""))
