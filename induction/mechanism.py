@@ -31,7 +31,7 @@ MIN_COPYING = 0.1           # copying score from which a head copies, and below 
 PREVIOUS_TOKEN_HEAD = 0.25  # previous-token score from which a head counts as one
 MOST_RECEIVERS = 4          # heads whose inputs are patched one by one, the strongest
 MOST_PATHS = 64             # pairs of sender and receiver
-PATH_ROWS = 16              # of each kind: a pair takes 16 forward passes
+PATH_TOKENS = 1024          # of rows of each kind: the paths of a pair take 15 forward passes
 
 Role = Literal["copies", "suppresses", "neither"]
 
@@ -113,7 +113,8 @@ def mechanism_evidence(model: GPT, probes: Probes, measured: Measured,
     if not attending:
         return MechanismEvidence([], uniform, highest_peak(profile), None, everywhere, None, None,
                                  [])
-    few = Pair(*(rows.rows(slice(PATH_ROWS)) for rows in probes.aperiodic)).both
+    n_rows = max(2, PATH_TOKENS // probe.tokens.shape[1])
+    few = Pair(*(rows.rows(slice(n_rows)) for rows in probes.aperiodic)).both
     alone = ablate_each_head(model, few.batch, few.known, progress)
     copying, eigenvalues = measured.scores["copying"], copying_eigenvalues(model)
     roles = [HeadRole(head, prefix_matching[head].item(), copying[head].item(),
