@@ -179,10 +179,10 @@ def text_loss(o: Outcome, field: str) -> str | None:
 
 
 def edges_removed(field: str) -> Cell:
-    """A field of the knockout of the induction edges."""
+    """A field of the knockout of the induction edges, behind the begin token."""
     def cell(o: Outcome) -> str | None:
-        knockout = o.verdict.mechanism.evidence.knockout
-        value = None if knockout is None else getattr(knockout, field)
+        knockouts = o.verdict.mechanism.evidence.knockout
+        value = None if knockouts is None else getattr(knockouts.begun, field)
         return None if value is None else percent(value)
     return cell
 
@@ -321,18 +321,24 @@ def draw(results: Results) -> Figure:
 
 
 def write_page(name: str, markdown: str, drawn: Figure) -> Path:
-    """Renew the results in docs/studies/NAME.md; the text around them stays."""
-    page = PAGES / f"{name}.md"
+    """Renew the results and the figure of docs/studies/NAME.md."""
     PAGES.mkdir(parents=True, exist_ok=True)
     with atomic_write(PAGES / f"{name}.svg") as file:
         drawn.savefig(file, format="svg", metadata={"Date": None})
+    return renew_results(name, f"{markdown}\n\n![curves]({name}.svg)")
+
+
+def renew_results(name: str, markdown: str) -> Path:
+    """Renew the results in docs/studies/NAME.md; the text around them stays. Raises UserError if
+    the page lacks a mark."""
+    page = PAGES / f"{name}.md"
     text = page.read_text("utf-8") if page.exists() else f"# {name}\n\n{BEGIN}\n{END}\n"
     if BEGIN not in text or END not in text:
         raise UserError(f"{page}: one of the marks {BEGIN} and {END} is missing; the results go "
                         "between them")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     with atomic_write(page, "w") as file:
-        file.write(f"{before}{BEGIN}\n{markdown}\n\n![curves]({name}.svg)\n{END}{after}")
+        file.write(f"{before}{BEGIN}\n{markdown}\n{END}{after}")
     return page
 
 

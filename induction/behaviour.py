@@ -36,6 +36,14 @@ def mean_losses(losses: Tensor, probe: Probe) -> ProbeLosses:
     return ProbeLosses(mean_of(losses, probe.unknown), mean_of(losses, probe.known))
 
 
+def repeat_gain(first: float, known: float, guessing: float) -> float:
+    """What repeating is worth to a model, in nats: its loss in the block, minus its loss where
+    tokens can be known. If guessing, ln of the number of tokens that are drawn, is better than the
+    model in the block, it takes that place: a model that expects something else there, text or a
+    repeat, does not gain what it overpays."""
+    return min(first, guessing) - known
+
+
 class Behaviour(NamedTuple):
     """How well a model predicts the tokens of a probe that can be known."""
 

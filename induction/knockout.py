@@ -6,16 +6,17 @@ head, and not the head as a whole (attention knockout: Geva et al. 2023, "Dissec
 Factual Associations in Auto-Regressive Language Models").
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from math import log
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from data.batches import Batch
-from induction.ablation import gain_removed
-from induction.behaviour import mean_losses, mean_of
-from induction.probes import Probe
+from induction.ablation import SMALLEST_GAIN, activations
+from induction.behaviour import ProbeLosses, mean_losses, mean_of, repeat_gain
+from induction.probes import Pair, Probe
 from induction.scores import visible_matches
 from model.gpt import GPT
 from model.taps import Head, TapFunction, taps
@@ -33,10 +34,12 @@ def induction_edges(tokens: Tensor) -> Tensor:
 
 def random_edges(edges: Tensor, seed: int = 0) -> Tensor:
     """As many other edges of each query, drawn from the keys it sees: (B, T, T) bool. A query with
-    too few others has all of them."""
+    too few others has all of them. None leads to the first token: many heads rest there, and
+    without that edge the others get all their attention, which is no random change."""
     draw = torch.Generator().manual_seed(seed)
     order = torch.rand(edges.shape, generator=draw).to(edges.device)
     others = torch.ones_like(edges).tril() & ~edges
+    others[:, :, 0] = False
     rank = order.masked_fill(~others, 2.0).argsort(-1).argsort(-1)      # 0: the first drawn
     return others & (rank < edges.sum(-1, keepdim=True))
 
@@ -51,18 +54,26 @@ def losses_without_edges(model: GPT, batch: Batch, edges_of: Callable[[Tensor], 
     """The loss of each target (B, T), in nats, without some edges of the patterns of `heads`:
     those that `edges_of` selects, tokens (B, T) → (B, T, T) bool. A row that loses all its edges
     attends to nothing. Few rows at a time: patterns are (B, H, T, T)."""
-    indices_by_layer: dict[int, list[int]] = {}
-    for head in heads:
-        indices_by_layer.setdefault(head.layer, []).append(head.index)
-    T = batch.tokens.shape[1]
-    rows = max(1, PATTERN_ELEMENTS // (model.config.n_heads * T * T))
     losses = []
-    for part in batch.split(rows):
+    for part in batch.split(rows_at_once(model, batch)):
         edges = edges_of(part.tokens)
         with taps(model, {f"L{layer}.pattern": without_edges(edges, indices)
-                          for layer, indices in indices_by_layer.items()}):
+                          for layer, indices in by_layer(heads).items()}):
             losses.append(model.losses(*part))
     return torch.cat(losses)
+
+
+def rows_at_once(model: GPT, batch: Batch) -> int:
+    T = batch.tokens.shape[1]
+    return max(1, PATTERN_ELEMENTS // (model.config.n_heads * T * T))
+
+
+def by_layer(heads: Collection[Head]) -> dict[int, list[int]]:
+    """The indices of heads in each layer."""
+    indices: dict[int, list[int]] = {}
+    for head in heads:
+        indices.setdefault(head.layer, []).append(head.index)
+    return indices
 
 
 def without_edges(edges: Tensor, indices: list[int]) -> TapFunction:
@@ -75,27 +86,91 @@ def without_edges(edges: Tensor, indices: list[int]) -> TapFunction:
     return remove
 
 
+def losses_misreading(model: GPT, batch: Batch, edges_of: Callable[[Tensor], Tensor],
+                      heads: Collection[Head]) -> Tensor:
+    """The loss of each target (B, T), in nats, if `heads` attend as they do, but read other tokens
+    over some edges: what stands at the same position of the next row."""
+    layers, rows, losses = by_layer(heads), rows_at_once(model, batch), []
+    others = Batch(batch.tokens.roll(-1, 0), batch.targets)
+    for part, other in zip(batch.split(rows), others.split(rows)):
+        other_values = activations(model, other, [f"L{layer}.v" for layer in layers])
+        edges = edges_of(part.tokens)
+        with taps(model, [f"L{layer}.{name}" for layer in layers for name in ("pattern", "v")]
+                  ) as acts:
+            with taps(model, {f"L{layer}.z": misread(acts, other_values, edges, layer, indices)
+                              for layer, indices in layers.items()}):
+                losses.append(model.losses(*part))
+    return torch.cat(losses)
+
+
+def misread(acts: Mapping[str, Tensor], other_values: Mapping[str, Tensor], edges: Tensor,
+            layer: int, indices: list[int]) -> TapFunction:
+    """A tap on z (B, H, T, D): over `edges` (B, T, T) some heads of a layer read other values. Its
+    pattern and values in this pass are in `acts`."""
+    def replace(z: Tensor) -> Tensor:
+        change = other_values[f"L{layer}.v"] - acts[f"L{layer}.v"]              # (B, K, T, D)
+        change = change.repeat_interleave(z.shape[1] // change.shape[1], dim=1)[:, indices]
+        over_edges = acts[f"L{layer}.pattern"][:, indices] * edges[:, None]
+        z = z.clone()
+        z[:, indices] += over_edges @ change
+        return z
+    return replace
+
+
 class Knockout(NamedTuple):
-    """What removing the induction edges of some heads does, beside as many random other edges."""
+    """What removing the induction edges of some heads does, beside as many random other edges. Of
+    the repeat gain fractions are removed, at most 1; None if there is none to remove."""
 
     heads: list[Head]
-    gain_removed: float | None          # fraction of the repeat gain, 1 − g′/g; None if there is
-                                        # none to remove
-    by_random: float | None             # the same for the random edges
+    gain_removed: float | None          # by removing the induction edges
+    by_random: float | None             # by removing as many random edges
+    by_misreading: float | None         # by keeping the patterns and reading other tokens over the
+                                        # induction edges: they carry tokens only if this is large;
+                                        # None if not asked for
     known: float                        # rise of the loss of known tokens, in nats
     known_by_random: float
     first_copy: float                   # rise of the loss in the first copy
 
 
-def knock_out(model: GPT, heads: Collection[Head], probe: Probe) -> Knockout:
-    """Remove the induction edges of `heads` on a probe, and then as many random others."""
-    batch = probe.batch
+class KnockoutPair(NamedTuple):
+    """Of the same heads, on rows behind the begin token and on rows without it."""
+
+    begun: Knockout
+    bare: Knockout
+
+
+def knock_out_each(model: GPT, heads: Collection[Head], probes: Pair, vocabulary: int,
+                   misreading: bool = False) -> KnockoutPair:
+    """`knock_out` on both kinds of rows: their gains can differ in sign."""
+    return KnockoutPair(*(knock_out(model, heads, probe, vocabulary, misreading)
+                          for probe in probes))
+
+
+def knock_out(model: GPT, heads: Collection[Head], probe: Probe, vocabulary: int,
+              misreading: bool = False) -> Knockout:
+    """Remove the induction edges of `heads` on a probe of `vocabulary` different tokens, then as
+    many random others; with `misreading` also read other tokens over them."""
+    batch, guessing = probe.batch, log(vocabulary)
     intact = mean_losses(model.losses(*batch), probe)
-    targets = mean_losses(losses_without_edges(model, batch, induction_edges, heads), probe)
-    others = mean_losses(losses_without_edges(model, batch, random_induction_edges, heads), probe)
-    return Knockout(list(heads), gain_removed(intact.gain, targets.gain),
-                    gain_removed(intact.gain, others.gain), targets.known - intact.known,
-                    others.known - intact.known, targets.first - intact.first)
+    targets, others = (
+        mean_losses(losses_without_edges(model, batch, edges_of, heads), probe)
+        for edges_of in (induction_edges, random_induction_edges))
+    by_misreading = None
+    if misreading:
+        misread_losses = losses_misreading(model, batch, induction_edges, heads)
+        by_misreading = fraction_removed(intact, mean_losses(misread_losses, probe), guessing)
+    return Knockout(
+        list(heads), fraction_removed(intact, targets, guessing),
+        fraction_removed(intact, others, guessing), by_misreading,
+        targets.known - intact.known, others.known - intact.known, targets.first - intact.first)
+
+
+def fraction_removed(intact: ProbeLosses, after: ProbeLosses, guessing: float) -> float | None:
+    """1 − g′/g of the repeat gains g before and g′ ≥ 0 after; None if g is hardly anything."""
+    before = repeat_gain(*intact, guessing)
+    if before < SMALLEST_GAIN:
+        return None
+    return 1 - max(0.0, repeat_gain(*after, guessing)) / before
 
 
 class TextKnockout(NamedTuple):

@@ -16,7 +16,7 @@ from induction.ablation import (
     path_patch,
 )
 from induction.behaviour import mean_of
-from induction.knockout import Knockout, knock_out
+from induction.knockout import KnockoutPair, knock_out_each
 from induction.probe_set import Probes
 from induction.probes import Pair, Probe
 from induction.scores import Measured, attention_scores, copying_eigenvalues
@@ -24,8 +24,10 @@ from kernels.planes import REACH
 from model.gpt import GPT
 from model.taps import Head, heads_of
 
-ATTENDS = 0.1               # prefix matching on the aperiodic probe from which a head counts, if it
-ATTENDS_RATIO = 3.0         # is also this many times what uniform attention scores
+ATTENDS = 0.02              # prefix matching on the aperiodic probe from which a head counts, if it
+ATTENDS_RATIO = 2.0         # is also this many times its attention to the targets of other rows.
+                            # Low, because much of a head's attention may go to a sink, and its
+                            # work may be shared by many: the knockout tells which heads matter
 MIN_COPYING = 0.1           # copying score from which a head copies, and below whose negative it
                             # suppresses
 PREVIOUS_TOKEN_HEAD = 0.25  # previous-token score from which a head counts as one
@@ -77,8 +79,8 @@ class MechanismEvidence(NamedTuple):
     roles: list[HeadRole]               # heads that attend to induction targets, strongest first
     uniform: float                      # prefix matching of uniform attention on the same probe
     peak: Peak                          # of the head that attends most around the target
-    knockout: Knockout | None           # the induction edges of these heads; None without heads
-    everywhere: Knockout                # the induction edges of all heads
+    knockout: KnockoutPair | None       # the induction edges of these heads; None without heads
+    everywhere: KnockoutPair            # the induction edges of all heads
     ablation: Effect | None             # these heads as a whole
     previous_token: PreviousTokenHeads | None
     paths: list[Path]                   # from every head below into each of the strongest
@@ -103,13 +105,13 @@ def mechanism_evidence(model: GPT, probes: Probes, measured: Measured,
     probe = probes.aperiodic.both
     attention = attention_scores(model, probe.tokens, probe.queries, probe.first_copy)
     prefix_matching = attention.scores["prefix_matching"]
-    uniform = max(layer.uniform for layer in attention.visible)
-    threshold = max(ATTENDS, ATTENDS_RATIO * uniform)
+    uniform = max(layer.fraction * layer.uniform for layer in attention.visible)
+    threshold = (ATTENDS_RATIO * attention_elsewhere(model, probe)).clamp(min=ATTENDS)
     attending = sorted((head for head in heads_of(model.config)
-                        if prefix_matching[head] >= threshold),
+                        if prefix_matching[head] >= threshold[head]),
                        key=lambda head: -prefix_matching[head])
     profile = attention.offset_profile
-    everywhere = knock_out(model, heads_of(model.config), probe)
+    everywhere = knock_out_each(model, heads_of(model.config), probes.aperiodic, probes.vocabulary)
     if not attending:
         return MechanismEvidence([], uniform, highest_peak(profile), None, everywhere, None, None,
                                  [])
@@ -121,10 +123,19 @@ def mechanism_evidence(model: GPT, probes: Probes, measured: Measured,
                       eigenvalues[head].item(), alone[head]) for head in attending]
     previous_token = previous_token_heads(model, attention.scores["previous_token"], attending,
                                           probe)
+    knockout = knock_out_each(model, attending, probes.aperiodic, probes.vocabulary,
+                              misreading=True)
     return MechanismEvidence(
-        roles, uniform, peak_of(attending[0], profile), knock_out(model, attending, probe),
+        roles, uniform, peak_of(attending[0], profile), knockout,
         everywhere, ablation_effect(model, attending, probe), previous_token,
         paths_into(model, attending, alone, few, progress))
+
+
+def attention_elsewhere(model: GPT, probe: Probe) -> torch.Tensor:
+    """Prefix matching for the targets of the next row, which are at as many and as distant places:
+    (L, H). It is that of a head which looks back by fixed distances, or evenly."""
+    return attention_scores(model, probe.tokens, probe.queries.roll(-1, 0),
+                            targets_of=probe.tokens.roll(-1, 0)).scores["prefix_matching"]
 
 
 def highest_peak(profile: torch.Tensor) -> Peak:

@@ -59,10 +59,13 @@ class PatternScores(NamedTuple):
 
 @torch.no_grad()
 def attention_scores(model: GPT, tokens: Tensor, queries: Tensor,
-                     first_copy: Tensor | None = None) -> PatternScores:
+                     first_copy: Tensor | None = None,
+                     targets_of: Tensor | None = None) -> PatternScores:
     """The scores of every head's attention pattern on tokens (B, T), averaged over the rows of the
     pattern that `queries` (B, T) bool selects. With `first_copy` (B, T) bool, the previous-token
-    score is averaged over that, and over `queries` under another name.
+    score is averaged over that, and over `queries` under another name. With `targets_of` (B, T) the
+    targets are those of other tokens, so that prefix matching is what a head scores by where it
+    looks, whatever it reads there.
 
     Definitions: Olsson et al. 2022, "In-context Learning and Induction Heads", appendix. Entropy is
     divided by the log of the number of keys that its row sees. The offset profile is the attention
@@ -70,14 +73,15 @@ def attention_scores(model: GPT, tokens: Tensor, queries: Tensor,
     left out if every counted query sees one.
     """
     layers: list[LayerScores] = []
+    of = tokens if targets_of is None else targets_of
 
     with taps(model, ["L*.q", "L*.k"]) as acts:
         # lse comes after q and k, so each layer is measured, and dropped, before the next.
         def measure_layer(layer: int, window: int | None) -> TapFunction:
             def on_lse(lse: Tensor) -> None:
                 rows = head_statistics(acts.pop(f"L{layer}.q"), acts.pop(f"L{layer}.k"), lse,
-                                       tokens, window=window)
-                layers.append(layer_scores(rows, tokens, queries, first_copy, window))
+                                       of, window=window)
+                layers.append(layer_scores(rows, of, queries, first_copy, window))
             return on_lse
 
         lse_taps: dict[str, TapFunction | None] = {

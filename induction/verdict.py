@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple
 
 from data.batches import Batch
 from induction.ablation import ProgressBar
-from induction.behaviour import Behaviour, TextLoss, behaviour, text_loss
-from induction.knockout import TextKnockout, knock_out_on_text
+from induction.behaviour import Behaviour, TextLoss, behaviour, repeat_gain, text_loss
+from induction.knockout import Knockout, TextKnockout, knock_out_on_text
 from induction.mechanism import MechanismEvidence, mechanism_evidence
 from induction.phase import INDUCTION_HEAD, Transition
 from induction.probe_set import Probes
@@ -31,13 +31,15 @@ WEAK_RATIO = 2.0        # accuracy, relative to a random token of the block, fro
                         # fails the above still predicts something
 MAX_CHANCE = 0.15       # accuracy of a random token of the block above which a context is too short
                         # for the aperiodic probe: some look-backs meet it
-MIN_REMOVED = 0.5       # fraction of the repeat gain that removing the induction edges must remove
+MIN_REMOVED = 0.5       # fraction of the repeat gain that removing the induction edges must remove,
+                        # and reading other tokens over them too
 MAX_RANDOM = 0.25       # fraction that removing as many random edges may remove
 
 
 BehaviourAnswer = Literal["yes", "only with begin token", "only without begin token", "weak", "no",
                           "not shown"]
-MechanismAnswer = Literal["yes", "another", "attention only", "no", "not shown"]
+MechanismAnswer = Literal["yes", "only with begin token", "only without begin token", "another",
+                          "attention only", "no", "not shown"]
 TransferAnswer = Literal["yes", "no", "not shown"]
 Answer = Literal["yes", "partly", "no", "not shown"]
 
@@ -56,6 +58,12 @@ class BehaviourFinding(NamedTuple):
     def accuracy(self) -> float:
         """On the worse of both kinds of rows."""
         return min(self.begun.accuracy, self.bare.accuracy)
+
+    @property
+    def on(self) -> tuple[bool, bool]:
+        """Whether it predicts on rows behind the begin token, and on rows without it."""
+        return (self.answer in ("yes", "only with begin token"),
+                self.answer in ("yes", "only without begin token"))
 
 
 class MechanismFinding(NamedTuple):
@@ -92,9 +100,9 @@ class Verdict(NamedTuple):
         behaviour, mechanism = self.behaviour.answer, self.mechanism.answer
         if "not shown" in (behaviour, mechanism):
             return "not shown"
-        if mechanism != "yes" or behaviour in ("weak", "no"):
+        if behaviour in ("weak", "no") or mechanism in ("another", "attention only", "no"):
             return "no"
-        return "yes" if behaviour == "yes" else "partly"
+        return "yes" if behaviour == mechanism == "yes" else "partly"
 
     @property
     def one_layer(self) -> bool:
@@ -123,7 +131,7 @@ def judge(run: str, condition: str, control: bool, model: GPT, probes: Probes,
     measured = measure(model, probes.scored, probes.unrepeated)
     behaviour_finding = find_behaviour(model, probes.aperiodic, probes.vocabulary)
     evidence = mechanism_evidence(model, probes, measured, progress)
-    answer = mechanism_answer(behaviour_finding.answer, evidence)
+    answer = mechanism_answer(behaviour_finding, evidence)
     heads = evidence.attending or heads_of(model.config)
     return Verdict(
         run=run, condition=condition, control=control, probes=probes, measured=measured,
@@ -138,8 +146,7 @@ def find_behaviour(model: GPT, rows: Pair, vocabulary: int) -> BehaviourFinding:
     guessing = log(vocabulary)
 
     def predicts(b: Behaviour) -> bool:
-        # A model of text is worse than guessing on random tokens: that is no gain of repetition.
-        gain = min(b.loss_first, guessing) - b.loss_known
+        gain = repeat_gain(b.loss_first, b.loss_known, guessing)
         return b.accuracy >= MIN_ACCURACY and gain >= MIN_GAIN
 
     def predicts_some(b: Behaviour) -> bool:
@@ -159,45 +166,60 @@ def find_behaviour(model: GPT, rows: Pair, vocabulary: int) -> BehaviourFinding:
     return BehaviourFinding(answer, begun, bare, guessing)
 
 
-def mechanism_answer(behaviour: BehaviourAnswer, evidence: MechanismEvidence) -> MechanismAnswer:
-    """Whether induction heads do what the model does.
+def mechanism_answer(finding: BehaviourFinding, evidence: MechanismEvidence) -> MechanismAnswer:
+    """Whether induction heads do what the model does, where it does it.
 
     Heads that attend as induction heads do without any behaviour are attention only. A behaviour
-    that outlives the removal of their edges has another mechanism.
+    that outlives the removal of their edges has another mechanism, and so has one for which it does
+    not matter which token they read.
     """
-    if behaviour == "not shown":
+    if finding.answer == "not shown":
         return "not shown"
     looks_right = any(role.prefix_matching >= INDUCTION_HEAD for role in evidence.roles)
-    if behaviour == "no":
+    knockouts = evidence.knockout or (None, None)
+    causes = [cause(knockout) for knockout in knockouts]
+    if finding.answer == "weak" and "yes" in causes:
+        return "yes"
+    if finding.answer in ("no", "weak"):
         return "attention only" if looks_right else "no"
-    knockout = evidence.knockout
-    if knockout is not None and knockout.gain_removed is not None:
-        assert knockout.by_random is not None
-        if knockout.by_random > MAX_RANDOM:
-            return "not shown"
-        if knockout.gain_removed >= MIN_REMOVED:
-            return "yes"
-    if behaviour == "weak":
-        return "attention only" if looks_right else "no"
-    return "another"
+    wanted = [answer for answer, predicts in zip(causes, finding.on) if predicts]
+    if wanted in (["yes"], ["yes", "yes"]):
+        return "yes"
+    if "yes" in wanted:
+        return "only with begin token" if causes[0] == "yes" else "only without begin token"
+    return "not shown" if "not shown" in wanted else "another"
+
+
+def cause(knockout: Knockout | None) -> Literal["yes", "another", "not shown"]:
+    """Whether the heads that attend to induction targets do it, on one kind of rows."""
+    if knockout is None or knockout.gain_removed is None:
+        return "another"
+    assert knockout.by_random is not None and knockout.by_misreading is not None
+    if knockout.by_random > MAX_RANDOM:
+        return "not shown"
+    removed = min(knockout.gain_removed, knockout.by_misreading)
+    return "yes" if removed >= MIN_REMOVED else "another"
 
 
 def find_transfer(model: GPT, probes: Probes, finding: BehaviourFinding, heads: list[Head],
                   text: Batch | None) -> TransferFinding:
-    """Whether the behaviour is there for what training never repeated."""
+    """Whether the behaviour is there for what training never repeated, on the kinds of rows on
+    which it is there at all. A behaviour that is nowhere transfers to nothing."""
+    kinds = [probe for probe, predicts in zip(probes.periodic, finding.on) if predicts]
     by_period = {}
     for period in probes.periodic.begun.blocks.unique().tolist():
         by_period[period] = min(
             behaviour(model, probe.rows(probe.blocks == period)).accuracy
-            for probe in probes.periodic)
+            for probe in kinds or probes.periodic)
     periods: TransferAnswer = "not shown"
-    if probes.never_trained:
-        periods = "yes" if min(by_period.values()) >= MIN_ACCURACY else "no"
+    if probes.never_trained and finding.answer != "not shown":
+        periods = "yes" if kinds and min(by_period.values()) >= MIN_ACCURACY else "no"
 
-    unseen, tokens = None, finding.answer
+    unseen, there = None, finding.on
     if probes.unseen_tokens is not None:
         unseen = find_behaviour(model, probes.unseen_tokens, probes.vocabulary)
-        tokens = unseen.answer
+        there = unseen.on
+    works = any(finding.on) and all(new for new, old in zip(there, finding.on) if old)
     shown = (probes.history_known and finding.answer != "not shown"
              and (unseen is not None or not probes.repeats_trained))
     on_text, loss = None, None
@@ -206,5 +228,5 @@ def find_transfer(model: GPT, probes: Probes, finding: BehaviourFinding, heads: 
         loss = text_loss(model, text, begin=int(probes.scored.tokens[0, 0]))
     trained = None if probes.trained is None else behaviour(model, probes.trained).accuracy
     return TransferFinding(
-        periods, by_period, trained, ("yes" if tokens == "yes" else "no") if shown else "not shown",
+        periods, by_period, trained, ("yes" if works else "no") if shown else "not shown",
         unseen, on_text, loss)

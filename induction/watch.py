@@ -58,7 +58,7 @@ class HeadWatch:
 def knockout_metrics(model: GPT, probes: Probes) -> Metrics:
     """What the model loses without the induction edges of all its heads; empty if repeating is
     worth nothing to it yet."""
-    result = knock_out(model, heads_of(model.config), probes.aperiodic.both)
+    result = knock_out(model, heads_of(model.config), probes.aperiodic.both, probes.vocabulary)
     if result.gain_removed is None or result.by_random is None:
         return {}
     return {KNOCKOUT: result.gain_removed, KNOCKOUT_RANDOM: result.by_random}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from induction.ablation import Effect, Path
 from induction.examine import HeadScores, KeyComposition, ProbeExamination, TextScores
 from induction.history import icl_transition, model_transition, step_at
-from induction.knockout import Knockout
+from induction.knockout import Knockout, KnockoutPair
 from induction.mechanism import PREVIOUS_TOKEN_HEAD, HeadRole, PreviousTokenHeads
 from induction.metrics import ACCURACY, ACCURACY_BARE, scores_by_head
 from induction.phase import Transition
@@ -20,6 +20,7 @@ SHORT = {"prefix_matching": "prefix", "prefix_matching_visible": "visible",
          "latest_match": "latest", "current_token": "current", "previous_token": "previous",
          "previous_token_later": "later", "duplicate_token": "duplicate", "first_token": "first",
          "copying_eigenvalues": "eigen"}
+MOST_ROLES = 12         # heads named in a sentence
 INPUT_NAMES = {"q": "queries", "k": "keys", "v": "values"}
 
 EXPLANATIONS = SCORES | {"copying_eigenvalues": "the same as copying, from the head's weights"}
@@ -125,21 +126,28 @@ def describe_behaviour(finding: BehaviourFinding) -> str:
 
 
 def describe_roles(roles: list[HeadRole]) -> str:
-    """L1H3 0.94 (copies), L1H0 0.31 (suppresses)."""
-    return ", ".join(f"{role.head} {role.prefix_matching:.2f} ({describe_role(role)})"
-                     for role in roles)
+    """L1H3 0.94 (copies), L1H0 0.31 (suppresses); the strongest MOST_ROLES."""
+    text = ", ".join(f"{role.head} {role.prefix_matching:.2f} ({describe_role(role)})"
+                     for role in roles[:MOST_ROLES])
+    return text if len(roles) <= MOST_ROLES else f"{text}, and {len(roles) - MOST_ROLES} more"
 
 
 def describe_role(role: HeadRole) -> str:
     return "copies or suppresses nothing" if role.role == "neither" else role.role
 
 
-def describe_knockout(knockout: Knockout) -> str:
+def describe_knockout(knockouts: KnockoutPair) -> str:
+    begun, bare = map(describe_removed, knockouts)
+    return f"behind the begin token {begun}, without it {bare}"
+
+
+def describe_removed(knockout: Knockout) -> str:
     if knockout.gain_removed is None or knockout.by_random is None:
-        return (f"known tokens cost {knockout.known:+.2f} nats (repeating gains too little to give "
-                "a fraction)")
-    return (f"{percent(knockout.gain_removed)} of the repeat gain is gone, without as many random "
-            f"edges {percent(knockout.by_random)}")
+        return f"known tokens cost {knockout.known:+.2f} nats (repeating gains nothing)"
+    others = f"without as many random edges {percent(knockout.by_random)}"
+    if knockout.by_misreading is not None:
+        others += f"; if they read other tokens {percent(knockout.by_misreading)}"
+    return f"{percent(knockout.gain_removed)} of the repeat gain is gone ({others})"
 
 
 def describe_ablation(effect: Effect) -> str:

@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 from induction.ablation import INPUTS, Path
-from induction.phase import Transition
+from induction.mechanism import Peak
+from induction.phase import INDUCTION_HEAD, Transition
 from induction.verdict import (
     MAX_RANDOM,
     MIN_ACCURACY,
@@ -30,8 +31,12 @@ RULES = (f"**How to read this.** *Behaviour* is yes if the model predicts at lea
          "nats better than without repetition, with the begin token in front and without it. "
          f"*Mechanism* is yes if removing the attention edges to induction targets removes at "
          f"least {MIN_REMOVED:.0%} of the repeat gain, and as many random edges at most "
-         f"{MAX_RANDOM:.0%}. *Transfer* counts only what training never repeated. The probes are "
-         "random tokens: on text a head may do more, or other things.")
+         f"{MAX_RANDOM:.0%}, and if reading other tokens over these edges removes as much. The "
+         "repeat gain is the loss of the first copy, or of guessing if that is less, minus the "
+         "loss of known tokens. *Transfer* counts only what training never repeated, on the kinds "
+         "of rows on which the behaviour is there. The probes are random tokens: on text a head "
+         "may do more, or other things. If two circuits do the same and each is enough, removing "
+         "one removes nothing, and the answer is no.")
 
 
 def verdict_page(verdicts: list[Verdict]) -> str:
@@ -100,11 +105,24 @@ def statement(verdict: Verdict) -> Statement:
         where = ", but only behind the begin token"
     elif behaviour == "only without begin token":
         where = ", but not behind the begin token"
-    if mechanism != "yes":
+    if mechanism == "another":
         return Statement("No", "the model continues sequences of random tokens that it has just "
-                         f"seen{where}, but not by attending to induction targets")
+                         f"seen{where}, but does not need to copy from induction targets"
+                         + elsewhere(verdict.mechanism.evidence.peak))
+    if mechanism != "yes":
+        place = "behind" if mechanism == "only with begin token" else "not behind"
+        return Statement("Partly", "the model continues sequences of random tokens that it has "
+                         f"just seen, and induction heads do it, but only {place} the begin token")
     return Statement("Partly" if where else "Yes", "the model continues sequences of random tokens "
                      f"that it has just seen{where}, and induction heads do it")
+
+
+def elsewhere(peak: Peak) -> str:
+    """Where heads attend instead, if they do so near induction targets."""
+    if peak.offset == 0 or peak.weight < INDUCTION_HEAD:
+        return ""
+    side = "after" if peak.offset > 0 else "before"
+    return f": {peak.head} attends {plural(abs(peak.offset), 'token')} {side} them"
 
 
 def measured_accuracy(runs: list[Verdict]) -> str:

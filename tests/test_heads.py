@@ -14,7 +14,7 @@ from test_scores import dense_scores
 from induction.ablation import Effect, losses_without
 from induction.ablation import Path as AblatedPath
 from induction.examine import HeadScores, probes_for
-from induction.knockout import Knockout
+from induction.knockout import Knockout, KnockoutPair
 from induction.mechanism import HeadRole, PreviousTokenHeads
 from induction.phase import Transition
 from induction.scores import SCORES
@@ -85,10 +85,13 @@ def test_sentences_say_what_was_measured():
         "repeat gain")
     nothing = describe_ablation(effect._replace(known=-0.5, gain_removed=None))
     assert "lowers the loss of known tokens by 0.50 nats" in nothing and "%" not in nothing
-    knockout = Knockout(two, 0.97, 0.02, 6.5, 0.1, 0.0)
-    assert describe_knockout(knockout) == (
-        "97% of the repeat gain is gone, without as many random edges 2%")
-    assert "%" not in describe_knockout(knockout._replace(gain_removed=None, by_random=None))
+    begun = Knockout(two, 0.97, 0.02, None, 6.5, 0.1, 0.0)
+    nothing = begun._replace(gain_removed=None, by_random=None)
+    assert describe_knockout(KnockoutPair(begun, begun._replace(by_misreading=0.91))) == (
+        "behind the begin token 97% of the repeat gain is gone (without as many random edges 2%), "
+        "without it 97% of the repeat gain is gone (without as many random edges 2%; if they read "
+        "other tokens 91%)")
+    assert "%" not in describe_knockout(KnockoutPair(nothing, nothing))
     roles = [HeadRole(two[0], 0.94, 0.31, 0.8, 2.0), HeadRole(two[1], 0.5, -0.4, -0.9, -0.3),
              HeadRole(one[0], 0.2, 0.02, 0.5, 0.0), HeadRole(one[0], 0.2, 0.4, -0.5, 0.0)]
     assert describe_roles(roles) == (

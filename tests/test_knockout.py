@@ -1,6 +1,8 @@
 """induction/knockout.py: which edges are removed, and that removing them is masking before the
 softmax."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +10,13 @@ from test_scores import make_model
 
 from data.batches import Batch
 from induction import knockout
-from induction.ablation import gain_removed
-from induction.behaviour import mean_losses
+from induction.behaviour import ProbeLosses, mean_losses, repeat_gain
 from induction.knockout import (
+    fraction_removed,
     induction_edges,
     knock_out,
     knock_out_on_text,
+    losses_misreading,
     losses_without_edges,
     random_edges,
 )
@@ -38,13 +41,15 @@ def test_random_edges_are_as_many_others_that_the_query_sees():
     others = random_edges(edges)
     assert not (edges & others).any() and not others.triu(1).any()
     visible = torch.arange(1, 41)
-    wanted = torch.minimum(edges.sum(-1), visible - edges.sum(-1))
+    wanted = torch.minimum(edges.sum(-1), visible - 1 - edges.sum(-1))  # the first token is a sink
     assert torch.equal(others.sum(-1), wanted) and edges.sum() > 200
     assert torch.equal(random_edges(edges), others)
     assert not torch.equal(random_edges(edges, seed=1), others)
     # Not always the same places: uniform over what is left.
     where = torch.stack([random_edges(edges, seed)[0, 39] for seed in range(400)]).float().mean(0)
     free = ~edges[0, 39]
+    assert free[0] and where[0] == 0
+    free[0] = False
     assert (where[free] - edges[0, 39].sum() / free.sum()).abs().max() < 0.1
 
 
@@ -100,7 +105,7 @@ def test_rows_are_taken_a_few_at_a_time(monkeypatch):
 def test_a_knockout_is_the_gain_without_these_edges():
     model = make_model()
     heads = heads_of(model.config)
-    result = knock_out(model, heads, PROBE)
+    result = knock_out(model, heads, PROBE, vocabulary=59)
 
     def losses(edges_of):
         return mean_losses(losses_without_edges(model, PROBE.batch, edges_of, heads), PROBE)
@@ -111,10 +116,40 @@ def test_a_knockout_is_the_gain_without_these_edges():
     assert result.known == pytest.approx(targets.known - intact.known)
     assert result.known_by_random == pytest.approx(others.known - intact.known)
     assert result.first_copy == pytest.approx(targets.first - intact.first)
-    assert result.gain_removed == gain_removed(intact.gain, targets.gain)
-    assert result.by_random == gain_removed(intact.gain, others.gain)
+    assert result.gain_removed == fraction_removed(intact, targets, math.log(59))
+    assert result.by_random == fraction_removed(intact, others, math.log(59))
     # In the block no token occurred before, so there is no edge to remove.
     assert result.first_copy == pytest.approx(0, abs=1e-5)
+
+
+def test_gain_is_measured_from_guessing_if_that_is_better():
+    assert repeat_gain(9.0, 1.0, guessing=4.0) == 3.0
+    assert repeat_gain(3.5, 1.0, guessing=4.0) == 2.5
+    # The model overpays in the block by 5 nats, which no removal of edges changes: half of 8 nats
+    # is left of 9 − 1, nothing of 4 − 1.
+    assert fraction_removed(ProbeLosses(9, 1), ProbeLosses(9, 5), 4.0) == 1
+    assert fraction_removed(ProbeLosses(9, 1), ProbeLosses(9, 2.5), 4.0) == 0.5
+    assert fraction_removed(ProbeLosses(9, 3.95), ProbeLosses(9, 5), 4.0) is None
+
+
+@pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 1}])
+@torch.no_grad()
+def test_misreading_is_attention_with_the_values_of_the_next_row(shape):
+    model, batch, heads = make_model(**shape), PROBE.batch, [Head(1, 0), Head(1, 3)]
+    group = 4 // model.config.kv_heads
+    names = ["L1.pattern", "L1.v", "L1.z"]
+    with taps(model, names) as acts:
+        model.hidden(batch.tokens)
+    pattern, v, z = (acts[name].double() for name in names)
+    for row, query, key in induction_edges(batch.tokens).nonzero().tolist():
+        for _, head in heads:
+            change = v[(row + 1) % 6, head // group, key] - v[row, head // group, key]
+            z[row, head, query] += pattern[row, head, query, key] * change
+    with taps(model, {"L1.z": lambda _: z.float()}):
+        expected = model.losses(*batch)
+    losses = losses_misreading(model, batch, induction_edges, heads)
+    assert torch.allclose(losses, expected, atol=1e-4)
+    assert not torch.allclose(losses, model.losses(*batch), atol=1e-2)
 
 
 def test_edges_on_text_count_where_a_token_occurred_before():

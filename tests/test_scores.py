@@ -229,6 +229,16 @@ def test_scores_are_those_of_the_dense_pattern(shape, dtype, tolerance):
                                   rtol=0), (name, layer)
 
 
+def test_targets_can_be_those_of_other_tokens():
+    model, other = make_model(), PROBE.tokens.roll(-1, 0)
+    with taps(model, "L*.pattern") as cache, torch.no_grad():
+        model.hidden(PROBE.tokens)
+    found = attention_scores(model, PROBE.tokens, PROBE.queries, targets_of=other).scores
+    for layer in range(2):
+        dense = dense_scores(cache[f"L{layer}.pattern"], other, PROBE.queries, None)
+        assert torch.allclose(found["prefix_matching"][layer], dense["prefix_matching"], atol=1e-4)
+
+
 def test_the_previous_token_score_is_of_the_first_copy():
     """Where an induction circuit writes which token precedes each key; and apart from it, later."""
     model = make_model()

@@ -74,7 +74,8 @@ def test_what_is_logged_is_what_the_checkpoint_measures(workplace):
     assert metrics_at_end["aperiodic/accuracy_without_begin"] == bare.accuracy
     assert metrics_at_end["aperiodic/loss_known"] == pytest.approx(
         (begun.loss_known + bare.loss_known) / 2)
-    removed = knock_out(run.model, heads_of(run.model.config), probes.aperiodic.both)
+    removed = knock_out(run.model, heads_of(run.model.config), probes.aperiodic.both,
+                        probes.vocabulary)
     assert metrics_at_end.get("knockout/gain_removed") == removed.gain_removed
 
 

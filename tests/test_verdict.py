@@ -1,0 +1,53 @@
+"""induction/verdict.py on models whose weights were set by hand, so that the right answers are
+known (bench/fooling_models.py)."""
+
+import math
+
+import pytest
+import torch
+
+from bench.fooling import judge_entry
+from bench.fooling_models import (
+    GALLERY,
+    content_blind,
+    look_back_17,
+    look_backs,
+    target_plus_one,
+    unigram,
+)
+from bench.hand_built import probes
+from bench.true_circuits import honest
+from induction.knockout import induction_edges
+from report.verdict_page import verdict_page
+
+PROBES = probes(rows=8)
+
+
+@pytest.mark.parametrize("entry", GALLERY, ids=lambda entry: entry.name)
+def test_what_is_true_of_a_model_is_found(entry):
+    judged = judge_entry(entry, PROBES)
+    assert judged.found == entry.truth
+    page = verdict_page([judged.verdict])           # words for every combination of answers
+    assert f"## {entry.name}: {entry.truth.answer}" in page
+
+
+@pytest.mark.parametrize("build", [look_back_17, look_backs, unigram, content_blind,
+                                   target_plus_one], ids=lambda build: build.__name__)
+def test_heads_that_ignore_what_they_read_do_not_attend_to_targets(build):
+    # By distance or evenly, each puts some weight on targets: 0.06 if it attends evenly.
+    entry = next(entry for entry in GALLERY if entry.build is build)
+    assert judge_entry(entry, PROBES).verdict.mechanism.evidence.roles == []
+
+
+@torch.no_grad()
+def test_the_honest_circuit_is_exact():
+    # Where a token has a single earlier copy, the logit of its successor is the highest by far: 16
+    # times the head's weight on it, e^8 / (e^8 + other keys), beside random logits.
+    model, rows = honest(), PROBES.aperiodic.bare
+    single = (induction_edges(rows.tokens).sum(-1) == 1)[:, :-1] & rows.known
+    assert single.sum() > 50
+    right = model(rows.tokens)[:, :-1].gather(-1, rows.tokens[:, 1:, None]).squeeze(-1)[single]
+    keys = torch.arange(1, rows.tokens.shape[1])[None].expand_as(single)[single]
+    weight = math.exp(8) / (math.exp(8) + keys - 1)
+    prior = model.lm_head.weight[rows.tokens[:, 1:], rows.tokens[:, :-1]][single]
+    assert torch.allclose(right - prior, 16 * weight.float(), atol=0.05)
