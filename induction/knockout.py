@@ -18,49 +18,62 @@ from induction.ablation import SMALLEST_GAIN, activations
 from induction.behaviour import ProbeLosses, mean_losses, mean_of, repeat_gain
 from induction.probes import Pair, Probe
 from induction.scores import visible_matches
+from kernels.reference import visible
 from model.gpt import GPT
 from model.taps import Head, TapFunction, taps
 
 PATTERN_ELEMENTS = 2 ** 27      # of one layer's patterns at a time: 512 MB in float32
 
 
-def induction_edges(tokens: Tensor) -> Tensor:
+EdgesOf = Callable[[Tensor, int | None], Tensor]    # tokens (B, T), window → (B, T, T) bool
+
+
+def induction_edges(tokens: Tensor, window: int | None = None) -> Tensor:
     """The edges from each query to its induction targets: every j ≤ i with x_{j−1} = x_i, of
-    tokens (B, T). (B, T, T) bool."""
+    tokens (B, T), that a layer with this window sees. (B, T, T) bool."""
     follows = torch.zeros(*tokens.shape, tokens.shape[1], dtype=torch.bool, device=tokens.device)
     follows[:, :, 1:] = tokens[:, :, None] == tokens[:, None, :-1]
-    return follows.tril()
+    return follows & visible(*follows.shape[1:], window=window, device=tokens.device)
 
 
-def random_edges(edges: Tensor, seed: int = 0) -> Tensor:
+def random_edges(edges: Tensor, window: int | None = None, seed: int = 0) -> Tensor:
     """As many other edges of each query, drawn from the keys it sees: (B, T, T) bool. A query with
     too few others has all of them. None leads to the first token: many heads rest there, and
     without that edge the others get all their attention, which is no random change."""
     draw = torch.Generator().manual_seed(seed)
     order = torch.rand(edges.shape, generator=draw).to(edges.device)
-    others = torch.ones_like(edges).tril() & ~edges
+    others = visible(*edges.shape[1:], window=window, device=edges.device) & ~edges
     others[:, :, 0] = False
     rank = order.masked_fill(~others, 2.0).argsort(-1).argsort(-1)      # 0: the first drawn
     return others & (rank < edges.sum(-1, keepdim=True))
 
 
-def random_induction_edges(tokens: Tensor) -> Tensor:
+def random_induction_edges(tokens: Tensor, window: int | None = None) -> Tensor:
     """As many edges of each query as it has induction edges, but others: (B, T, T) bool."""
-    return random_edges(induction_edges(tokens))
+    return random_edges(induction_edges(tokens, window), window)
 
 
-def losses_without_edges(model: GPT, batch: Batch, edges_of: Callable[[Tensor], Tensor],
+def losses_without_edges(model: GPT, batch: Batch, edges_of: EdgesOf,
                          heads: Collection[Head]) -> Tensor:
     """The loss of each target (B, T), in nats, without some edges of the patterns of `heads`:
-    those that `edges_of` selects, tokens (B, T) → (B, T, T) bool. A row that loses all its edges
-    attends to nothing. Few rows at a time: patterns are (B, H, T, T)."""
+    those that `edges_of` selects in a layer with a window, (tokens (B, T), window) → (B, T, T)
+    bool. A row that loses all its edges attends to nothing. Few rows at a time: patterns are
+    (B, H, T, T)."""
     losses = []
     for part in batch.split(rows_at_once(model, batch)):
-        edges = edges_of(part.tokens)
-        with taps(model, {f"L{layer}.pattern": without_edges(edges, indices)
+        edges = edges_by_layer(model, part, edges_of, heads)
+        with taps(model, {f"L{layer}.pattern": without_edges(edges[layer], indices)
                           for layer, indices in by_layer(heads).items()}):
             losses.append(model.losses(*part))
     return torch.cat(losses)
+
+
+def edges_by_layer(model: GPT, batch: Batch, edges_of: EdgesOf,
+                   heads: Collection[Head]) -> dict[int, Tensor]:
+    """The edges (B, T, T) of each layer that has some of `heads`; made once for each window."""
+    windows = {head.layer: model.config.windows[head.layer] for head in heads}
+    made = {window: edges_of(batch.tokens, window) for window in set(windows.values())}
+    return {layer: made[window] for layer, window in windows.items()}
 
 
 def rows_at_once(model: GPT, batch: Batch) -> int:
@@ -86,7 +99,7 @@ def without_edges(edges: Tensor, indices: list[int]) -> TapFunction:
     return remove
 
 
-def losses_misreading(model: GPT, batch: Batch, edges_of: Callable[[Tensor], Tensor],
+def losses_misreading(model: GPT, batch: Batch, edges_of: EdgesOf,
                       heads: Collection[Head]) -> Tensor:
     """The loss of each target (B, T), in nats, if `heads` attend as they do, but read other tokens
     over some edges: what stands at the same position of the next row."""
@@ -94,11 +107,12 @@ def losses_misreading(model: GPT, batch: Batch, edges_of: Callable[[Tensor], Ten
     others = Batch(batch.tokens.roll(-1, 0), batch.targets)
     for part, other in zip(batch.split(rows), others.split(rows)):
         other_values = activations(model, other, [f"L{layer}.v" for layer in layers])
-        edges = edges_of(part.tokens)
+        edges = edges_by_layer(model, part, edges_of, heads)
         with taps(model, [f"L{layer}.{name}" for layer in layers for name in ("pattern", "v")]
                   ) as acts:
-            with taps(model, {f"L{layer}.z": misread(acts, other_values, edges, layer, indices)
-                              for layer, indices in layers.items()}):
+            with taps(model, {
+                    f"L{layer}.z": misread(acts, other_values, edges[layer], layer, indices)
+                    for layer, indices in layers.items()}):
                 losses.append(model.losses(*part))
     return torch.cat(losses)
 
@@ -186,7 +200,7 @@ def knock_out_on_text(model: GPT, heads: Collection[Head], text: Batch) -> TextK
     matched = visible_matches(text.tokens, None) > 0                            # (B, T)
     intact = model.losses(*text)
 
-    def rise(edges_of: Callable[[Tensor], Tensor]) -> float:
+    def rise(edges_of: EdgesOf) -> float:
         return mean_of(losses_without_edges(model, text, edges_of, heads) - intact, matched)
 
     return TextKnockout(rise(induction_edges), rise(random_induction_edges),

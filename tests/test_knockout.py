@@ -46,11 +46,24 @@ def test_random_edges_are_as_many_others_that_the_query_sees():
     assert torch.equal(random_edges(edges), others)
     assert not torch.equal(random_edges(edges, seed=1), others)
     # Not always the same places: uniform over what is left.
-    where = torch.stack([random_edges(edges, seed)[0, 39] for seed in range(400)]).float().mean(0)
+    draws = torch.stack([random_edges(edges, seed=seed)[0, 39] for seed in range(400)])
+    where = draws.float().mean(0)
     free = ~edges[0, 39]
     assert free[0] and where[0] == 0
     free[0] = False
     assert (where[free] - edges[0, 39].sum() / free.sum()).abs().max() < 0.1
+
+
+def test_a_window_is_no_place_for_edges_that_it_does_not_show():
+    """Else a random edge of a windowed layer would often be one that does not exist."""
+    edges, near = (induction_edges(PROBE.tokens, window) for window in (None, 9))
+    position = torch.arange(40)
+    inside = position > position[:, None] - 9
+    assert torch.equal(near, edges & inside) and 0 < near.sum() < edges.sum()
+    others = random_edges(near, 9)
+    assert not (others & ~inside).any() and not (others & near).any()
+    free = (inside.tril() & ~near)[..., 1:].sum(-1)
+    assert torch.equal(others.sum(-1), torch.minimum(near.sum(-1), free))
 
 
 @pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 1}, {"window": [None, 9]}])
@@ -81,11 +94,11 @@ def test_removing_edges_is_masking_before_the_softmax(shape):
 def test_a_query_without_edges_left_attends_to_nothing():
     model = make_model()
     with taps(model, "L0.pattern") as seen:
-        losses_without_edges(model, PROBE.batch, lambda tokens: torch.ones(
+        losses_without_edges(model, PROBE.batch, lambda tokens, _: torch.ones(
             *tokens.shape, tokens.shape[1], dtype=torch.bool), [Head(0, 2)])
     # The tap reads the intact pattern: the inner one, set later, gets what it has replaced.
     assert seen["L0.pattern"][:, 2].sum(-1).allclose(torch.ones(6, 39))
-    losses = losses_without_edges(model, PROBE.batch, lambda tokens: torch.ones(
+    losses = losses_without_edges(model, PROBE.batch, lambda tokens, _: torch.ones(
         *tokens.shape, tokens.shape[1], dtype=torch.bool), [Head(0, 2)])
     with taps(model, {"L0.z": lambda z: z.index_fill(1, torch.tensor([2]), 0)}):
         silenced = model.losses(*PROBE.batch)
@@ -112,7 +125,7 @@ def test_a_knockout_is_the_gain_without_these_edges():
 
     intact = mean_losses(model.losses(*PROBE.batch), PROBE)
     targets = losses(induction_edges)
-    others = losses(lambda tokens: random_edges(induction_edges(tokens)))
+    others = losses(lambda tokens, _: random_edges(induction_edges(tokens)))
     assert result.known == pytest.approx(targets.known - intact.known)
     assert result.known_by_random == pytest.approx(others.known - intact.known)
     assert result.first_copy == pytest.approx(targets.first - intact.first)
