@@ -110,7 +110,7 @@ def by_pattern(verdict: Verdict) -> str:
 def tables(gallery: list[Judged]) -> str:
     """The answers, the numbers that decided, and how many are right."""
     right = sum(judged.found == judged.entry.truth for judged in gallery)
-    fooled = sum(by_pattern(judged.verdict) != ("no" if judged.entry.truth.answer == "no" else "yes")
+    fooled = sum((by_pattern(judged.verdict) == "no") != (judged.entry.truth.answer == "no")
                  for judged in gallery)
     counts = (f"{len(gallery)} models. All answers of the verdict are right for {right}. The "
               f"answer by pattern is wrong for {fooled}, if partly counts as a yes.")

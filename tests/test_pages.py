@@ -114,7 +114,7 @@ def test_figures_draw_a_signed_score_around_zero():
     values = torch.tensor([[-0.8, 0.0, 0.8]], dtype=torch.float64)
     model = ModelConfig(n_layers=1, n_heads=3, n_kv_heads=3, d_model=24, n_ctx=16, vocab_size=50)
     measured = Measured({"prefix_matching": values.abs(), "copying": values,
-                         "entropy": values * np.nan}, torch.zeros(1, 3, 17), 0, 0)
+                         "entropy": values * np.nan}, torch.zeros(1, 3, 17), {}, 0, 0)
     panels = score_grids(model, measured).axes
     titles = [panel.get_title(loc="left") for panel in panels]
     assert titles == ["prefix matching", "entropy", "copying (red: below 0)"]
