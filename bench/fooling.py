@@ -62,7 +62,7 @@ class Trained(NamedTuple):
 
 TRAINED = [
     Trained("`toy_2l`", TOY),
-    Trained("`toy_2l` with W_q × 0.25 and W_O × 3 in layer 1: soft attention", TOY, 0.25, 3.0),
+    Trained("`toy_2l` with W_q × 0.15 and W_O × 4 in layer 1: soft attention", TOY, 0.15, 4.0),
     Trained("`toy_2l` with W_O × 0.05 in layer 1: hardly any effect", TOY, w_o=0.05),
     Trained("`toy_2l` with W_O × 0.01 in layer 1", TOY, w_o=0.01),
     Trained("look-back of 24, then one step at a learning rate of 1e-12 in a run that declares "

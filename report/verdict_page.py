@@ -105,16 +105,29 @@ def statement(verdict: Verdict) -> Statement:
         where = ", but only behind the begin token"
     elif behaviour == "only without begin token":
         where = ", but not behind the begin token"
+    limit = limits(verdict)
     if mechanism == "another":
         return Statement("No", "the model continues sequences of random tokens that it has just "
-                         f"seen{where}, but does not need to copy from induction targets"
+                         f"seen{where}{limit}, but does not need to copy from induction targets"
                          + elsewhere(verdict.mechanism.evidence.peak))
     if mechanism != "yes":
         place = "behind" if mechanism == "only with begin token" else "not behind"
         return Statement("Partly", "the model continues sequences of random tokens that it has "
-                         f"just seen, and induction heads do it, but only {place} the begin token")
+                         f"just seen{limit}, and induction heads do it, but only {place} the begin "
+                         "token")
     return Statement("Partly" if where else "Yes", "the model continues sequences of random tokens "
-                     f"that it has just seen{where}, and induction heads do it")
+                     f"that it has just seen{where}{limit}, and induction heads do it")
+
+
+def limits(verdict: Verdict) -> str:
+    """What was never trained and where the behaviour is missing."""
+    transfer = verdict.transfer
+    missing = []
+    if transfer.periods == "no":
+        missing.append("at distances that training never repeated")
+    if transfer.tokens == "no":
+        missing.append("of tokens that training never repeated")
+    return f" (not sequences {' or '.join(missing)})" if missing else ""
 
 
 def elsewhere(peak: Peak) -> str:

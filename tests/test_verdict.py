@@ -51,3 +51,43 @@ def test_the_honest_circuit_is_exact():
     weight = math.exp(8) / (math.exp(8) + keys - 1)
     prior = model.lm_head.weight[rows.tokens[:, 1:], rows.tokens[:, :-1]][single]
     assert torch.allclose(right - prior, 16 * weight.float(), atol=0.05)
+
+
+def judged_by_name(name: str):
+    entry = next(entry for entry in GALLERY if entry.name == name)
+    return judge_entry(entry, PROBES).verdict
+
+
+@pytest.mark.parametrize("name, wanted", [
+    ("honest", "**Yes**: the model continues sequences of random tokens that it has just seen, and "
+               "induction heads do it ("),
+    ("half_vocabulary", "**Yes**: the model continues sequences of random tokens that it has just "
+                        "seen (not sequences of tokens that training never repeated), and "
+                        "induction heads do it ("),
+    ("begin_gated", "**Partly**: the model continues sequences of random tokens that it has just "
+                    "seen, but only behind the begin token, and induction heads do it ("),
+    ("target_plus_one", "**No**: the model continues sequences of random tokens that it has just "
+                        "seen, but does not need to copy from induction targets: L1H0 attends 1 "
+                        "token after them ("),
+    ("idle_attention", "**No**: the model does not continue sequences that it has just seen, "
+                       "though heads attend as induction heads do ("),
+    ("look_back_17", "**No**: the model does not continue sequences that it has just seen ("),
+])
+def test_the_headline_is_one_sentence_that_nobody_misreads(name, wanted):
+    page = verdict_page([judged_by_name(name)])
+    assert f"**{name}**: {wanted}" in page
+
+
+def test_a_control_that_passes_gates_the_headline():
+    """A one-layer run that does what it cannot do says that the probe can be met without induction
+    heads, so nothing is claimed of the others."""
+    verdict = judged_by_name("honest")
+    control = verdict._replace(run="one_layer", condition="one_layer", control=True)
+    assert control.control_fails and not verdict.control_fails
+    page = verdict_page([verdict, control])
+    assert "**honest: not shown**, because a control" in page and "it fails" in page
+    assert "**honest**: **Yes**" not in page
+    quiet = judged_by_name("look_back_17")._replace(run="one_layer", condition="one_layer",
+                                                    control=True)
+    page = verdict_page([verdict, quiet])
+    assert "**honest**: **Yes**" in page and "as expected" in page
