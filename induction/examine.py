@@ -51,8 +51,8 @@ def probes_for(run: LoadedRun) -> Probes:
     probes = probes_of(run.config.data, n_ctx, run.tokenizer, run.config.seed, most=PROBE_ROWS,
                        before=before)
     if probes is None:
-        raise UserError(f"{run.folder}: model.n_ctx={n_ctx} is too short to repeat anything "
-                        f"(at least {SHORTEST_CONTEXT} tokens)")
+        raise UserError(f"{run.folder}: model.n_ctx={n_ctx} is too short to repeat anything (at "
+                        f"least {SHORTEST_CONTEXT} tokens), or fewer than 3 tokens can be repeated")
     return probes.to(run.model.embed.weight.device)
 
 
@@ -176,8 +176,10 @@ def judge_run(run: LoadedRun) -> Verdict:
     name = run.folder.name
     if not finished:
         name += f" (at step {run.step:,} of {steps:,})"
+    # Documents that must not see each other would need their own edges and their own begin tokens.
+    text = None if data.mask_documents else run.validation(64)
     # One layer cannot form induction heads, unless its keys are smeared; a single period can be
     # learned by position. An unfinished run shows nothing yet.
     control = shape.n_layers == 1 and not shape.smear and not fixed_period and finished
     return judge(name, condition_of(run.config), control, run.model, probes_for(run),
-                 model_transition(run.records()), run.validation(64))
+                 model_transition(run.records()), text)

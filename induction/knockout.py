@@ -22,10 +22,10 @@ from kernels.reference import visible
 from model.gpt import GPT
 from model.taps import Head, TapFunction, taps
 
-PATTERN_ELEMENTS = 2 ** 27      # of one layer's patterns at a time: 512 MB in float32
-
-
-EdgesOf = Callable[[Tensor, int | None], Tensor]    # tokens (B, T), window → (B, T, T) bool
+# Which edges (query i, key j) of a layer: tokens (B, T) and its window → (B, T, T) bool.
+EdgesOf = Callable[[Tensor, int | None], Tensor]
+# Of one layer's patterns at a time: 64 MB in float32, of which about seven copies are alive.
+PATTERN_ELEMENTS = 2 ** 24
 
 
 def induction_edges(tokens: Tensor, window: int | None = None) -> Tensor:
@@ -93,8 +93,9 @@ def without_edges(edges: Tensor, indices: list[int]) -> TapFunction:
     """A tap on a pattern (B, H, T, T) that removes `edges` (B, T, T) bool from some heads."""
     def remove(pattern: Tensor) -> Tensor:
         pattern = pattern.clone()
-        left = pattern[:, indices].masked_fill(edges[:, None], 0)
-        pattern[:, indices] = left / left.sum(-1, keepdim=True).clamp(min=1e-30)
+        left = pattern[:, indices].float().masked_fill(edges[:, None], 0)   # half floats have no
+        left = left / left.sum(-1, keepdim=True).clamp(min=1e-30)           # number this small
+        pattern[:, indices] = left.to(pattern.dtype)
         return pattern
     return remove
 
@@ -117,14 +118,14 @@ def losses_misreading(model: GPT, batch: Batch, edges_of: EdgesOf,
     return torch.cat(losses)
 
 
-def misread(acts: Mapping[str, Tensor], other_values: Mapping[str, Tensor], edges: Tensor,
+def misread(acts: dict[str, Tensor], other_values: Mapping[str, Tensor], edges: Tensor,
             layer: int, indices: list[int]) -> TapFunction:
     """A tap on z (B, H, T, D): over `edges` (B, T, T) some heads of a layer read other values. Its
     pattern and values in this pass are in `acts`."""
     def replace(z: Tensor) -> Tensor:
-        change = other_values[f"L{layer}.v"] - acts[f"L{layer}.v"]              # (B, K, T, D)
+        change = other_values[f"L{layer}.v"] - acts.pop(f"L{layer}.v")          # (B, K, T, D)
         change = change.repeat_interleave(z.shape[1] // change.shape[1], dim=1)[:, indices]
-        over_edges = acts[f"L{layer}.pattern"][:, indices] * edges[:, None]
+        over_edges = acts.pop(f"L{layer}.pattern")[:, indices] * edges[:, None]
         z = z.clone()
         z[:, indices] += over_edges @ change
         return z
@@ -142,8 +143,6 @@ class Knockout(NamedTuple):
                                         # induction edges: they carry tokens only if this is large;
                                         # None if not asked for
     known: float                        # rise of the loss of known tokens, in nats
-    known_by_random: float
-    first_copy: float                   # rise of the loss in the first copy
 
 
 class KnockoutPair(NamedTuple):
@@ -176,7 +175,7 @@ def knock_out(model: GPT, heads: Collection[Head], probe: Probe, vocabulary: int
     return Knockout(
         list(heads), fraction_removed(intact, targets, guessing),
         fraction_removed(intact, others, guessing), by_misreading,
-        targets.known - intact.known, others.known - intact.known, targets.first - intact.first)
+        targets.known - intact.known)
 
 
 def fraction_removed(intact: ProbeLosses, after: ProbeLosses, guessing: float) -> float | None:
@@ -184,7 +183,8 @@ def fraction_removed(intact: ProbeLosses, after: ProbeLosses, guessing: float) -
     before = repeat_gain(*intact, guessing)
     if before < SMALLEST_GAIN:
         return None
-    return 1 - max(0.0, repeat_gain(*after, guessing)) / before
+    left = repeat_gain(*after, guessing)
+    return 1 - (0.0 if left < 0 else left) / before             # NaN stays NaN
 
 
 class TextKnockout(NamedTuple):
@@ -195,9 +195,14 @@ class TextKnockout(NamedTuple):
     fraction: float         # of the tokens that have one
 
 
-def knock_out_on_text(model: GPT, heads: Collection[Head], text: Batch) -> TextKnockout:
-    """Remove the induction edges of `heads` on text (B, T), and then as many random others."""
-    matched = visible_matches(text.tokens, None) > 0                            # (B, T)
+def knock_out_on_text(model: GPT, heads: Collection[Head], text: Batch) -> TextKnockout | None:
+    """Remove the induction edges of `heads` on text (B, T), and then as many random others. None if
+    no token has an induction target that one of the heads sees."""
+    windows = [model.config.windows[head.layer] for head in heads]
+    widest = None if None in windows else max(window for window in windows if window)
+    matched = visible_matches(text.tokens, widest) > 0                          # (B, T)
+    if not matched.any():
+        return None
     intact = model.losses(*text)
 
     def rise(edges_of: EdgesOf) -> float:

@@ -1,6 +1,7 @@
 """Which heads attend to what followed the earlier copy, what each does with it, and what feeds
 them: the evidence for the second question of a verdict (induction/verdict.py)."""
 
+from math import log
 from typing import Literal, NamedTuple
 
 import torch
@@ -83,15 +84,11 @@ class MechanismEvidence(NamedTuple):
     everywhere: KnockoutPair            # the induction edges of all heads
     ablation: Effect | None             # these heads as a whole
     previous_token: PreviousTokenHeads | None
-    paths: list[Path]                   # from every head below into each of the strongest
+    paths: list[Path]                   # from the heads below into each of the strongest
 
     @property
     def attending(self) -> list[Head]:
         return [role.head for role in self.roles]
-
-    @property
-    def copying(self) -> list[Head]:
-        return [role.head for role in self.roles if role.role == "copies"]
 
     @property
     def suppressing(self) -> list[Head]:
@@ -127,7 +124,8 @@ def mechanism_evidence(model: GPT, probes: Probes, measured: Measured,
                               misreading=True)
     return MechanismEvidence(
         roles, uniform, peak_of(attending[0], profile), knockout,
-        everywhere, ablation_effect(model, attending, probe), previous_token,
+        everywhere, ablation_effect(model, attending, probe, guessing=log(probes.vocabulary)),
+        previous_token,
         paths_into(model, attending, alone, few, progress))
 
 

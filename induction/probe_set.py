@@ -36,14 +36,14 @@ class Probes(NamedTuple):
 
     periodic: Pair                  # known tokens, on periods never trained if there are any
     aperiodic: Pair                 # known tokens
-    trained: Probe | None           # periodic, on periods that training repeats, if any
+    trained: Pair | None            # periodic, on periods that training repeats, if any
     unseen_tokens: Pair | None      # aperiodic, of tokens that training never repeats, if it holds
                                     # some out
     unrepeated: Tensor              # (B, 1 + n) distinct random tokens, for `copying`
     never_trained: bool             # whether no period of `periodic` was trained
     repeats_trained: bool           # whether training repeats anything
     history_known: bool             # False: the weights were trained before, nobody knows on what
-    vocabulary: int                 # how many different tokens the probes draw from
+    vocabulary: int                 # how many different tokens all probes draw from
     note: str                       # which periods `periodic` has, in words
 
     @property
@@ -77,24 +77,23 @@ def probes_of(data: DataConfig, n_ctx: int, tokenizer: Tokenizer, seed: int, mos
     scored = held_out or trained
     rows = min(most, max(4, FULL_ROWS_CONTEXT * most // n_ctx))
 
-    def periodic(begin: int | None) -> Probe:
-        return repeats(scored, n_ctx, known, begin, rows=rows, seed=seed)
+    def periodic(periods: list[int]) -> Pair:
+        n_rows = max(rows, len(held_out))               # at least one row of each scored period
+        return Pair(*(repeats(periods, n_ctx, known, begin, rows=n_rows, seed=seed)
+                      for begin in (tokenizer.begin, None)))
 
     def segments_of(vocabulary: np.ndarray) -> Pair:
         return Pair(*(aperiodic(n_ctx, vocabulary, begin, rows=rows, seed=seed)
                       for begin in (tokenizer.begin, None)))
 
-    on_trained = None
-    if trained:
-        on_trained = repeats(trained, n_ctx, known, tokenizer.begin, rows=rows, seed=seed)
     return Probes(
-        periodic=Pair(periodic(tokenizer.begin), periodic(None)), aperiodic=segments_of(known),
-        trained=on_trained,
+        periodic=periodic(scored), aperiodic=segments_of(known),
+        trained=periodic(trained) if trained else None,
         unseen_tokens=segments_of(unseen) if len(unseen) >= SHORTEST_PERIOD else None,
         unrepeated=unrepeated(n_ctx, known, tokenizer.begin, rows=rows, seed=seed),
         never_trained=bool(held_out) and before is not None,
         repeats_trained=any("repeats" in training.data.corpora for training in trainings),
-        history_known=before is not None, vocabulary=len(known),
+        history_known=before is not None, vocabulary=len(known) + len(unseen),
         note=describe_periods(held_out, trained, history_known=before is not None))
 
 

@@ -95,7 +95,8 @@ def repeats(periods: Sequence[int], length: int, vocabulary: np.ndarray, begin: 
     row_periods = np.array([periods[r % len(periods)] for r in range(rows)])
     start = 0 if begin is None else 1
     tokens = np.empty((rows, length), np.int64)
-    tokens[:, :start] = begin or 0
+    if begin is not None:
+        tokens[:, 0] = begin
     for r, period in enumerate(row_periods):
         block = draw_block(period, vocabulary, seed, f"probe {period}", r)
         tokens[r, start:] = np.resize(block, length - start)
@@ -142,7 +143,8 @@ def aperiodic(length: int, vocabulary: np.ndarray, begin: int | None, *, rows: i
                          f"there are {length} and {len(vocabulary)}")
     start = 0 if begin is None else 1
     tokens, inside = np.empty((rows, length), np.int64), np.zeros((rows, length), bool)
-    tokens[:, :start] = begin or 0
+    if begin is not None:
+        tokens[:, 0] = begin
     blocks = np.empty(rows, np.int64)
     longest = min((length - 1) // 2, len(vocabulary))
     for r in range(rows):

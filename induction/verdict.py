@@ -118,8 +118,7 @@ class Verdict(NamedTuple):
     def control_fails(self) -> bool:
         """Whether this is a control, and what it must not show is there: then the probe can be met
         without induction heads."""
-        return self.control and (self.answer in ("yes", "partly")
-                                 or self.behaviour.answer == "yes")
+        return self.control and any(self.behaviour.on)
 
 
 # --- how they are found ---------------------------------------------------------------------------
@@ -183,11 +182,13 @@ def mechanism_answer(finding: BehaviourFinding, evidence: MechanismEvidence) -> 
     if finding.answer in ("no", "weak"):
         return "attention only" if looks_right else "no"
     wanted = [answer for answer, predicts in zip(causes, finding.on) if predicts]
-    if wanted in (["yes"], ["yes", "yes"]):
+    if "not shown" in wanted:
+        return "not shown"
+    if set(wanted) == {"yes"}:
         return "yes"
     if "yes" in wanted:
         return "only with begin token" if causes[0] == "yes" else "only without begin token"
-    return "not shown" if "not shown" in wanted else "another"
+    return "another"
 
 
 def cause(knockout: Knockout | None) -> Literal["yes", "another", "not shown"]:
@@ -204,29 +205,33 @@ def cause(knockout: Knockout | None) -> Literal["yes", "another", "not shown"]:
 def find_transfer(model: GPT, probes: Probes, finding: BehaviourFinding, heads: list[Head],
                   text: Batch | None) -> TransferFinding:
     """Whether the behaviour is there for what training never repeated, on the kinds of rows on
-    which it is there at all. A behaviour that is nowhere transfers to nothing."""
-    kinds = [probe for probe, predicts in zip(probes.periodic, finding.on) if predicts]
-    by_period = {}
-    for period in probes.periodic.begun.blocks.unique().tolist():
-        by_period[period] = min(
-            behaviour(model, probe.rows(probe.blocks == period)).accuracy
-            for probe in kinds or probes.periodic)
-    periods: TransferAnswer = "not shown"
-    if probes.never_trained and finding.answer != "not shown":
-        periods = "yes" if kinds and min(by_period.values()) >= MIN_ACCURACY else "no"
+    which it is there at all. A behaviour that is nowhere transfers to nothing. Not shown without
+    synthetic repeats: text repeats its tokens, at all distances."""
+    def on_known_kinds(rows: Pair) -> float:
+        """Accuracy on the worse of the kinds of rows on which the behaviour is."""
+        kinds = [probe for probe, predicts in zip(rows, finding.on) if predicts]
+        return min(behaviour(model, probe).accuracy for probe in kinds or rows)
 
-    unseen, there = None, finding.on
+    by_period = {}
+    for period in probes.scored.periods.unique().tolist():
+        of_period = Pair(*(probe.rows(probe.periods == period) for probe in probes.periodic))
+        by_period[period] = on_known_kinds(of_period)
+    trained = None if probes.trained is None else on_known_kinds(probes.trained)
+    unseen = None
     if probes.unseen_tokens is not None:
         unseen = find_behaviour(model, probes.unseen_tokens, probes.vocabulary)
-        there = unseen.on
-    works = any(finding.on) and all(new for new, old in zip(there, finding.on) if old)
-    shown = (probes.history_known and finding.answer != "not shown"
-             and (unseen is not None or not probes.repeats_trained))
+
+    periods: TransferAnswer = "not shown"
+    tokens: TransferAnswer = "not shown"
+    if probes.history_known and probes.repeats_trained and finding.answer != "not shown":
+        there = any(finding.on)
+        if probes.never_trained:
+            periods = "yes" if there and min(by_period.values()) >= MIN_ACCURACY else "no"
+        if unseen is not None and unseen.answer != "not shown":
+            kept = all(new for new, old in zip(unseen.on, finding.on) if old)
+            tokens = "yes" if there and kept else "no"
     on_text, loss = None, None
     if text is not None:
         on_text = knock_out_on_text(model, heads, text)
         loss = text_loss(model, text, begin=int(probes.scored.tokens[0, 0]))
-    trained = None if probes.trained is None else behaviour(model, probes.trained).accuracy
-    return TransferFinding(
-        periods, by_period, trained, ("yes" if works else "no") if shown else "not shown",
-        unseen, on_text, loss)
+    return TransferFinding(periods, by_period, trained, tokens, unseen, on_text, loss)

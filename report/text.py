@@ -64,14 +64,14 @@ def legend(scores: list[str], text: str, formed: bool) -> list[str]:
 
 def describe_visible(scores: TextScores) -> str:
     """How many queries of a text have an induction target, and what uniform attention scores."""
+    alike = len(set(scores.visible)) == 1               # the layers have the same window, or none
     lines = []
-    for layer, visible in enumerate(scores.visible):
-        lines.append(f"Layer {layer}: {visible.fraction:.0%} of the queries see a token that "
-                     "followed an earlier copy of theirs; uniform attention puts "
+    for layer, visible in enumerate(scores.visible[:1] if alike else scores.visible):
+        where = "" if alike else f"Layer {layer}: "
+        lines.append(f"{where}{visible.fraction:.0%} of the queries see a token that followed an "
+                     "earlier copy of theirs; uniform attention puts "
                      f"{visible.uniform:.3f} on such tokens.")
-    if len(set(scores.visible)) == 1:
-        lines = [lines[0].replace("Layer 0: ", "")]
-    return "\n".join(lines)
+    return "\n".join(textwrap.fill(line, 100, subsequent_indent="  ") for line in lines)
 
 
 def scores_as_json(table: HeadScores) -> str:
@@ -88,7 +88,7 @@ def findings(examination: ProbeExamination) -> str:
     measured, evidence = examination.measured, examination.mechanism
     lines = [f"First-copy loss on random tokens: {measured.loss_first:.2f} nats per token, "
              f"second-copy loss: {measured.loss_second:.2f}.",
-             f"P{describe_by_period(measured)[1:]}.",
+             f"By period, the {describe_by_period(measured)}.",
              "On rows that no fixed look-back can meet (the aperiodic probe), the model predicts "
              f"{describe_behaviour(examination.behaviour)}."]
     if evidence.roles:
@@ -116,7 +116,7 @@ def describe_by_period(measured: Measured) -> str:
     layer, index = (score == score.max()).nonzero()[0].tolist()
     by_period = ", ".join(f"{period}: {values[layer, index]:.2f}"
                           for period, values in sorted(measured.by_period.items()))
-    return f"prefix matching of {Head(layer, index)} by period: {by_period}"
+    return f"prefix matching of {Head(layer, index)} is {by_period}"
 
 
 def describe_behaviour(finding: BehaviourFinding) -> str:

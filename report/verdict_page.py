@@ -55,7 +55,7 @@ def verdict_page(verdicts: list[Verdict]) -> str:
                      f"{', '.join(not_controls)}.")
     lines.append("")
     for verdict in verdicts:
-        lines += section(verdict)
+        lines += section(verdict, believed=not failing)
     return "\n".join([*lines, RULES, ""])
 
 
@@ -63,6 +63,9 @@ def verdict_page(verdicts: list[Verdict]) -> str:
 
 def headline(condition: str, runs: list[Verdict], failing: list[Verdict]) -> str:
     """One sentence for runs that differ only by their seed, and what transfers."""
+    if any(run in failing for run in runs):
+        return (f"**{condition}: a control that fails**. It cannot form induction heads, and still "
+                f"predicts repeated tokens ({measured_accuracy(runs)}).")
     if failing and not any(run.control for run in runs):
         return (f"**{condition}: not shown**, because a control that cannot form induction heads "
                 f"passes too ({', '.join(run.run for run in failing)}).")
@@ -89,11 +92,10 @@ def statement(verdict: Verdict) -> Statement:
     """What a reader of a single sentence should take away."""
     behaviour, mechanism = verdict.behaviour.answer, verdict.mechanism.answer
     if behaviour == "not shown":
-        return Statement("Not shown", "the context is too short for a probe that no fixed "
-                         "look-back can meet")
+        return Statement("Not shown", "the context or the vocabulary is too small for a probe that "
+                         "no fixed look-back can meet")
     if mechanism == "not shown":
-        return Statement("Not shown", "removing random attention edges does as much damage as "
-                         "removing those to induction targets")
+        return Statement("Not shown", "removing random attention edges does damage, too")
     if behaviour in ("no", "weak"):
         amount = "does not continue" if behaviour == "no" else "hardly continues"
         reason = f"the model {amount} sequences that it has just seen"
@@ -108,7 +110,7 @@ def statement(verdict: Verdict) -> Statement:
     limit = limits(verdict)
     if mechanism == "another":
         return Statement("No", "the model continues sequences of random tokens that it has just "
-                         f"seen{where}{limit}, but does not need to copy from induction targets"
+                         f"seen{where}{limit}; it does not need to copy from induction targets"
                          + elsewhere(verdict.mechanism.evidence.peak))
     if mechanism != "yes":
         place = "behind" if mechanism == "only with begin token" else "not behind"
@@ -134,8 +136,13 @@ def elsewhere(peak: Peak) -> str:
     """Where heads attend instead, if they do so near induction targets."""
     if peak.offset == 0 or peak.weight < INDUCTION_HEAD:
         return ""
+    return f": {peak.head} attends {beside(peak, 'them')}"
+
+
+def beside(peak: Peak, targets: str) -> str:
+    """2 tokens after it."""
     side = "after" if peak.offset > 0 else "before"
-    return f": {peak.head} attends {plural(abs(peak.offset), 'token')} {side} them"
+    return f"{plural(abs(peak.offset), 'token')} {side} {targets}"
 
 
 def measured_accuracy(runs: list[Verdict]) -> str:
@@ -160,11 +167,14 @@ def transfer_sentence(runs: list[Verdict]) -> str:
 
 
 def describe_controls(controls: list[Verdict], failing: list[Verdict]) -> str:
-    if not controls:
-        return "No one-layer control is among these runs; a claim about composition needs one."
-    worst = max(verdict.behaviour.accuracy for verdict in controls)
+    shown = [verdict for verdict in controls if verdict.behaviour.answer != "not shown"]
+    if not shown:
+        return ("No one-layer control that shows something is among these runs; a claim about "
+                "composition needs one.")
+    worst = max(max(verdict.behaviour.begun.accuracy, verdict.behaviour.bare.accuracy)
+                for verdict in shown)
     line = (f"One-layer control: at most {worst:.0%} of known tokens right in "
-            f"{plural(len(controls), 'run')}")
+            f"{plural(len(shown), 'run')}")
     if not failing:
         return f"{line}, as expected."
     return f"{line}: **it fails**, so nothing is claimed of the other runs."
@@ -178,9 +188,10 @@ class Row(NamedTuple):
     answer: str
 
 
-def section(verdict: Verdict) -> list[str]:
-    """The evidence of one run."""
-    lines = [f"## {verdict.run}: {verdict.answer}", ""]
+def section(verdict: Verdict, believed: bool) -> list[str]:
+    """The evidence of one run; `believed`: no control fails."""
+    answer = verdict.answer if believed else "not shown (a control fails)"
+    lines = [f"## {verdict.run}: {answer}", "", f"Probed on {verdict.probes.note}.", ""]
     if verdict.transition:
         lines += [describe_transition(verdict.transition), ""]
     lines += ["| question | measured | answer |", "|---|---|---|"]
@@ -218,7 +229,7 @@ def behaviour_rows(finding: BehaviourFinding) -> list[Row]:
 def mechanism_rows(verdict: Verdict) -> list[Row]:
     finding, evidence = verdict.mechanism, verdict.mechanism.evidence
     peak = evidence.peak
-    place = "on it" if peak.offset == 0 else f"{peak.offset:+d} tokens from it"
+    place = "on it" if peak.offset == 0 else beside(peak, "it")
     attention = describe_roles(evidence.roles) if evidence.roles else "none"
     table = [Row("**Mechanism.** Which heads attend to what followed an earlier copy?",
                  f"{attention} (uniform attention: {evidence.uniform:.2f})",
@@ -229,7 +240,8 @@ def mechanism_rows(verdict: Verdict) -> list[Row]:
     if evidence.knockout:
         table.append(Row("Without the attention edges of these heads to induction targets?",
                          describe_knockout(evidence.knockout), ""))
-    table.append(Row("Without those of all heads?", describe_knockout(evidence.everywhere), ""))
+    table.append(Row("Without the edges of all heads to induction targets?",
+                     describe_knockout(evidence.everywhere), ""))
     if evidence.ablation:
         table.append(Row("Without these heads as a whole?",
                          f"mean ablation {describe_ablation(evidence.ablation)}", ""))
@@ -249,12 +261,13 @@ def mechanism_rows(verdict: Verdict) -> list[Row]:
 
 
 def path_table(paths: list[Path]) -> list[str]:
-    """Every single path: a row for each sender, a column for each receiver."""
+    """Single paths: a row for each sender, a column for each receiver."""
     senders = list(dict.fromkeys(path.sender for path in paths))
     receivers = list(dict.fromkeys(path.receiver for path in paths))
     rise = {(path.sender, path.receiver, path.into): path.rise for path in paths}
     lines = ["Rise of the loss of known tokens, in nats, without a single path into a head's "
-             "queries / keys / values:", "",
+             "queries / keys / values (of a large model only from the heads that are missed most):",
+             "",
              f"| from | {' | '.join(f'into {receiver}' for receiver in receivers)} |",
              "|---" * (1 + len(receivers)) + "|"]
     for sender in senders:
@@ -270,9 +283,11 @@ def transfer_rows(verdict: Verdict) -> list[Row]:
     transfer, probes = verdict.transfer, verdict.probes
     periods = ", ".join(f"{period}: {accuracy:.0%}"
                         for period, accuracy in transfer.by_period.items())
-    trained = "never trained" if probes.never_trained else "not known to be untrained"
+    trained = "never trained" if probes.never_trained else "that were all trained"
     if not probes.history_known:
-        trained += " (what the weights were trained on before this run is unknown)"
+        trained = "that may have been trained (what came before this run is unknown)"
+    elif not probes.repeats_trained:
+        trained = "of synthetic repeats, of which training has none"
     if transfer.trained is not None:
         periods += f"; on trained periods: {transfer.trained:.0%}"
     return [Row(f"**Transfer.** To periods {trained}?", f"known tokens right by period: {periods}",
@@ -287,7 +302,7 @@ def describe_unseen(transfer: TransferFinding, verdict: Verdict) -> str:
         return describe_behaviour(transfer.unseen)
     if verdict.probes.repeats_trained:
         return "none were held out (data.repeats.held_out_tokens)"
-    return "training repeats nothing, so no token of the probe"
+    return "training has no synthetic repeats"
 
 
 def text_rows(transfer: TransferFinding) -> list[Row]:

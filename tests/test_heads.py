@@ -85,7 +85,7 @@ def test_sentences_say_what_was_measured():
         "repeat gain")
     nothing = describe_ablation(effect._replace(known=-0.5, gain_removed=None))
     assert "lowers the loss of known tokens by 0.50 nats" in nothing and "%" not in nothing
-    begun = Knockout(two, 0.97, 0.02, None, 6.5, 0.1, 0.0)
+    begun = Knockout(two, 0.97, 0.02, None, 6.5)
     nothing = begun._replace(gain_removed=None, by_random=None)
     assert describe_knockout(KnockoutPair(begun, begun._replace(by_misreading=0.91))) == (
         "behind the begin token 97% of the repeat gain is gone (without as many random edges 2%), "

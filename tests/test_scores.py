@@ -127,7 +127,7 @@ def test_a_run_is_probed_on_what_it_never_trained_on():
                                              "held_out_tokens": 0.25, "n_tokens": 128}}
     probes = of(**held)
     assert set(probes.scored.periods.tolist()) == {12, 18}
-    assert not {12, 18} & set(probes.trained.periods.tolist())
+    assert not {12, 18} & set(probes.trained.begun.periods.tolist())
     known = set(probes.scored.tokens[:, 1:].flatten().tolist())
     unseen = set(probes.unseen_tokens.bare.tokens.flatten().tolist())
     assert not known & unseen and max(known | unseen) < 128 and len(known) > 80
@@ -143,6 +143,16 @@ def test_a_run_is_probed_on_what_it_never_trained_on():
     assert short.never_trained and set(short.scored.periods.tolist()) == {3, 5, 7}
     every = of(corpus="repeats", repeats={"period": [2, 32]})
     assert not every.never_trained and "every period that fits was trained on" in every.note
+
+
+def test_every_held_out_period_has_a_row():
+    """Also in a context so long that the probe has fewer rows than there are periods."""
+    tokenizer = make_tokenizer(DataConfig(tokenizer="bytes").tokenizer, iter(()))
+    periods = [11, 13, 17, 19, 23, 29, 31, 37]
+    data = DataConfig(tokenizer="bytes", corpus="repeats",
+                      repeats={"period": [8, 40], "held_out_periods": periods})
+    probes = probes_of(data, 1024, tokenizer, 0)
+    assert probes.scored.periods.unique().tolist() == periods
 
 
 @pytest.mark.parametrize("n_ctx, trained", [(64, [8, 12]), (64, [16, 16]), (128, [8, 24]),
@@ -172,7 +182,7 @@ def test_what_ancestors_trained_is_not_held_out():
     assert set(probes_of(data, 64, tokenizer, 0).scored.periods.tolist()) == {24}
     probes = probes_of(data, 64, tokenizer, 0, before=[Training(earlier, 5)])
     assert not {8, 9, 24} & set(probes.scored.periods.tolist()) and probes.never_trained
-    assert {8, 9, 24} == set(probes.trained.periods.tolist())
+    assert {8, 9, 24} == set(probes.trained.begun.periods.tolist())
     # Only what neither of the two repeated is left: a sixteenth of the 256 bytes, about.
     unseen = set(probes.unseen_tokens.bare.tokens.flatten().tolist())
     assert 3 <= len(unseen) < 32

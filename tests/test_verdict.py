@@ -3,6 +3,7 @@ known (bench/fooling_models.py)."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,8 @@ from bench.fooling_models import (
 from bench.hand_built import probes
 from bench.true_circuits import honest
 from induction.knockout import induction_edges
+from induction.probes import Pair, aperiodic
+from induction.verdict import judge, mechanism_answer
 from report.verdict_page import verdict_page
 
 PROBES = probes(rows=8)
@@ -67,7 +70,7 @@ def judged_by_name(name: str):
     ("begin_gated", "**Partly**: the model continues sequences of random tokens that it has just "
                     "seen, but only behind the begin token, and induction heads do it ("),
     ("target_plus_one", "**No**: the model continues sequences of random tokens that it has just "
-                        "seen, but does not need to copy from induction targets: L1H0 attends 1 "
+                        "seen; it does not need to copy from induction targets: L1H0 attends 1 "
                         "token after them ("),
     ("idle_attention", "**No**: the model does not continue sequences that it has just seen, "
                        "though heads attend as induction heads do ("),
@@ -91,3 +94,35 @@ def test_a_control_that_passes_gates_the_headline():
                                                     control=True)
     page = verdict_page([verdict, quiet])
     assert "**honest**: **Yes**" in page and "as expected" in page
+
+
+def test_a_control_that_predicts_on_one_kind_of_rows_fails_too():
+    control = judged_by_name("begin_gated")._replace(run="one_layer", condition="one_layer",
+                                                     control=True)
+    page = verdict_page([judged_by_name("honest"), control])
+    assert control.control_fails and "**honest: not shown**" in page
+    assert "**one_layer: a control that fails**" in page
+    assert "## honest: not shown (a control fails)" in page
+
+
+def test_too_few_tokens_held_out_show_nothing():
+    """Of five tokens one is right by chance in five: that decides nothing about transfer."""
+    rows = probes(rows=8)
+    few = Pair(*(aperiodic(48, np.arange(5), begin, rows=8) for begin in (36, None)))
+    verdict = judge("honest", "honest", False, honest(), rows._replace(unseen_tokens=few), None)
+    assert verdict.transfer.tokens == "not shown" and verdict.answer == "yes"
+
+
+def test_text_without_synthetic_repeats_holds_nothing_out():
+    rows = probes(rows=8)._replace(repeats_trained=False, unseen_tokens=None)
+    transfer = judge("text", "text", False, honest(), rows, None).transfer
+    assert transfer.periods == transfer.tokens == "not shown"
+
+
+def test_damage_by_random_edges_on_one_kind_of_rows_shows_nothing():
+    verdict = judged_by_name("honest")
+    knockouts = verdict.mechanism.evidence.knockout
+    damaged = knockouts._replace(bare=knockouts.bare._replace(by_random=0.9))
+    evidence = verdict.mechanism.evidence._replace(knockout=damaged)
+    assert mechanism_answer(verdict.behaviour, evidence) == "not shown"
+    assert mechanism_answer(verdict.behaviour, verdict.mechanism.evidence) == "yes"

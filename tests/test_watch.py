@@ -17,6 +17,7 @@ from data.load_tokenizer import make_tokenizer
 from induction.behaviour import behaviour
 from induction.knockout import knock_out
 from induction.probe_set import probes_of
+from induction.probes import Pair
 from induction.scores import Measured, measure
 from model.config import ModelConfig
 from model.taps import heads_of, taps
@@ -74,7 +75,8 @@ def test_what_is_logged_is_what_the_checkpoint_measures(workplace):
     assert metrics_at_end["aperiodic/accuracy_without_begin"] == bare.accuracy
     assert metrics_at_end["aperiodic/loss_known"] == pytest.approx(
         (begun.loss_known + bare.loss_known) / 2)
-    removed = knock_out(run.model, heads_of(run.model.config), probes.aperiodic.both,
+    rows = Pair(*(probe.rows(slice(None, None, 2)) for probe in probes.aperiodic)).both
+    removed = knock_out(run.model, heads_of(run.model.config), rows,
                         probes.vocabulary)
     assert metrics_at_end.get("knockout/gain_removed") == removed.gain_removed
 
