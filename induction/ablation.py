@@ -5,14 +5,13 @@ induction/knockout.py removes single attention edges instead.
 """
 
 from collections.abc import Callable, Collection, Iterable
-from math import inf
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from data.batches import Batch
-from induction.behaviour import icl_score, mean_losses, mean_of, repeat_gain
+from induction.behaviour import icl_score, mean_losses, mean_of
 from induction.probes import Probe
 from model.gpt import GPT
 from model.taps import Head, TapFunction, heads_of, taps
@@ -132,12 +131,8 @@ class Effect(NamedTuple):
 
 
 def ablation_effect(model: GPT, heads: Collection[Head], probe: Probe, text: Batch | None = None,
-                    method: Method = "mean", *, patterns_kept: bool = False,
-                    guessing: float = inf) -> Effect:
-    """What the model loses without `heads`, on repeated random tokens and, if given, on text.
-
-    `guessing`: the loss of guessing, which takes the place of the first copy's if that is worse.
-    """
+                    method: Method = "mean", *, patterns_kept: bool = False) -> Effect:
+    """What the model loses without `heads`, on repeated random tokens and, if given, on text."""
     donors = same_period_donors(probe) if method == "resample" else None
     before = mean_losses(losses_without(model, probe.batch, ()), probe)
     after = mean_losses(losses_without(model, probe.batch, heads, method, donors=donors,
@@ -151,8 +146,7 @@ def ablation_effect(model: GPT, heads: Collection[Head], probe: Probe, text: Bat
         if icl_before is not None and icl_after is not None:
             icl = icl_after - icl_before
     return Effect(after.known - before.known, after.first - before.first,
-                  gain_removed(repeat_gain(*before, guessing), repeat_gain(*after, guessing)),
-                  icl, validation)
+                  gain_removed(before.gain, after.gain), icl, validation)
 
 
 def gain_removed(before: float, after: float) -> float | None:

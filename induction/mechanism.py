@@ -1,7 +1,6 @@
 """Which heads attend to what followed the earlier copy, what each does with it, and what feeds
 them: the evidence for the second question of a verdict (induction/verdict.py)."""
 
-from math import log
 from typing import Literal, NamedTuple
 
 import torch
@@ -124,8 +123,7 @@ def mechanism_evidence(model: GPT, probes: Probes, measured: Measured,
                               misreading=True)
     return MechanismEvidence(
         roles, uniform, peak_of(attending[0], profile), knockout,
-        everywhere, ablation_effect(model, attending, probe, guessing=log(probes.vocabulary)),
-        previous_token,
+        everywhere, ablation_effect(model, attending, probe), previous_token,
         paths_into(model, attending, alone, few, progress))
 
 

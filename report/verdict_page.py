@@ -32,7 +32,7 @@ RULES = (f"**How to read this.** *Behaviour* is yes if the model predicts at lea
          f"*Mechanism* is yes if removing the attention edges to induction targets removes at "
          f"least {MIN_REMOVED:.0%} of the repeat gain, and as many random edges at most "
          f"{MAX_RANDOM:.0%}, and if reading other tokens over these edges removes as much. The "
-         "repeat gain is the loss of the first copy, or of guessing if that is less, minus the "
+         "repeat gain is the loss of the first copy (here of guessing, if that is less) minus the "
          "loss of known tokens. *Transfer* counts only what training never repeated, on the kinds "
          "of rows on which the behaviour is there. The probes are random tokens: on text a head "
          "may do more, or other things. If two circuits do the same and each is enough, removing "

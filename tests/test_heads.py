@@ -85,13 +85,17 @@ def test_sentences_say_what_was_measured():
         "repeat gain")
     nothing = describe_ablation(effect._replace(known=-0.5, gain_removed=None))
     assert "lowers the loss of known tokens by 0.50 nats" in nothing and "%" not in nothing
-    begun = Knockout(two, 0.97, 0.02, None, 6.5)
-    nothing = begun._replace(gain_removed=None, by_random=None)
-    assert describe_knockout(KnockoutPair(begun, begun._replace(by_misreading=0.91))) == (
-        "behind the begin token 97% of the repeat gain is gone (without as many random edges 2%), "
-        "without it 97% of the repeat gain is gone (without as many random edges 2%; if they read "
-        "other tokens 91%)")
-    assert "%" not in describe_knockout(KnockoutPair(nothing, nothing))
+    begun, bare = Knockout(two, 0.97, 0.02, 0.9, 6.5), Knockout(two, 0.8, -0.001, 0.7, 6.5)
+    nothing = Knockout(two, None, None, None, -0.001)
+    assert describe_knockout(KnockoutPair(begun, bare)) == (
+        "removing them removes 97% of the repeat gain behind the begin token, 80% of it without "
+        "that token; as many random edges remove 2% of the repeat gain behind the begin token, 0% "
+        "of it without that token; reading other tokens over them removes 90% of the repeat gain "
+        "behind the begin token, 70% of it without that token")
+    one_kind = describe_knockout(KnockoutPair(begun, nothing))
+    assert "97% of the repeat gain behind the begin token; as many" in one_kind
+    nowhere = describe_knockout(KnockoutPair(nothing, nothing))
+    assert "%" not in nowhere and "+0.00 and +0.00 nats" in nowhere
     roles = [HeadRole(two[0], 0.94, 0.31, 0.8, 2.0), HeadRole(two[1], 0.5, -0.4, -0.9, -0.3),
              HeadRole(one[0], 0.2, 0.02, 0.5, 0.0), HeadRole(one[0], 0.2, 0.4, -0.5, 0.0)]
     assert describe_roles(roles) == (
