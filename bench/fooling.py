@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from errors import UserError, run_command
+from errors import ArgumentParser, UserError, run_command
 
 import torch
 
@@ -167,6 +167,9 @@ def table(rows: list[list[str]]) -> str:
 
 
 def main() -> None:
+    ArgumentParser("python -m bench.fooling", description="Judge models whose truth is known, and "
+                   "write the tables of docs/studies/fooling.md. Trains the runs that are missing "
+                   "in runs/.").parse_args()
     torch.set_num_threads(1)
     rows, gallery = probes(), []
     for entry in GALLERY:
