@@ -91,7 +91,8 @@ def formation(model: ModelConfig, records: list[Record], scores: Curve) -> Figur
             axes.axvspan(rise.onset / 1e6, rise.end / 1e6, color=BLUE, alpha=0.10, lw=0)
             if rise.faded is not None:
                 axes.axvline(rise.faded / 1e6, color=BLUE, lw=0.8, ls="--")
-    below.set(xlabel="million tokens seen", ylabel="prefix matching, fraction right", ylim=(-0.02, 1.02))
+    below.set(xlabel="million tokens seen", ylabel="prefix matching, fraction right",
+              ylim=(-0.02, 1.02))
     if below.get_legend_handles_labels()[0]:
         below.legend(frameon=False, fontsize=8)
     return drawn
