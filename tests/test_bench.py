@@ -208,7 +208,7 @@ study.main()
     for trained in (2, 0):
         done = succeeds(command(str(workplace / "study.py")))
         assert done.stdout.count(" left") == trained, done.stdout
-        assert "| `toy_1l_smear` | 0 of 1 |" in done.stdout, done.stdout
+        assert "| `toy_1l_smear` | no 1 of 1 |" in done.stdout, done.stdout
 
 
 @pytest.mark.long
