@@ -43,7 +43,8 @@ class Probes(NamedTuple):
     never_trained: bool             # whether no period of `periodic` was trained
     repeats_trained: bool           # whether training repeats anything
     history_known: bool             # False: the weights were trained before, nobody knows on what
-    vocabulary: int                 # how many different tokens all probes draw from
+    vocabulary: int                 # how many tokens training repeats: guessing among them is the
+                                    # measure for every probe, also for `unseen_tokens`
     note: str                       # which periods `periodic` has, in words
 
     @property
@@ -93,7 +94,7 @@ def probes_of(data: DataConfig, n_ctx: int, tokenizer: Tokenizer, seed: int, mos
         unrepeated=unrepeated(n_ctx, known, tokenizer.begin, rows=rows, seed=seed),
         never_trained=bool(held_out) and before is not None,
         repeats_trained=any("repeats" in training.data.corpora for training in trainings),
-        history_known=before is not None, vocabulary=len(known) + len(unseen),
+        history_known=before is not None, vocabulary=len(known),
         note=describe_periods(held_out, trained, history_known=before is not None))
 
 

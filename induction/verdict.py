@@ -140,7 +140,7 @@ def judge(run: str, condition: str, control: bool, model: GPT, probes: Probes,
 
 
 def find_behaviour(model: GPT, rows: Pair, vocabulary: int) -> BehaviourFinding:
-    """What the model predicts on rows of `vocabulary` different tokens."""
+    """What the model predicts, beside guessing among `vocabulary` tokens."""
     begun, bare = behaviour(model, rows.begun), behaviour(model, rows.bare)
     guessing = log(vocabulary)
 

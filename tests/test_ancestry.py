@@ -12,10 +12,12 @@ import yaml
 from commands import Done, command, fails, succeeds
 from theirs import save_hf_model
 
+from induction.examine import probes_for
 from training.ancestry import ancestors
 from training.checkpoint import find_checkpoint, list_checkpoints, read_state
 from training.config import load_config
 from training.import_model import import_model
+from training.loaded_run import load_run
 
 SMALL = {
     "seed": 3,
@@ -92,6 +94,10 @@ def test_a_chain_is_known_after_its_runs_were_deleted_and_its_own_checkpoints_pr
     first, second = ancestors(find_checkpoint(runs / "c"))
     assert first.data == load_config("small.yaml", ["data.repeats.held_out_tokens=0.25"]).data
     assert second.data.repeats.held_out_periods == []
+    # The laundered look-back: c's config calls 6 and 12 held out, and its weights have seen both.
+    probes = probes_for(load_run(runs / "c"))
+    assert set(probes.trained.begun.periods.tolist()) == {4, 5, 6, 7, 8, 12}
+    assert not {6, 12} & set(probes.scored.periods.tolist()) and probes.never_trained
 
 
 def test_an_import_anywhere_in_the_chain_is_unknown(runs):
@@ -115,6 +121,8 @@ def test_an_import_anywhere_in_the_chain_is_unknown(runs):
     history = read_state(find_checkpoint(runs / "tuned"))["history"]
     assert [next(iter(entry)) for entry in history] == ["imported", "run"]
     assert periods(runs / "tuned") is None
+    probes = probes_for(load_run(runs / "tuned"))
+    assert not probes.history_known and not probes.never_trained and "unknown" in probes.note
 
     for name in ("theirs", "tuned"):
         as_an_earlier_version_wrote_it(runs / name)

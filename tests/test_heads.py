@@ -159,7 +159,11 @@ def test_given_tokens_are_taken_as_they_are(run):
     assert done.returncode == 0, done.stderr
     scores, model = json.loads((run / "s.json").read_text()), load_run(run).model
     total, count = {}, 0
+    seeing, uniform = 0, 0.0                # queries with an earlier copy, uniform attention there
     for row in rows:
+        for i in range(1, len(row)):
+            copies = row[:i].count(row[i])
+            seeing, uniform = seeing + (copies > 0), uniform + copies / (i + 1)
         tokens = torch.tensor([row])
         queries = torch.ones(1, len(row), dtype=torch.bool)
         queries[:, 0] = False
@@ -175,6 +179,12 @@ def test_given_tokens_are_taken_as_they_are(run):
                      "first_token", "entropy", "distance"):
             expected = total[layer, name][head].item() / count
             assert scores[f"L{layer}H{head}"][name] == pytest.approx(expected, abs=1e-4), name
+        visible = total[layer, "prefix_matching"][head].item() / seeing
+        assert scores[f"L{layer}H{head}"]["prefix_matching_visible"] == pytest.approx(
+            visible, abs=1e-4)
+    said = " ".join(done.stdout.split())
+    assert f"{seeing / count:.0%} of the queries see a token" in said
+    assert f"uniform attention puts {uniform / seeing:.3f} on such tokens" in said
 
 
 def test_text_and_files_are_shown_token_by_token(run):
