@@ -137,6 +137,7 @@ class Knockout(NamedTuple):
     the repeat gain fractions are removed, at most 1; None if there is none to remove."""
 
     heads: list[Head]
+    gain: float                         # what repeating is worth before, in nats
     gain_removed: float | None          # by removing the induction edges
     by_random: float | None             # by removing as many random edges
     by_misreading: float | None         # by keeping the patterns and reading other tokens over the
@@ -173,7 +174,7 @@ def knock_out(model: GPT, heads: Collection[Head], probe: Probe, vocabulary: int
         misread_losses = losses_misreading(model, batch, induction_edges, heads)
         by_misreading = fraction_removed(intact, mean_losses(misread_losses, probe), guessing)
     return Knockout(
-        list(heads), fraction_removed(intact, targets, guessing),
+        list(heads), repeat_gain(*intact, guessing), fraction_removed(intact, targets, guessing),
         fraction_removed(intact, others, guessing), by_misreading,
         targets.known - intact.known)
 

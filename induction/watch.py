@@ -24,6 +24,7 @@ from induction.phase import transition
 from induction.probe_set import Probes
 from induction.probes import Pair
 from induction.scores import Measured, measure
+from induction.verdict import MIN_GAIN
 from model.config import ModelConfig
 from model.gpt import GPT
 from model.taps import heads_of
@@ -57,11 +58,11 @@ class HeadWatch:
 
 
 def knockout_metrics(model: GPT, probes: Probes) -> Metrics:
-    """What the model loses without the induction edges of all its heads; empty if repeating is
-    worth nothing to it yet. On every second row of the probe: it costs three passes."""
+    """What the model loses without the induction edges of all its heads; empty as long as repeating
+    is worth less than MIN_GAIN to it. On every second row of the probe: it costs three passes."""
     rows = Pair(*(probe.rows(slice(None, None, 2)) for probe in probes.aperiodic)).both
     result = knock_out(model, heads_of(model.config), rows, probes.vocabulary)
-    if result.gain_removed is None or result.by_random is None:
+    if result.gain < MIN_GAIN or result.gain_removed is None or result.by_random is None:
         return {}
     return {KNOCKOUT: result.gain_removed, KNOCKOUT_RANDOM: result.by_random}
 

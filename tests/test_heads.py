@@ -85,8 +85,9 @@ def test_sentences_say_what_was_measured():
         "repeat gain")
     nothing = describe_ablation(effect._replace(known=-0.5, gain_removed=None))
     assert "lowers the loss of known tokens by 0.50 nats" in nothing and "%" not in nothing
-    begun, bare = Knockout(two, 0.97, 0.02, 0.9, 6.5), Knockout(two, 0.8, -0.001, 0.7, 6.5)
-    nothing = Knockout(two, None, None, None, -0.001)
+    begun = Knockout(two, 6.0, 0.97, 0.02, 0.9, 6.5)
+    bare = Knockout(two, 6.0, 0.8, -0.001, 0.7, 6.5)
+    nothing = Knockout(two, 0.0, None, None, None, -0.001)
     assert describe_knockout(KnockoutPair(begun, bare)) == (
         "removing them removes 97% of the repeat gain behind the begin token, 80% of it without "
         "that token; as many random edges remove 2% of the repeat gain behind the begin token, 0% "

@@ -18,9 +18,11 @@ from bench.fooling_models import (
 )
 from bench.hand_built import probes
 from bench.true_circuits import honest
-from induction.knockout import induction_edges
+from induction.knockout import induction_edges, knock_out
 from induction.probes import Pair, aperiodic
 from induction.verdict import judge, mechanism_answer
+from induction.watch import knockout_metrics
+from model.taps import heads_of
 from report.verdict_page import verdict_page
 
 PROBES = probes(rows=8)
@@ -126,3 +128,12 @@ def test_damage_by_random_edges_on_one_kind_of_rows_shows_nothing():
     evidence = verdict.mechanism.evidence._replace(knockout=damaged)
     assert mechanism_answer(verdict.behaviour, evidence) == "not shown"
     assert mechanism_answer(verdict.behaviour, verdict.mechanism.evidence) == "yes"
+
+
+def test_the_live_log_has_the_knockout_as_soon_as_there_is_a_gain():
+    metrics = knockout_metrics(honest(), PROBES)
+    assert metrics["knockout/gain_removed"] == pytest.approx(1, abs=0.01)
+    assert abs(metrics["knockout/gain_removed_random"]) < 0.05
+    rows = Pair(*(probe.rows(slice(None, None, 2)) for probe in PROBES.aperiodic)).both
+    assert knock_out(honest(), heads_of(honest().config), rows, PROBES.vocabulary).gain > 3
+    assert knockout_metrics(look_back_17(), PROBES) == {}
