@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.batches import Batch
@@ -61,10 +62,22 @@ class Behaviour(NamedTuple):
 @torch.no_grad()
 def behaviour(model: GPT, probe: Probe) -> Behaviour:
     """What the model predicts on a probe. One forward pass without taps."""
-    final, targets = model.hidden(probe.tokens), probe.tokens[:, 1:]
-    losses = probe_losses(model, probe, final)
-    right = predictions(model, final[:, :-1][probe.known]) == targets[probe.known]
-    return Behaviour(right.double().mean().item(), losses.first, losses.known, probe.chance)
+    final, targets = model.hidden(probe.tokens)[:, :-1], probe.tokens[:, 1:]
+    known, right = rate(model, final[probe.known], targets[probe.known])
+    first, _ = rate(model, final[probe.unknown], targets[probe.unknown])
+    return Behaviour(right, first, known, probe.chance)
+
+
+def rate(model: GPT, final: Tensor, targets: Tensor) -> tuple[float, float]:
+    """(mean loss in nats, how often the likeliest token is the target), from last hidden states
+    (N, E) and targets (N,). Only a part of the logits is held at a time."""
+    losses, right = [], []
+    rows = chunk_rows(model.unembedding)
+    for x, target in zip(final.split(rows), targets.split(rows)):
+        logits = model.unembed(x).float()
+        losses.append(F.cross_entropy(logits, target, reduction="none"))
+        right.append(logits.argmax(-1) == target)
+    return torch.cat(losses).cpu().double().mean().item(), torch.cat(right).float().mean().item()
 
 
 class TextLoss(NamedTuple):
@@ -86,12 +99,6 @@ def text_loss(model: GPT, text: Batch, begin: int) -> TextLoss | None:
     bare = model.losses(tokens[:, :-2], tokens[:, 1:-1])            # of tokens 1 … T − 2
     begun = model.losses(shifted[:, :-1], shifted[:, 1:])[:, 1:]    # of the same
     return TextLoss(begun.double().mean().item(), bare.double().mean().item())
-
-
-def predictions(model: GPT, final: Tensor) -> Tensor:
-    """The likeliest next token from last hidden states (N, E): (N,)."""
-    rows = final.split(chunk_rows(model.unembedding))
-    return torch.cat([model.unembed(part).argmax(-1) for part in rows])
 
 
 def mean_of(losses: Tensor, counted: Tensor) -> float:

@@ -134,6 +134,6 @@ def test_the_live_log_has_the_knockout_as_soon_as_there_is_a_gain():
     metrics = knockout_metrics(honest(), PROBES)
     assert metrics["knockout/gain_removed"] == pytest.approx(1, abs=0.01)
     assert abs(metrics["knockout/gain_removed_random"]) < 0.05
-    rows = Pair(*(probe.rows(slice(None, None, 2)) for probe in PROBES.aperiodic)).both
+    rows = PROBES.aperiodic.both
     assert knock_out(honest(), heads_of(honest().config), rows, PROBES.vocabulary).gain > 3
     assert knockout_metrics(look_back_17(), PROBES) == {}
