@@ -13,14 +13,18 @@ from errors import ArgumentParser, UserError, run_command
 import torch
 
 from bench.fooling_models import GALLERY, Entry, Truth
+from bench.gpu_page import table
 from bench.hand_built import probes
 from bench.results import meanwhile
-from bench.study import Condition, finished, renew_results, train
+from bench.study import renew_results
+from bench.study_runs import Condition, condition_named, finished, train
+from induction.behaviour import repeat_gain
 from induction.examine import judge_run
 from induction.knockout import Knockout
 from induction.phase import INDUCTION_HEAD
 from induction.probe_set import Probes
 from induction.verdict import Verdict, judge
+from report.text import percent
 from training.loaded_run import load_run
 
 
@@ -47,8 +51,8 @@ FIRST = Condition("look_back_24", "toy_fixed_period", (
 LAUNDERED = Condition("laundered", "toy_fixed_period", (
     "data.repeats={period: [8, 9], held_out_periods: [24], n_tokens: 128}", "train.steps=1",
     "optimizer.lr=1e-12", f"init_from={FIRST.run(0)}"))
-TOY, TEXT, SMEAR = (Condition(name, name) for name in ("toy_2l", "text_mixed_2l", "text_smear"))
-GATED = Condition("text_mixed_gated", "text_mixed_2l", ("data.begin_fraction=null",))
+TOY, TEXT, SMEAR, GATED = (condition_named(name) for name in (
+    "toy_2l", "text_mixed_2l", "text_smear", "text_mixed_gated"))
 
 
 class Trained(NamedTuple):
@@ -86,17 +90,18 @@ def judge_trained(trained: Trained) -> Verdict:
 
 
 def trained_table() -> str:
-    rows = [["trained model", "prefix matching", "by pattern", "right", "edges removed",
-             "random edges", "behaviour", "mechanism", "answer"]]
+    heading = ("trained model", "prefix matching", "by pattern", "right", "edges removed",
+               "random edges", "behaviour", "mechanism", "answer")
+    rows = []
     for trained in TRAINED:
         meanwhile(trained.what)
         verdict = judge_trained(trained)
         finding, pair = verdict.behaviour, verdict.mechanism.evidence.knockout
-        rows.append([trained.what, f"{verdict.best:.2f}", by_pattern(verdict),
+        rows.append((trained.what, f"{verdict.best:.2f}", by_pattern(verdict),
                      f"{finding.begun.accuracy:.0%} / {finding.bare.accuracy:.0%}",
                      *(removed(pair or (), field) for field in ("gain_removed", "by_random")),
-                     finding.answer, verdict.mechanism.answer, f"**{verdict.answer}**"])
-    return table(rows)
+                     finding.answer, verdict.mechanism.answer, f"**{verdict.answer}**"))
+    return "\n".join(table(heading, rows))
 
 
 def by_pattern(verdict: Verdict) -> str:
@@ -118,32 +123,34 @@ def tables(gallery: list[Judged]) -> str:
 
 
 def answers(gallery: list[Judged]) -> str:
-    rows = [["model", "what it is", "by pattern", "behaviour", "mechanism", "periods", "tokens",
-             "answer"]]
+    heading = ("model", "what it is", "by pattern", "behaviour", "mechanism", "periods", "tokens",
+               "answer")
+    rows = []
     for judged in gallery:
         found, truth = judged.found, judged.entry.truth
         cells = [answer if answer == right else f"{answer} (should be: {right})"
                  for answer, right in zip(found, truth)]
         cells[-1] = f"**{cells[-1]}**"
-        rows.append([f"`{judged.entry.name}`", summary(judged.entry), by_pattern(judged.verdict),
-                     *cells])
-    return table(rows)
+        rows.append((f"`{judged.entry.name}`", summary(judged.entry), by_pattern(judged.verdict),
+                     *cells))
+    return "\n".join(table(heading, rows))
 
 
 def numbers(gallery: list[Judged]) -> str:
-    rows = [["model", "prefix matching", "right", "gain, nats", "edges removed", "random edges",
-             "other tokens read"]]
+    heading = ("model", "prefix matching", "right", "gain, nats", "edges removed", "random edges",
+               "other tokens read")
+    rows = []
     for judged in gallery:
         verdict = judged.verdict
         finding, pair = verdict.behaviour, verdict.mechanism.evidence.knockout
-        gains = [min(kind.loss_first, finding.guessing) - kind.loss_known
+        gains = [repeat_gain(kind.loss_first, kind.loss_known, finding.guessing)
                  for kind in (finding.begun, finding.bare)]
-        rows.append([f"`{judged.entry.name}`", f"{verdict.best:.2f}",
+        rows.append((f"`{judged.entry.name}`", f"{verdict.best:.2f}",
                      f"{finding.begun.accuracy:.0%} / {finding.bare.accuracy:.0%}",
                      " / ".join(f"{gain:.1f}" for gain in gains),
                      *(removed(pair or (), field)
-                       for field in ("gain_removed", "by_random", "by_misreading"))])
-    return table(rows)
+                       for field in ("gain_removed", "by_random", "by_misreading"))))
+    return "\n".join(table(heading, rows))
 
 
 def summary(entry: Entry) -> str:
@@ -157,13 +164,7 @@ def removed(knockouts: Iterable[Knockout], field: str) -> str:
     fractions = [getattr(knockout, field) for knockout in knockouts]
     if all(fraction is None for fraction in fractions):
         return "–"
-    return " / ".join("–" if fraction is None else f"{100 * fraction:.0f}%".replace("-0%", "0%")
-                      for fraction in fractions)
-
-
-def table(rows: list[list[str]]) -> str:
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return " / ".join("–" if fraction is None else percent(fraction) for fraction in fractions)
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ class Dataset:
         sources: dict[str, Source] = {}
         if self.shards and self.config.text_corpus:
             text = TextWindows(self.shards.train, n_ctx, self.seed)
-            sources[self.config.text_corpus] = self._begun(text, "text")
+            sources[self.config.text_corpus] = self._begun(text, "text", otherwise=0.0)
         if "repeats" in self.config.corpora:
             sources["repeats"] = self._repeats(n_ctx, "repeats")
         entries = self.config.mixture or [MixtureEntry(corpus=self.config.corpora[0], weight=1.0)]
@@ -73,19 +73,20 @@ class Dataset:
                 raise UserError(f"the validation text has {len(self.shards.val)} tokens "
                                 f"(raise data.val_fraction={self.config.val_fraction})")
             windows = SpreadWindows(self.shards.val, n_ctx, count)
-            count, source = windows.count, self._begun(windows, "validation text")
+            count, source = windows.count, self._begun(windows, "validation text", 0.0)
         rows = source.rows(np.arange(count))
         return list(as_batch(rows, self._document_start).split(windows_per_batch))
 
     def _repeats(self, n_ctx: int, stream: str) -> Source:
         return self._begun(RepeatRows(self.config.repeats, n_ctx, self.tokenizer.ordinary_ids,
-                                      self.seed, stream), stream)
+                                      self.seed, stream), stream, otherwise=1.0)
 
-    def _begun(self, source: Source, stream: str) -> Source:
-        """The rows of `source`, as many of them behind `begin` as the config says."""
+    def _begun(self, source: Source, stream: str, otherwise: float) -> Source:
+        """The rows of `source`, as many of them behind `begin` as the config says, or the fraction
+        `otherwise`."""
         fraction = self.config.begin_fraction
         if fraction is None:
-            fraction = 1.0 if isinstance(source, RepeatRows) else 0.0
+            fraction = otherwise
         return BegunRows(source, self.begin, fraction, self.seed, stream)
 
     @property

@@ -16,8 +16,7 @@ import numpy as np
 
 from data.dataset import Dataset
 from data.prepare import DataPart
-from settings.validate import Settings, Size, validate
-from settings.yaml12 import override, read_file
+from settings.validate import Settings, Size, validate_file
 
 ROWS = 2000                     # of each kind that the command looks at
 TASK = "repetition"             # this one must tell: it is what repeats are for
@@ -184,8 +183,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value",
                         help="change a value of the config, for example data.begin_fraction=0.5")
     args = parser.parse_intermixed_args()
-    tree = read_file(args.config)
-    config = validate(RowsPart, tree, args.config, override(tree, args.overrides))
+    config = validate_file(RowsPart, args.config, args.overrides)
     if not config.data.mixes_text_and_repeats:
         raise UserError(f"{args.config}: all rows are of one kind, {config.data.corpora[0]}\n"
                         "  name a config whose data.mixture has text and repeats, for example "

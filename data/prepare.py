@@ -28,8 +28,7 @@ from data.round_trip import RoundTrip
 from data.shards import FORMAT, Shards, folders_of_shards
 from data.tokenizer import Tokenizer
 from files import atomic_write, exclusive_lock, explain_disk_errors, sha256
-from settings.validate import Settings, validate
-from settings.yaml12 import override, read_file
+from settings.validate import Settings, validate_file
 
 PART_BYTES = 64 * 2 ** 20
 SMALL_BYTES = 2 ** 24           # a smaller corpus is encoded before other processes have started
@@ -330,8 +329,7 @@ def main() -> None:
     parser.add_argument("--verify", action="store_true",
                         help="read every byte of finished shards and check it against the manifest")
     args = parser.parse_intermixed_args()
-    tree = read_file(args.config)
-    config = validate(DataPart, tree, args.config, override(tree, args.overrides)).data
+    config = validate_file(DataPart, args.config, args.overrides).data
     if config.text_corpus is None:
         print("nothing to prepare: all rows of this config are synthetic")
     else:

@@ -36,13 +36,12 @@ def losses_without(model: GPT, batch: Batch, heads: Collection[Head], method: Me
                     what the ablated heads carry, not by where they make later heads attend. q and k
                     are fixed to their intact values, so no pattern is held.
     """
-    layers = sorted({head.layer for head in heads})
+    layers = by_layer(heads)
     fixed = ["L*.q", "L*.k"] if patterns_kept and layers else []
     replaced = [f"L{layer}.z" for layer in layers if method != "zero"]
     intact = activations(model, batch, fixed + replaced) if fixed or replaced else {}
     replacements: dict[str, TapFunction | None] = {}
-    for layer in layers:
-        indices = [head.index for head in heads if head.layer == layer]
+    for layer, indices in layers.items():
         name = f"L{layer}.z"
         z = intact.pop(name, None)
         replacements[name] = ablation_tap(indices, method, z, real=real, donors=donors)
@@ -71,6 +70,14 @@ def ablate_each_head(model: GPT, batch: Batch, counted: Tensor, progress: Progre
         with taps(model, {f"L{head.layer}.z": replace_heads([head.index], means[head.layer])}):
             rises[head] = mean_of(model.losses(*batch), counted) - intact
     return rises
+
+
+def by_layer(heads: Collection[Head]) -> dict[int, list[int]]:
+    """The indices of heads in each layer."""
+    indices: dict[int, list[int]] = {}
+    for head in heads:
+        indices.setdefault(head.layer, []).append(head.index)
+    return indices
 
 
 def mean_output(z: Tensor, real: Tensor | None = None) -> Tensor:
@@ -210,9 +217,8 @@ class Paths:
         self.intact_z = intact.pop(f"L{self.layer}.z")
         held: dict[str, TapFunction | None] = {name: replace_by(value)
                                                for name, value in intact.items()}
-        for n in {head.layer for head in senders}:
+        for n, indices in by_layer(senders).items():
             z = intact[f"L{n}.z"]
-            indices = [head.index for head in senders if head.layer == n]
             held[f"L{n}.z"] = replace_by(ablation_tap(indices, method, z)(z))
         inputs = {f"L{self.layer}.{part}": None for part in INPUTS}
         with torch.no_grad(), taps(model, held | inputs) as without:

@@ -101,9 +101,10 @@ def examine_on_probe(model: GPT, probes: Probes, progress: ProgressBar = iter) -
     `progress` wraps what is ablated one by one."""
     probe = probes.scored
     measured = measure(model, probe, probes.unrepeated)
-    scores = measured.scores | {"copying_eigenvalues": copying_eigenvalues(model)}
+    eigenvalues = copying_eigenvalues(model)
+    scores = measured.scores | {"copying_eigenvalues": eigenvalues}
     table = HeadScores(scores, ablate_each_head(model, probe.batch, probe.known, progress))
-    evidence = mechanism_evidence(model, probes, measured, progress)
+    evidence = mechanism_evidence(model, probes, scores["copying"], eigenvalues, progress)
     composition = key_composition(model, evidence.attending[0]) if evidence.roles else None
     return ProbeExamination(
         table, measured, find_behaviour(model, probes.aperiodic, probes.vocabulary), evidence,

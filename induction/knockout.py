@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch
-from induction.ablation import SMALLEST_GAIN, activations
+from induction.ablation import activations, by_layer, gain_removed
 from induction.behaviour import ProbeLosses, mean_losses, mean_of, repeat_gain
 from induction.probes import Pair, Probe
 from induction.scores import visible_matches
@@ -79,14 +79,6 @@ def edges_by_layer(model: GPT, batch: Batch, edges_of: EdgesOf,
 def rows_at_once(model: GPT, batch: Batch) -> int:
     T = batch.tokens.shape[1]
     return max(1, PATTERN_ELEMENTS // (model.config.n_heads * T * T))
-
-
-def by_layer(heads: Collection[Head]) -> dict[int, list[int]]:
-    """The indices of heads in each layer."""
-    indices: dict[int, list[int]] = {}
-    for head in heads:
-        indices.setdefault(head.layer, []).append(head.index)
-    return indices
 
 
 def without_edges(edges: Tensor, indices: list[int]) -> TapFunction:
@@ -180,12 +172,9 @@ def knock_out(model: GPT, heads: Collection[Head], probe: Probe, vocabulary: int
 
 
 def fraction_removed(intact: ProbeLosses, after: ProbeLosses, guessing: float) -> float | None:
-    """1 − g′/g of the repeat gains g before and g′ ≥ 0 after; None if g is hardly anything."""
-    before = repeat_gain(*intact, guessing)
-    if before < SMALLEST_GAIN:
-        return None
+    """`gain_removed` of the repeat gains g before and g′ ≥ 0 after."""
     left = repeat_gain(*after, guessing)
-    return 1 - (0.0 if left < 0 else left) / before             # NaN stays NaN
+    return gain_removed(repeat_gain(*intact, guessing), 0.0 if left < 0 else left)  # NaN stays NaN
 
 
 class TextKnockout(NamedTuple):

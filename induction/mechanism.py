@@ -18,8 +18,8 @@ from induction.ablation import (
 from induction.behaviour import mean_of
 from induction.knockout import KnockoutPair, knock_out_each
 from induction.probe_set import Probes
-from induction.probes import Pair, Probe
-from induction.scores import Measured, attention_scores, copying_eigenvalues
+from induction.probes import Probe
+from induction.scores import attention_scores
 from kernels.planes import REACH
 from model.gpt import GPT
 from model.taps import Head, heads_of
@@ -94,10 +94,10 @@ class MechanismEvidence(NamedTuple):
         return [role.head for role in self.roles if role.role == "suppresses"]
 
 
-def mechanism_evidence(model: GPT, probes: Probes, measured: Measured,
+def mechanism_evidence(model: GPT, probes: Probes, copying: torch.Tensor, eigenvalues: torch.Tensor,
                        progress: ProgressBar = iter) -> MechanismEvidence:
     """All of it, on the aperiodic probe, rows behind the begin token and without it together;
-    `measured` is of the periodic probe."""
+    `copying` and `eigenvalues` (L, H) are those scores of all heads."""
     probe = probes.aperiodic.both
     attention = attention_scores(model, probe.tokens, probe.queries, probe.first_copy)
     prefix_matching = attention.scores["prefix_matching"]
@@ -112,9 +112,8 @@ def mechanism_evidence(model: GPT, probes: Probes, measured: Measured,
         return MechanismEvidence([], uniform, highest_peak(profile), None, everywhere, None, None,
                                  [])
     n_rows = max(2, PATH_TOKENS // probe.tokens.shape[1])
-    few = Pair(*(rows.rows(slice(n_rows)) for rows in probes.aperiodic)).both
+    few = probes.aperiodic.rows(slice(n_rows)).both
     alone = ablate_each_head(model, few.batch, few.known, progress)
-    copying, eigenvalues = measured.scores["copying"], copying_eigenvalues(model)
     roles = [HeadRole(head, prefix_matching[head].item(), copying[head].item(),
                       eigenvalues[head].item(), alone[head]) for head in attending]
     previous_token = previous_token_heads(model, attention.scores["previous_token"], attending,

@@ -99,11 +99,11 @@ def probes_of(data: DataConfig, n_ctx: int, tokenizer: Tokenizer, seed: int, mos
 
 
 def repeated_ids(trainings: Sequence[Training], ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(ids that the last of `trainings` repeats, ids that none of them does), of a tokenizer's
-    ordinary `ids`. The first of `trainings` is the run itself."""
-    run = trainings[0]
+    """(ids that the first of `trainings`, the run itself, repeats; ids that none of them does), of
+    a tokenizer's ordinary `ids`."""
+    run, *before = trainings
     known, unseen = repeat_vocabulary(run.data.repeats, ids, run.seed)
-    for training in trainings[1:]:
+    for training in before:
         if "repeats" in training.data.corpora:
             repeated, _ = repeat_vocabulary(training.data.repeats, ids, training.seed)
             unseen = unseen[~np.isin(unseen, repeated)]

@@ -78,6 +78,10 @@ class Pair(NamedTuple):
         """All rows as one probe: (2 B, T)."""
         return Probe(*map(torch.cat, zip(self.begun, self.bare)))
 
+    def rows(self, index: Tensor | slice) -> "Pair":
+        """Some of the rows, the same of both kinds."""
+        return Pair(self.begun.rows(index), self.bare.rows(index))
+
     def to(self, device: torch.device) -> "Pair":
         return Pair(self.begun.to(device), self.bare.to(device))
 

@@ -21,7 +21,7 @@ from induction.mechanism import MechanismEvidence, mechanism_evidence
 from induction.phase import INDUCTION_HEAD, Transition
 from induction.probe_set import Probes
 from induction.probes import Pair
-from induction.scores import Measured, measure
+from induction.scores import Measured, copying_eigenvalues, measure
 from model.gpt import GPT
 from model.taps import Head, heads_of
 
@@ -129,7 +129,8 @@ def judge(run: str, condition: str, control: bool, model: GPT, probes: Probes,
     """The verdict on one model; `transition` is that of its run, `text` held-out text."""
     measured = measure(model, probes.scored, probes.unrepeated)
     behaviour_finding = find_behaviour(model, probes.aperiodic, probes.vocabulary)
-    evidence = mechanism_evidence(model, probes, measured, progress)
+    evidence = mechanism_evidence(model, probes, measured.scores["copying"],
+                                  copying_eigenvalues(model), progress)
     answer = mechanism_answer(behaviour_finding, evidence)
     heads = evidence.attending or heads_of(model.config)
     return Verdict(
@@ -214,8 +215,7 @@ def find_transfer(model: GPT, probes: Probes, finding: BehaviourFinding, heads: 
 
     by_period = {}
     for period in probes.scored.periods.unique().tolist():
-        of_period = Pair(*(probe.rows(probe.periods == period) for probe in probes.periodic))
-        by_period[period] = on_known_kinds(of_period)
+        by_period[period] = on_known_kinds(probes.periodic.rows(probes.scored.periods == period))
     trained = None if probes.trained is None else on_known_kinds(probes.trained)
     unseen = None
     if probes.unseen_tokens is not None:

@@ -8,11 +8,14 @@ import json
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
 from errors import UserError
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from settings.yaml12 import override, read_file
 
 MOST_MISTAKES = 40              # listed for one file
 Size = Annotated[int, Field(gt=0, le=2 ** 20)]      # one dimension; over a million must be a typo
@@ -56,6 +59,13 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+
+
+def validate_file(settings_class: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
+    """The mapping in a YAML file with `key.path=value` overrides, as a `settings_class`. Raises
+    UserError with all mistakes in it."""
+    tree = read_file(path)
+    return validate(settings_class, tree, str(path), override(tree, overrides))
 
 
 def validate(settings_class: type[S], tree: dict[str, Any], source: str,

@@ -12,7 +12,7 @@ from PIL import Image
 
 from bench import gpu, turn
 from bench.gpu_page import page
-from bench.study import spread
+from bench.study_tables import spread
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
@@ -199,10 +199,10 @@ def test_a_study(workplace):
     (workplace / "study.py").write_text("""
 import sys
 sys.argv = ["study", "toy", "--seeds", "1", "--at-once", "1"]
-from bench import study
+from bench import study, study_runs
 changes = ("train.steps=3", "heads.every=1")
-study.STUDIES["toy"] = study.Study(2, [
-    study.Condition(name, name, changes) for name in ("toy_2l", "toy_1l_smear")])
+study_runs.STUDIES["toy"] = study_runs.Study(2, [
+    study_runs.Condition(name, name, changes) for name in ("toy_2l", "toy_1l_smear")])
 study.main()
 """)
     for trained in (2, 0):

@@ -19,8 +19,7 @@ from console import stdout_is_the_result
 from data.config import SHORTEST_PERIOD, DataConfig
 from model.config import ModelConfig
 from settings.schema import json_schema
-from settings.validate import AsWritten, Conflicts, Settings, Text, validate
-from settings.yaml12 import override, read_file
+from settings.validate import AsWritten, Conflicts, Settings, Text, validate_file
 
 Every = Annotated[NonNegativeInt, Field(description="steps between two; 0: never")]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -167,8 +166,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises UserError with all mistakes in it.
     """
-    tree = read_file(path)
-    return validate(Config, tree, str(path), override(tree, overrides))
+    return validate_file(Config, path, overrides)
 
 
 def named_after(folder: Path, config: Config) -> Config:
