@@ -134,7 +134,10 @@ def measure(folder: Path, tiny: bool, chosen: list[str]) -> int:
         side_by_side = [begin(step, folder / "side_by_side") for step in steps
                         if step in SIDE_BY_SIDE]
         waiting = {step.name: begin(step, folder) for step in steps if step.compiles}
+        compiling = [process for process in waiting.values() if process]
         wait([process for process in side_by_side if process])
+        wait(compiling, until=lambda: all(process.has_compiled() for process in compiling
+                                          if process in running))
         for step in steps:
             if step in IN_TURN:
                 process = waiting[step.name] if step.compiles else begin(step, folder)
