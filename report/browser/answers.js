@@ -7,20 +7,19 @@ const failing = run => run.evidence?.control && YES.includes(run.evidence.answer
 const gated = run => page.runs.some(failing) && !run.evidence?.control;
 
 // The columns of the table: the header of their group, their own header, and what a run says there:
-// [text, text on hover], or only a text.
+// [text, text on hover], or only a text. Words may be broken into lines.
+const RIGHT_TOKENS = "behaviour: known tokens right", LOST = "mechanism: gain lost without";
 const COLUMNS = [
   ["run", "", run => nameOfRun(run) + (run.evidence?.control ? " (control)" : "")],
-  ["formed", "", formed],
-  ["behaviour", "", run => answer(run, "behaviour")],
-  ["behaviour", "known tokens right, behind begin token",
-   run => percent(run.evidence?.behaviour?.begun?.accuracy)],
-  ["behaviour", "without it", run => percent(run.evidence?.behaviour?.bare?.accuracy)],
-  ["behaviour", "by chance",
-   run => percent({ value: run.evidence?.behaviour?.begun?.chance })],
-  ["mechanism", "", run => answer(run, "mechanism")],
-  ["mechanism", "heads", headsOf],
-  ["mechanism", "gain lost without their edges", run => removed(run, "gain_removed")],
-  ["mechanism", "without random edges", run => removed(run, "by_random")],
+  ["formed", "", formed, "words"],
+  [RIGHT_TOKENS, "", run => answer(run, "behaviour"), "words"],
+  [RIGHT_TOKENS, "behind begin token", run => percent(run.evidence?.behaviour?.begun?.accuracy)],
+  [RIGHT_TOKENS, "without it", run => percent(run.evidence?.behaviour?.bare?.accuracy)],
+  [RIGHT_TOKENS, "by chance", run => percent({ value: run.evidence?.behaviour?.begun?.chance })],
+  [LOST, "", run => answer(run, "mechanism"), "words"],
+  [LOST, "heads", headsOf, "words"],
+  [LOST, "their edges", run => removed(run, "gain_removed")],
+  [LOST, "random edges", run => removed(run, "by_random")],
   ["transfer", "periods", run => [answer(run, "transfer_periods"), periodsOf(run)]],
   ["transfer", "tokens", run => [answer(run, "transfer_tokens"), unseenOf(run)]],
   ["onset", "tokens seen", onset],
@@ -30,7 +29,8 @@ const answer = (run, question) => run.evidence?.answers?.[question] ?? "–";
 
 function formed(run) {
   if (failing(run)) return "control fails";
-  if (gated(run) && run.evidence) return ["not shown: a control fails", answer(run, "formed")];
+  if (gated(run) && run.evidence)
+    return ["not shown", `a control fails (by itself: ${answer(run, "formed")})`];
   return run.evidence ? answer(run, "formed") : "not examined";
 }
 
@@ -95,10 +95,11 @@ function buildAnswers() {
   });
   const rows = page.runs.map((run, r) => {
     const row = make("tr", several ? { role: "row", id: `run-${r}` } : {});
-    COLUMNS.forEach(([group, , read], c) => {
+    COLUMNS.forEach(([group, , read, words = ""], c) => {
       const [text, hint = ""] = [read(run)].flat();
-      row.append(make(c ? "td" : "th", { class: groups.indexOf(group) === c ? "group" : "",
-                                         title: hint, ...c ? {} : { scope: "row" } }, text));
+      const style = `${words} ${groups.indexOf(group) === c ? "group" : ""}`;
+      row.append(make(c ? "td" : "th", { class: style, title: hint || text,
+                                         ...c ? {} : { scope: "row" } }, text));
     });
     row.classList.toggle("failing", Boolean(failing(run)));
     if (several) row.onclick = () => selectRun(r);

@@ -49,6 +49,7 @@ function selectRun(run) {
   $("slider").hidden = $("play").hidden = LAST === 0;
   $("slider").setAttribute("aria-valuemax", LAST);
   $("pointed").hidden = !view.evidence;
+  $("head").classList.toggle("two-lines", Boolean(view.evidence));  // so that nothing moves below it
   drawAnswers();
   buildGrid();
   buildHow();

@@ -83,8 +83,7 @@ function describe(head) {
   }
   if (rise !== undefined) {
     const [low, high] = intervalOf(head, "alone") ?? [];
-    const number = `${rise < 0 ? "−" : "+"}${Math.abs(rise).toFixed(2)}`;
-    parts.push(`ablated: ${view.causal_loss} ${nats({ value: rise, low, high }, () => number)}`);
+    parts.push(`ablated: ${view.causal_loss} ${nats({ value: rise, low, high })}`);
   }
   return parts.join(" · ");
 }

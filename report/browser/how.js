@@ -12,6 +12,7 @@ function buildHow() {
   const mechanism = view.evidence?.mechanism;
   const paths = (mechanism?.paths ?? []).filter(path => path.rise?.value != null);
   $("how").hidden = !mechanism;
+  $("how").classList.toggle("without-paths", !paths.length);
   $("paths-part").hidden = $("pair-part").hidden = !paths.length;
   state.path = paths.reduce((best, path) =>
     !best || Math.abs(path.rise.value) > Math.abs(best.rise.value) ? path : best, null);
@@ -90,13 +91,13 @@ function drawPair() {
     cell.setAttribute("aria-selected", selected);
     cell.tabIndex = selected ? 0 : -1;
   }
-  $("pair-title").textContent = describePath(state.path);
+  $("pair-caption").textContent = describePath(state.path);
   const size = Math.min(shown.tokens.length, Math.round(220 * devicePixelRatio));
   $("pair").replaceChildren(...["sender", "receiver"].map(part => {
     const name = state.path[part], head = headNamed(name);
     if (head === undefined) return "";
     const button = make("button", { "aria-label": `pattern of the ${part} ${name}` },
-                        picture(head, size), make("span", {}, `${name}, ${part}`));
+                        picture(head, size), make("span", {}, `${part} ${name}`));
     button.onclick = () => choose({ head });
     return button;
   }));
