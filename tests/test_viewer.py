@@ -1,121 +1,28 @@
 """report.html in a real browser: what it shows is what the arrays hold."""
 
 import re
-import shutil
 
 import numpy as np
 import pytest
+from viewer_cases import (
+    PASSAGES,
+    PATTERNS,
+    PREFIX,
+    TOKENS_SEEN,
+    H,
+    background,
+    example,
+    hover_cell,
+    listed,
+    settled,
+    strongest,
+)
 
 from induction.history import Curve
 from induction.scores import SCORES
-from report.viewer import Passage, PatternSnapshot, View, write_viewer
+from report.viewer import Passage, PatternSnapshot, write_viewer
 
-sync_playwright = pytest.importorskip("playwright.sync_api",
-                                      reason="playwright is not installed").sync_playwright
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(not CHROMIUM,
-                                reason="no chromium here (Debian: apt install chromium)")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
-
-L, H, T = 2, 4, 24
-PASSAGES = [Passage("random tokens", [f"t{i}" for i in range(T)]),
-            Passage("python", ["def", " f", "(", ")", ":", "\n", "\t", "pass"])]
-TOKENS_SEEN = np.array([0, 1e5, 2e5, 5e5, 1e6])
-
-
-def random_patterns(T: int, seed: int) -> np.ndarray:
-    """Peaked causal patterns of all heads, (L, H, T, T) uint8."""
-    logits = np.random.default_rng(seed).normal(0, 2, (L, H, T, T))
-    weights = np.exp(logits) * np.tri(T)
-    return np.round(weights / weights.sum(-1, keepdims=True) * 255).astype(np.uint8)
-
-
-PATTERNS = [[random_patterns(len(p.tokens), 10 * s + n) for n, p in enumerate(PASSAGES)]
-            for s in range(len(TOKENS_SEEN))]
-PREFIX = np.random.default_rng(0).uniform(0, 1, (5, L, H)).round(3)
-PREFIX[-1, 1, 2] = 1                            # so L1H2 is the head that the page opens with
-
-
-def example(**changes) -> View:
-    snapshots = [PatternSnapshot(int(t / 1000), int(t), patterns)
-                 for t, patterns in zip(TOKENS_SEEN, PATTERNS)]
-    scores = {"prefix_matching": Curve(TOKENS_SEEN, PREFIX),
-              "copying": Curve(TOKENS_SEEN, 1 - 2 * PREFIX),
-              "of_our_own": Curve(TOKENS_SEEN, 9 * PREFIX)}
-    curves = {"train/loss": Curve(np.arange(1001) * 1e3, np.linspace(6, 2, 1001)),
-              "icl/score": Curve(TOKENS_SEEN, np.array([0, 0, np.nan, -1, -2]))}
-    return View(title="a run", subtitle="2 layers × 4 heads", n_layers=L, n_heads=H, n_kv_heads=2,
-                passages=PASSAGES, snapshots=snapshots,
-                scores=scores, scored="repeated random tokens", curves=curves,
-                marks={"onset": 2e5, "end": 5e5},
-                causal={"L1H2": 2.1, "L0H0": -0.004}, causal_loss="second copy", causal_step=1000,
-                notes=["Synthetic rows cause the formation."])._replace(**changes)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def show(browser, tmp_path):
-    """Write a view and open it. Whatever a test does, the page must request nothing but itself and
-    log no error."""
-    complaints, contexts = [], []
-
-    def open_view(view: View, **options):
-        path = tmp_path / "report.html"
-        write_viewer(path, [view])
-        contexts.append(browser.new_context(viewport={"width": 1280, "height": 800}, **options))
-        contexts[-1].set_default_timeout(0)                 # however busy the machine is
-        page = contexts[-1].new_page()
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda request: complaints.append(request.url)
-                if request.url != path.as_uri() else None)
-        page.on("dialog", lambda dialog: complaints.append(f"dialog {dialog.message}"))
-        page.goto(path.as_uri(), wait_until="commit")
-        return settled(page)
-
-    yield open_view
-    for context in contexts:
-        context.close()
-    assert not complaints
-
-
-def settled(page):
-    page.wait_for_selector("#pattern[aria-busy=false]", state="attached")
-    return page
-
-
-def hover_cell(page, q: int, k: int) -> str:
-    """Point at a cell of the matrix and read what the page says about it."""
-    x, y = page.evaluate("([q, k]) => [GUTTER + (k + .5) * matrixSize().cell, "
-                         "TOP + (q + .5) * matrixSize().cell]", [q, k])
-    page.hover("#matrix", position={"x": x, "y": y})
-    return page.inner_text("#readout")
-
-
-def listed(page, which: str) -> list[tuple[int, str]]:
-    """The tokens listed as looked at ("key") or as looking ("query"), with their weights."""
-    return page.eval_on_selector_all(
-        f"#strongest .{which} li",
-        "rows => rows.map(row => [+row.dataset.i, row.lastChild.textContent])")
-
-
-def strongest(weights: np.ndarray, first: int = 0) -> list[list]:
-    order = sorted(range(len(weights)), key=lambda i: -int(weights[i]))[:5]
-    # A weight of 1/255 reads 0.00 and is not listed.
-    return [[first + i, f"{weights[i] / 255:.2f}"] for i in order if weights[i] > 1]
-
-
-def background(page, selector: str) -> str:
-    return page.eval_on_selector(selector, "element => getComputedStyle(element).backgroundColor")
+pytest_plugins = ["browser"]
 
 
 def test_it_opens_with_the_last_snapshot_and_the_head_that_matches_prefixes_best(show):

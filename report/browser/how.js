@@ -10,7 +10,8 @@ const describePath = ({ sender, receiver, into, rise }) =>
 
 function buildHow() {
   const mechanism = view.evidence?.mechanism;
-  const paths = (mechanism?.paths ?? []).filter(path => path.rise?.value != null);
+  const paths = (mechanism?.paths ?? []).filter(path => path.rise?.value != null
+    && [path.sender, path.receiver].every(name => headNamed(name) !== undefined));
   $("how").hidden = !mechanism;
   $("how").classList.toggle("without-paths", !paths.length);
   $("paths-part").hidden = $("pair-part").hidden = !paths.length;
@@ -95,7 +96,6 @@ function drawPair() {
   const size = Math.min(shown.tokens.length, Math.round(220 * devicePixelRatio));
   $("pair").replaceChildren(...["sender", "receiver"].map(part => {
     const name = state.path[part], head = headNamed(name);
-    if (head === undefined) return "";
     const button = make("button", { "aria-label": `pattern of the ${part} ${name}` },
                         picture(head, size), make("span", {}, `${part} ${name}`));
     button.onclick = () => choose({ head });

@@ -73,7 +73,9 @@ function strongest(colour, title, pairs) {
 /** "2.31 nats, predicted right"; "" for the first token, which nothing predicts. */
 function costOf(i) {
   if (!shown.losses || i === 0) return "";
-  return `${fixed(shown.losses[i - 1])} nats, predicted ${shown.right[i - 1] ? "right" : "wrong"}`;
+  const loss = shown.losses[i - 1];
+  const number = loss === Infinity ? "∞" : fixed(loss);
+  return `${number} nats, predicted ${shown.right[i - 1] ? "right" : "wrong"}`;
 }
 
 /** The loss that is drawn at full strength: that of guessing among all tokens, or without that the
