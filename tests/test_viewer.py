@@ -11,6 +11,7 @@ from viewer_cases import (
     TOKENS_SEEN,
     H,
     background,
+    evidence,
     example,
     hover_cell,
     listed,
@@ -286,10 +287,12 @@ def test_fifty_snapshots_of_512_tokens_are_seen_at_once(show, tmp_path):
         for step in range(n):                           # no two alike, for the price of one softmax
             heads = np.concatenate([np.roll(weights, step, axis=0)] * 4)
             patterns = (heads * np.tri(T, dtype=np.uint8)).reshape(2, 12, T, T)
-            yield PatternSnapshot(step, step * 1000, [patterns])
+            losses = rng.uniform(0, 9, T - 1).astype(np.float32)
+            yield PatternSnapshot(step, step * 1000, [patterns], [losses], [losses < 1])
 
     page = show(example(n_heads=12, n_kv_heads=12, snapshots=snapshots(), scores={}, causal={},
-                        passages=[Passage("long", [f"w{i}" for i in range(T)])]))
+                        passages=[Passage("long", [f"w{i}" for i in range(T)])],
+                        evidence=evidence(step=n - 1)))
     page.wait_for_load_state("domcontentloaded")
     paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
     read = page.evaluate("performance.getEntriesByType('navigation')[0].domInteractive")
@@ -297,6 +300,7 @@ def test_fifty_snapshots_of_512_tokens_are_seen_at_once(show, tmp_path):
     print(f"{size / 1e6:.1f} MB, first paint after {paint:.0f} ms, "
           f"read to the end after {read:.0f} ms")
     assert size <= 60e6 and paint < read
+    assert page.inner_text("#path-L0H3-L1H2-k") == "6.2"
     page.get_by_role("slider").press("Home")            # the far end of the file
     page.get_by_role("slider").press("ArrowRight")
     settled(page)

@@ -85,10 +85,15 @@ def test_snapshots_are_the_patterns_and_go_on_where_the_run_does(workplace):
     last = list(saved)[-1]
     for n, passage in enumerate(json.loads(Path("runs/tiny/heads/passages.json").read_text())):
         assert len(passage["tokens"]) == len(passage["ids"]) == 32
+        ids = torch.tensor([passage["ids"]])
         with taps(run.model, "L*.pattern") as cache, torch.no_grad():
-            run.model(torch.tensor([passage["ids"]]))
+            logits = run.model(ids)[0, :-1].double()
         dense = torch.stack([cache[f"L{layer}.pattern"][0] for layer in range(2)])
         assert np.abs(last.patterns[n] / 255 - dense.numpy()).max() <= 0.5 / 255 + 1e-6
+        nats = -logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        assert last.losses[n] == pytest.approx(nats.numpy(), abs=1e-4)
+        assert (last.right[n] == (logits.argmax(-1) == ids[0, 1:]).numpy()).all()
+        assert saved.passages[n].vocab_size == run.model.config.vocab_size
     (Path("runs/tiny/heads") / "000099.npz").write_bytes(b"of steps that will be made again")
     assert command("train.py", "runs/tiny", "train.steps=10").returncode == 0
     assert [s.step for s in saved] == [2, 4, 6, 8, 10]
