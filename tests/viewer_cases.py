@@ -70,6 +70,19 @@ def background(page, selector: str) -> str:
     return page.eval_on_selector(selector, "element => getComputedStyle(element).backgroundColor")
 
 
+def with_losses(vocab_size: int | None = 50) -> tuple[View, list, list]:
+    """The example with the losses of its passages; the losses and which were right, by snapshot."""
+    rng = np.random.default_rng(3)
+    losses = [[rng.uniform(0, 5, len(p.tokens) - 1).astype(np.float32) for p in PASSAGES]
+              for _ in TOKENS_SEEN]
+    losses[-1][0][6] = np.inf                                   # a loss may be infinite
+    right = [[rng.random(len(p.tokens) - 1) < 0.5 for p in PASSAGES] for _ in TOKENS_SEEN]
+    snapshots = [snapshot._replace(losses=losses[s], right=right[s])
+                 for s, snapshot in enumerate(example().snapshots)]
+    passages = [passage._replace(vocab_size=vocab_size) for passage in PASSAGES]
+    return example(snapshots=snapshots, passages=passages), losses, right
+
+
 # --- evidence, as `heads.py --json` writes it -----------------------------------------------------
 
 def known(value: float, low: float | None = None, high: float | None = None) -> dict:

@@ -84,34 +84,15 @@ function onset(run) {
 function buildAnswers() {
   const several = page.runs.length > 1;
   $("answers").hidden = !several && !view.evidence;
-  const groups = COLUMNS.map(([group]) => group);
-  const first = make("tr"), second = make("tr");
-  groups.forEach((group, c) => {
-    const width = groups.filter(other => other === group).length;
-    if (groups.indexOf(group) === c)
-      first.append(make("th", { scope: "colgroup", colspan: width, class: "group" }, group));
-    second.append(make("th", { scope: "col", class: groups.indexOf(group) === c ? "group" : "" },
-                       COLUMNS[c][1]));
-  });
-  const rows = page.runs.map((run, r) => {
-    const row = make("tr", several ? { role: "row", id: `run-${r}` } : {});
-    COLUMNS.forEach(([group, , read, words = ""], c) => {
-      const [text, hint = ""] = [read(run)].flat();
-      const style = `${words} ${groups.indexOf(group) === c ? "group" : ""}`;
-      row.append(make(c ? "td" : "th", { class: style, title: hint || text,
-                                         ...c ? {} : { scope: "row" } }, text));
-    });
-    row.classList.toggle("failing", Boolean(failing(run)));
-    if (several) row.onclick = () => selectRun(r);
-    return row;
-  });
-  $("runs").replaceChildren(make("thead", {}, first, second), make("tbody", {}, ...rows));
+  $("runs").replaceChildren(make("thead", {}, ...headers()),
+                            make("tbody", {}, ...page.runs.map(rowOf)));
   if (!several) return;
   $("runs").setAttribute("role", "grid");
   $("runs").setAttribute("aria-label", "Runs: arrow keys select one");
+  page.runs.forEach((_, r) => { $(`run-${r}`).onclick = () => selectRun(r); });
   $("runs").onkeydown = event => {
-    const step = { ArrowUp: -1, ArrowDown: 1 }[event.key], to = state.run + step;
-    if (step === undefined) return;
+    const to = state.run + { ArrowUp: -1, ArrowDown: 1 }[event.key];
+    if (Number.isNaN(to)) return;
     event.preventDefault();
     if (!(to in page.runs)) return;
     selectRun(to);
@@ -119,12 +100,33 @@ function buildAnswers() {
   };
 }
 
+const GROUPS = COLUMNS.map(([group]) => group);
+const begins = c => GROUPS.indexOf(GROUPS[c]) === c ? "group" : "";     // a group of columns
+
+function headers() {
+  const groups = GROUPS.filter((_, c) => begins(c)).map(group => make("th", {
+    scope: "colgroup", class: "group",
+    colspan: GROUPS.filter(other => other === group).length }, group));
+  const columns = COLUMNS.map(([, name], c) =>
+    make("th", { scope: "col", class: begins(c) }, name));
+  return [make("tr", {}, ...groups), make("tr", {}, ...columns)];
+}
+
+function rowOf(run, r) {
+  const cells = COLUMNS.map(([, , read, words = ""], c) => {
+    const [text, hint = text] = [read(run)].flat();
+    const attributes = { class: `${words} ${begins(c)}`, title: hint };
+    return c === 0 ? make("th", { scope: "row", ...attributes }, text)
+      : make("td", attributes, text);
+  });
+  return make("tr", { id: `run-${r}`, class: failing(run) ? "failing" : "" }, ...cells);
+}
+
 /** What the table says of the selected run, and the rest of its evidence in words. */
 function drawAnswers() {
-  page.runs.forEach((run, r) => {
-    const row = $(`run-${r}`);
-    row?.setAttribute("aria-selected", r === state.run);
-    row?.setAttribute("tabindex", r === state.run ? 0 : -1);
+  if (page.runs.length > 1) page.runs.forEach((_, r) => {
+    $(`run-${r}`).setAttribute("aria-selected", r === state.run);
+    $(`run-${r}`).setAttribute("tabindex", r === state.run ? 0 : -1);
   });
   const alarms = page.runs.filter(failing).map(nameOfRun);
   $("alarm").hidden = !alarms.length;

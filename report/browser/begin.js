@@ -49,7 +49,8 @@ function selectRun(run) {
   $("slider").hidden = $("play").hidden = LAST === 0;
   $("slider").setAttribute("aria-valuemax", LAST);
   $("pointed").hidden = !view.evidence;
-  $("head").classList.toggle("two-lines", Boolean(view.evidence));  // so that nothing moves below it
+  // So that nothing below it moves when a head's numbers need two lines.
+  $("head").classList.toggle("two-lines", Boolean(view.evidence));
   drawAnswers();
   buildGrid();
   buildHow();

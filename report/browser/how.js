@@ -26,7 +26,8 @@ function buildHow() {
 /** Senders as rows, receivers as columns, a cell for each input of the receiver. */
 function buildPaths(paths) {
   const receivers = unique(paths.map(path => path.receiver)), inputs = Object.keys(INPUTS);
-  const senders = unique(paths.map(path => path.sender)).sort();
+  const senders = unique(paths.map(path => path.sender))
+    .sort((a, b) => headNamed(a) - headNamed(b));
   const top = Math.max(...paths.map(path => Math.abs(path.rise.value)), 1e-9);
   const header = (text, span, group) => make("div", {
     role: "columnheader", class: group ? "column group" : "column",
@@ -103,7 +104,7 @@ function drawPair() {
   }));
 }
 
-// ---------------------------------------------------------------- how: what removing something costs
+// ---------------------------------------------------------------- how: what removing costs
 
 /** What is removed: its name, and the fraction of the repeat gain that goes with it, behind the
  *  begin token and without it, or on both kinds of rows together. */
@@ -142,8 +143,9 @@ function buildBars(mechanism) {
       const title = make("span", { class: "name" }, i === 0 ? name : "");
       return n?.value == null ? [] : [title, ...bar(n, kind)];
     })));
-  const legend = [...KINDS, ["both", "both together"]].map(([kind, name]) =>
-    make("span", {}, make("i", { class: `swatch ${kind}` }), name));
+  const legend = [...KINDS, ["both", "both together"]]
+    .filter(([kind]) => $("bars").querySelector(`.${kind}`))
+    .map(([kind, name]) => make("span", {}, make("i", { class: `swatch ${kind}` }), name));
   $("bars").append(make("p", { class: "caption" }, ...legend));
   $("bars").hidden = !rows.length;
 }
@@ -159,17 +161,18 @@ function findings({ heads, peak, knockout, ablation, uniform, previous_token_hea
       : `${distance} token${distance > 1 ? "s" : ""} ${side} it`;
     lines.push(`${peak.head} attends most ${place} (${fixed(peak.weight)})`);
   }
-  for (const [kind, name] of KINDS)
-    if (knockout?.[kind]?.known) lines.push(
-      `Known tokens without these edges, ${name}: ${nats(knockout[kind].known)}`);
+  const known = KINDS.filter(([kind]) => knockout?.[kind]?.known)
+    .map(([kind, name]) => `${nats(knockout[kind].known)} ${name}`);
+  if (known.length) lines.push(`Known tokens without these edges: ${known.join(", ")}`);
   if (ablation?.known) lines.push(
     `These heads mean-ablated: known tokens ${nats(ablation.known)}`
     + (ablation.first_copy ? `, first copy ${nats(ablation.first_copy)}` : ""));
   if (before?.heads?.length) {
     const into = Object.entries(before.into ?? {})
       .map(([part, n]) => `${INPUTS[part] ?? part} ${nats(n)}`);
-    lines.push(`Previous-token heads ${before.heads.join(", ")} mean-ablated: ${nats(before.total)}; `
-      + `with all patterns fixed ${nats(before.patterns_kept)}`
+    lines.push(
+      `Previous-token heads ${before.heads.join(", ")} mean-ablated: ${nats(before.total)}; with `
+      + `all patterns fixed ${nats(before.patterns_kept)}`
       + (into.length ? `; only on the direct path into their ${into.join(", ")}` : ""));
   }
   return lines;

@@ -24,7 +24,7 @@ const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignif
 const label = token =>
   token.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/\r/g, "␍").replace(/ /g, "·") || "∅";
 
-/** Whether the evidence was measured at the selected time: it is not shown beside other patterns. */
+/** Whether the evidence was measured at the selected time. Else its scores are not shown. */
 const examinedNow = () => view.evidence?.step === view.snapshots[state.snapshot].step;
 
 /** The selected score of a head at the selected time; null if it was not measured then. Where the
