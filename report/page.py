@@ -20,7 +20,7 @@ from induction.metrics import (
     LOSS_SECOND,
 )
 from induction.phase import Transition
-from induction.scores import SCORES
+from induction.scores import SCORES, means
 from induction.token_rows import TokenRows
 from model.taps import Head
 from report.snapshots import SnapshotFolder, attention_patterns, spell, tokens_shown
@@ -47,7 +47,7 @@ class Examined(NamedTuple):
     tokens: str                 # what the heads read: "the given text"
     loss: str                   # the loss that rises when a head is ablated: "second copy"
     step: int                   # at which the heads were ablated
-    ablated: dict[Head, float]  # rise in loss, in nats, when only this head is mean-ablated
+    ablated: Mapping[Head, float]   # rise in loss, in nats, when only this head is mean-ablated
     scores: dict[str, Curve] | None = None      # values (N, L, H); None: those in the records
 
 
@@ -90,7 +90,7 @@ def write_report(folder: Path, config: Config, records: list[Record],
 
 def moments_of(rise: Transition) -> dict[str, float]:
     """The moments of a transition by the names that the page shows, in tokens seen."""
-    moments = {"onset": rise.onset, "end": rise.end}
+    moments: dict[str, float] = {"onset": rise.onset, "end": rise.end}
     return moments if rise.faded is None else moments | {"faded": rise.faded}
 
 
@@ -121,7 +121,7 @@ def scores_on_rows(run: LoadedRun, table: HeadScores, rows: TokenRows,
             measured[run.state["tokens"]] = table.scores
         else:
             loaded = load_run(checkpoint, device=run.model.embed.weight.device)
-            measured[loaded.state["tokens"]] = score_rows(loaded.model, rows)[0]
+            measured[loaded.state["tokens"]] = means(score_rows(loaded.model, rows)[0])
     return as_curves(measured)
 
 
