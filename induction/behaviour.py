@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batches import Batch
-from induction.intervals import Estimate, Resampling, RowSums, row_sums
+from induction.intervals import FRACTION, LOSS, Estimate, Resampling, RowSums, row_sums
 from induction.probes import Probe
 from model.cross_entropy import chunk_rows, cross_entropies
 from model.gpt import GPT
@@ -65,7 +65,7 @@ def behaviour(model: GPT, probe: Probe) -> Behaviour:
     losses, _ = predictions(model, final[probe.unknown], targets[probe.unknown])
     first = by_row(losses, probe.unknown)
     rows = probe.resampling
-    return Behaviour(rows.mean(accuracy), rows.mean(first), rows.mean(known),
+    return Behaviour(rows.mean(accuracy, FRACTION), rows.mean(first, LOSS), rows.mean(known, LOSS),
                      rows.difference(first, known), probe.chance, ProbeLosses(first, known),
                      accuracy)
 
@@ -110,7 +110,8 @@ def text_loss(model: GPT, text: Batch, begin: int) -> TextLoss | None:
     bare = all_targets(model.losses(tokens[:, :-2], tokens[:, 1:-1]))       # of tokens 1 … T − 2
     begun = all_targets(model.losses(shifted[:, :-1], shifted[:, 1:])[:, 1:])   # of the same
     windows = Resampling.of_rows(len(tokens))
-    return TextLoss(windows.mean(begun), windows.mean(bare), windows.difference(begun, bare))
+    return TextLoss(windows.mean(begun, LOSS), windows.mean(bare, LOSS),
+                    windows.difference(begun, bare))
 
 
 def all_targets(losses: Tensor) -> RowSums:
@@ -149,7 +150,7 @@ def in_context_learning(losses: Tensor) -> InContextLearning:
     positions, first = [], between(edges[0], edges[1])
     for start, stop in pairwise(edges):
         rows = between(start, stop)
-        positions.append(PositionLoss(start, stop, windows.mean(rows),
+        positions.append(PositionLoss(start, stop, windows.mean(rows, LOSS),
                                       windows.difference(rows, first)))
     score = None
     if spans := icl_spans(T):

@@ -12,14 +12,14 @@ from torch import Tensor
 from data.batches import Batch
 from induction.ablation import ProgressBar, ablate_each_head
 from induction.history import condition_of, model_transition
-from induction.intervals import Estimate, Resampling, RowSums, identity
+from induction.intervals import Bounds, Estimate, Resampling, RowSums
 from induction.probe_set import Probes, Training, probes_of
 from induction.probes import SHORTEST_CONTEXT
 from induction.scores import (
     SCORES,
-    Bounds,
     Visible,
     attention_scores,
+    bounds_of,
     composition,
     copying_eigenvalues,
     means,
@@ -147,7 +147,7 @@ def examine_on_rows(model: GPT, rows: TokenRows, progress: ProgressBar = iter) -
                                real=real)
     scored, visible = score_rows(model, rows)
     resampling = Resampling.of_rows(len(rows.tokens))
-    bounds = {name: Bounds(*resampling.bounds(identity, score)) for name, score in scored.items()}
+    bounds = {name: bounds_of(name, score, resampling) for name, score in scored.items()}
     return TextScores(HeadScores(means(scored), bounds, ablated), visible)
 
 

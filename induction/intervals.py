@@ -11,12 +11,15 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from scipy.special import ndtr, stdtrit
+from scipy.special import stdtrit
 from torch import Tensor
 
 LEVEL = 0.95
-RESAMPLES = 2000
+RESAMPLES = 1000
+SMALLEST_ERROR = 0.2    # of a draw, as a part of the estimate's own: if only one row fails, a draw
+                        # without it has none, and the interval would have no end
 Statistic = Callable[..., np.ndarray]       # of means (…), an array of the same shape
+NO_LIMITS, FRACTION, LOSS = (-np.inf, np.inf), (0.0, 1.0), (0.0, np.inf)
 
 
 class Estimate(float):
@@ -33,6 +36,13 @@ class Estimate(float):
     @property
     def has_interval(self) -> bool:
         return not np.isnan(self.low)
+
+
+class Bounds(NamedTuple):
+    """Of many numbers: arrays of one shape."""
+
+    low: np.ndarray
+    high: np.ndarray
 
 
 class RowSums(NamedTuple):
@@ -66,43 +76,74 @@ class Resampling:
     """Repeated draws of the same rows with replacement. Everything that is estimated with one
     object uses the same draws, so a difference of two means is paired: row by row.
 
-    A bootstrap for rows of several kinds, here periods (strata), of each of which as many are drawn
-    as there are, less one (Rao and Wu 1988, "Resampling Inference with Complex Survey Data",
-    section 2): then the variance of a mean is not underestimated. The percentiles are those at
-    which a normal distribution has the two ends of Student's t (Hesterberg 2015, "What Teachers
-    Should Know About the Bootstrap", section 4, "expanded percentile"): few rows, wider intervals.
+    The studentised bootstrap (Efron and Tibshirani 1993, "An Introduction to the Bootstrap",
+    section 12.5): the distribution of (draw − estimate) / (standard error of that draw) says how
+    many standard errors the truth may be away on either side. So a loss that a few rows make large
+    gets an interval that reaches further up than down. Rows of several kinds (strata, here periods)
+    are drawn kind by kind, as many of each as there are. Standard errors are linear in each row's
+    influence on the number.
     """
 
     def __init__(self, units: Sequence[int], strata: Sequence[int]):
         """units     (B,) which draw each row comes from: rows with the same blocks go together
         strata       (B,) the kind of each row
         """
-        self.weights, degrees = resampled_weights(tuple(units), tuple(strata))
-        self.tail = float(ndtr(-stdtrit(degrees, (1 + LEVEL) / 2))) if degrees else np.nan
+        self.draws = resampled(tuple(units), tuple(strata))
 
     @classmethod
     def of_rows(cls, n: int) -> "Resampling":
         """Of `n` rows of one kind: windows of text, a user's rows."""
         return cls(range(n), [0] * n)
 
-    def bounds(self, statistic: Statistic, *rows: RowSums) -> tuple[np.ndarray, np.ndarray]:
-        """The interval of a function of means over the same rows: (low, high), NaN if unknown."""
+    def bounds(self, statistic: Statistic, *rows: RowSums,
+               limits: tuple[float, float] = NO_LIMITS) -> Bounds:
+        """The interval of a function of means over the same rows, within the limits of what it can
+        be; NaN if it is unknown."""
+        of_row = self.draws.unit_of_row
+        parts = [row.sums @ of_row for row in rows]
+        parts += [np.broadcast_to(row.counts, row.sums.shape) @ of_row for row in rows]
+        units = np.stack(parts, axis=-2)                                # (…, 2 · means, units)
+        if units.shape[-1] < 2:
+            unknown = np.full(units.shape[:-2], np.nan)
+            return Bounds(unknown, unknown)
+        once = np.ones((1, units.shape[-1]))
         with np.errstate(divide="ignore", invalid="ignore"):
-            draws = statistic(*[row.sums @ self.weights.T / (row.counts @ self.weights.T)
-                                for row in rows])                               # (…, RESAMPLES)
-            if np.isnan(self.tail):
-                nothing = np.full(draws.shape[:-1], np.nan)
-                return nothing, nothing
-            low, high = np.nanquantile(draws, [self.tail, 1 - self.tail], axis=-1)
-        return low, high
+            estimate, error = self.with_error(statistic, units, once)               # (…, 1)
+            drawn, errors = self.with_error(statistic, units, self.draws.weights)   # (…, RESAMPLES)
+            t = (drawn - estimate) / np.maximum(errors, SMALLEST_ERROR * error)
+            t = np.where(error == 0, 0, t)                              # all rows are alike
+            below, above = np.quantile(t, [(1 + LEVEL) / 2, (1 - LEVEL) / 2], axis=-1)
+            estimate, error = estimate[..., 0], error[..., 0]
+            return Bounds(np.clip(estimate - below * error, *limits),
+                          np.clip(estimate - above * error, *limits))
 
-    def estimate(self, statistic: Statistic, *rows: RowSums) -> Estimate:
+    def with_error(self, statistic: Statistic, units: np.ndarray,
+                   weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(the number, its standard error) for each row of `weights` (R, units): (…, R) each."""
+        totals = np.moveaxis(units @ weights.T, -2, 0)                  # (2 · means, …, R)
+        sums, counts = np.split(totals, 2)
+        means = sums / counts
+        slopes = np.stack([slope(statistic, means, k) for k in range(len(means))])
+        # How much one more of each sum, and of each count, changes the number: (…, R, 2 · means).
+        influence = np.moveaxis(np.concatenate([slopes / counts, -slopes * means / counts]), 0, -1)
+        products = units[..., :, None, :] * units[..., None, :, :]
+        variance = np.zeros(totals.shape[1:])
+        for members in self.draws.members:
+            n, weight = len(members), weights[:, members].T             # (n, R)
+            first = np.einsum("...rk,...kr->...r", influence, units[..., members] @ weight)
+            second = np.einsum("...rk,...rl,...klr->...r", influence, influence,
+                               products[..., members] @ weight)
+            variance += n / (n - 1) * np.maximum(second - first ** 2 / n, 0)
+        return statistic(*means), np.sqrt(variance)
+
+    def estimate(self, statistic: Statistic, *rows: RowSums,
+                 limits: tuple[float, float] = NO_LIMITS) -> Estimate:
         """A function of means over the same rows, with its interval."""
-        low, high = self.bounds(statistic, *rows)
+        low, high = self.bounds(statistic, *rows, limits=limits)
         return Estimate(float(statistic(*[row.mean for row in rows])), float(low), float(high))
 
-    def mean(self, rows: RowSums) -> Estimate:
-        return self.estimate(identity, rows)
+    def mean(self, rows: RowSums, limits: tuple[float, float] = NO_LIMITS) -> Estimate:
+        return self.estimate(identity, rows, limits=limits)
 
     def difference(self, after: RowSums, before: RowSums) -> Estimate:
         """after − before, on the same rows."""
@@ -113,25 +154,34 @@ def identity(mean: np.ndarray) -> np.ndarray:
     return mean
 
 
+def slope(statistic: Statistic, means: np.ndarray, k: int) -> np.ndarray:
+    """The derivative of a function of means (K, …) by the mean k."""
+    step = np.zeros_like(means)
+    step[k] = 1e-6 * (1 + np.abs(means[k]))
+    return (statistic(*(means + step)) - statistic(*(means - step))) / (2 * step[k])
+
+
+class Draws(NamedTuple):
+    unit_of_row: np.ndarray     # (B, units) one-hot
+    members: list[np.ndarray]   # the units of each kind
+    weights: np.ndarray         # (RESAMPLES, units) how often each unit is in a draw
+
+
 @lru_cache(maxsize=64)
-def resampled_weights(units: tuple[int, ...], strata: tuple[int, ...]) -> tuple[np.ndarray, int]:
-    """How often each row counts in each draw, (RESAMPLES, B), and the degrees of freedom: units
-    less strata; 0 if there are too few rows for an interval. Drawn from a fixed seed."""
+def resampled(units: tuple[int, ...], strata: tuple[int, ...]) -> Draws:
+    """Draws from a fixed seed."""
     draw = np.random.default_rng(0)
     names, unit_of_row = np.unique(units, return_inverse=True)
     stratum = np.empty(len(names), int)
     stratum[unit_of_row] = strata
     if np.unique(stratum, return_counts=True)[1].min() < 2:     # a kind with a single unit
         stratum[:] = 0
-    weights, degrees = np.ones((RESAMPLES, len(names))), 0
-    for kind in np.unique(stratum):
-        members = np.flatnonzero(stratum == kind)
-        n = len(members)
-        if n > 1:
-            counts = draw.multinomial(n - 1, np.full(n, 1 / n), size=RESAMPLES)
-            weights[:, members] = counts * n / (n - 1)
-        degrees += n - 1
-    return weights[:, unit_of_row], degrees
+    members = [np.flatnonzero(stratum == kind) for kind in np.unique(stratum)]
+    weights = np.zeros((RESAMPLES, len(names)))
+    for kind in members:
+        n = len(kind)
+        weights[:, kind] = draw.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    return Draws(np.eye(len(names))[unit_of_row], members, weights)
 
 
 # --- over seeds -----------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ def removed(after: ProbeLosses, intact: ProbeLosses, rows: Resampling,
 
     if repeat_gain(intact.first.mean, intact.known.mean, guessing) < SMALLEST_GAIN:
         return None
-    return rows.estimate(fraction, *intact, *after)
+    return rows.estimate(fraction, *intact, *after, limits=(-np.inf, 1.0))
 
 
 class TextKnockout(NamedTuple):

@@ -15,7 +15,7 @@ from induction.ablation import (
     path_matrix,
     path_patch,
 )
-from induction.intervals import Estimate, row_sums
+from induction.intervals import FRACTION, Estimate, row_sums
 from induction.knockout import KnockoutPair, knock_out_each
 from induction.probe_set import Probes
 from induction.probes import Probe
@@ -115,7 +115,8 @@ def mechanism_evidence(model: GPT, probes: Probes, copying: torch.Tensor, eigenv
     few = probes.aperiodic.rows(slice(n_rows)).both
     alone = ablate_each_head(model, few.batch, few.known, few.resampling, progress)
     matching = attention.rows["prefix_matching"]
-    roles = [HeadRole(head, probe.resampling.mean(matching.of_head(head)), copying[head].item(),
+    roles = [HeadRole(head, probe.resampling.mean(matching.of_head(head), FRACTION),
+                      copying[head].item(),
                       eigenvalues[head].item(), alone[head]) for head in attending]
     previous_token = previous_token_heads(model, attention.scores["previous_token"], attending,
                                           probe)

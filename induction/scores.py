@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from induction.behaviour import ProbeLosses, probe_losses
-from induction.intervals import Resampling, RowSums, identity
+from induction.intervals import FRACTION, LOSS, Bounds, Resampling, RowSums, identity
 from induction.probes import Probe
 from kernels.planes import REACH
 from kernels.statistics import HeadStatistics, head_statistics
@@ -185,22 +185,17 @@ def measure(model: GPT, probe: Probe, unrepeated: Tensor) -> Measured:
                     losses.known.mean.item(), rows, losses)
 
 
-class Bounds(NamedTuple):
-    """The 95% interval of a score of every head: (L, H) each."""
-
-    low: np.ndarray
-    high: np.ndarray
-
-
 def score_bounds(measured: Measured, probe: Probe) -> dict[str, Bounds]:
-    """The intervals of all scores that were measured on `probe`."""
-    bounds = {}
-    for name, rows in measured.rows.items():
-        resampling = probe.resampling
-        if name == "copying":                       # on rows of its own
-            resampling = Resampling.of_rows(rows.sums.shape[-1])
-        bounds[name] = Bounds(*resampling.bounds(identity, rows))
-    return bounds
+    """The intervals of all scores that were measured on `probe`: name → (L, H) each."""
+    return {name: bounds_of(name, rows, Resampling.of_rows(rows.sums.shape[-1])
+                            if name == "copying" else probe.resampling)     # it has its own rows
+            for name, rows in measured.rows.items()}
+
+
+def bounds_of(score: str, rows: RowSums, resampling: Resampling) -> Bounds:
+    """The interval of one score of all heads: (L, H) each."""
+    limits = {"copying": (-1.0, 1.0), "distance": LOSS}.get(score, FRACTION)
+    return resampling.bounds(identity, rows, limits=limits)
 
 
 # --- from values and weights ----------------------------------------------------------------------

@@ -24,7 +24,7 @@ from induction.behaviour import (
     repeat_gain,
     text_loss,
 )
-from induction.intervals import Estimate
+from induction.intervals import LOSS, Estimate
 from induction.knockout import Knockout, TextKnockout, knock_out_on_text
 from induction.mechanism import MechanismEvidence, mechanism_evidence
 from induction.phase import INDUCTION_HEAD, Transition
@@ -132,7 +132,8 @@ class Verdict(NamedTuple):
     def repeat_losses(self) -> RepeatLosses:
         """Of both copies of the periodic probe, behind the begin token."""
         (first, second), rows = self.measured.losses, self.probes.scored.resampling
-        return RepeatLosses(rows.mean(first), rows.mean(second), rows.difference(first, second))
+        return RepeatLosses(rows.mean(first, LOSS), rows.mean(second, LOSS),
+                            rows.difference(first, second))
 
     @property
     def one_layer(self) -> bool:

@@ -17,7 +17,7 @@ import torch
 from induction.behaviour import Behaviour, InContextLearning, ProbeLosses
 from induction.examine import Examination, HeadScores, TextScores
 from induction.history import condition_of
-from induction.intervals import Estimate, RowSums, over_seeds
+from induction.intervals import FRACTION, Estimate, RowSums, over_seeds
 from induction.knockout import Knockout, KnockoutPair
 from induction.mechanism import MechanismEvidence
 from induction.phase import Transition
@@ -145,7 +145,7 @@ def by_period_as_json(verdict: Verdict) -> Json:
     for period in verdict.measured.by_period:
         selected = probe.periods == period
         part, resampling = rows.of(selected.cpu().numpy()), probe.rows(selected).resampling
-        periods[str(period)] = {str(head): number(resampling.mean(part.of_head(head)))
+        periods[str(period)] = {str(head): number(resampling.mean(part.of_head(head), FRACTION))
                                 for head in verdict.heads}
     return periods
 

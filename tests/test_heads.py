@@ -138,7 +138,8 @@ def test_the_table_has_a_row_per_head_and_explains_its_columns():
 
 def test_the_table_explains_every_score():
     scores = {name: torch.zeros(1, 1) for name in (*SCORES, "copying_eigenvalues")}
-    table, legend = head_table(HeadScores(scores, {}, {Head(0, 0): 0.0}), "the text", {}).split("\n\n")
+    table = HeadScores(scores, {}, {Head(0, 0): 0.0})
+    table, legend = head_table(table, "the text", {}).split("\n\n")
     columns = table.split("\n")[0].split()[1:]
     explained = [line.split()[0] for line in legend.split("\n") if line[0] != " "]
     assert columns == explained and len(columns) == len(SCORES) + 2
