@@ -2,7 +2,7 @@
 
     tokens           (B, T) int64
     real             (B, T) bool: False for padding
-    losses           (B, T − 1) float32, nats for each next token
+    loss             (B, T − 1) float32, nats for each next token
     L1H3.q .k .v .z  (B, T, D) float32: q and k after position encoding, z before W_O
     L1H3.lse         (B, T) float32, the natural log of each row's softmax denominator
     L1H3.pattern     (B, T, T) float32
@@ -59,7 +59,7 @@ def write_activations(path: Path, model: GPT, tokens: Tensor, real: Tensor, head
         raise UserError(f"--export {path}: {len(heads)} heads on {B} rows of {T} tokens are "
                         f"{size / 1e9:.1f} GB, at most {MOST_BYTES / 1e9:.0f} are written\n"
                         "  choose heads: --heads L1H3")
-    parts: dict[str, list[Tensor]] = {"losses": []}
+    parts: dict[str, list[Tensor]] = {"loss": []}
     for rows in tokens.to(model.embed.weight.device).split(BATCH):
         add_rows(parts, model, rows, heads)
     tensors = {name: torch.cat(part) for name, part in parts.items()}
@@ -75,7 +75,7 @@ def add_rows(parts: dict[str, list[Tensor]], model: GPT, rows: Tensor, heads: li
         final = model.hidden(rows)                                              # (b, T, E)
     targets = rows[:, 1:]
     losses = cross_entropies(final[:, :-1].flatten(0, 1), model.unembedding, targets.flatten())
-    parts["losses"].append(losses.view(targets.shape).float().cpu())
+    parts["loss"].append(losses.view(targets.shape).float().cpu())
     for head in heads:
         for part in PARTS:
             index = head.key_head(model.config) if part in ("k", "v") else head.index

@@ -197,11 +197,11 @@ def test_exported_activations_are_those_of_the_model(run):
         assert file.metadata()["run"] == "tiny" and file.metadata()["step"] == "12"
     chosen = ["L1H2", *(f"L0H{index}" for index in range(4))]
     parts = ("q", "k", "v", "z", "lse", "pattern")
-    assert set(acts) == {"tokens", "real", "losses",
+    assert set(acts) == {"tokens", "real", "loss",
                          *(f"{head}.{part}" for head in chosen for part in parts)}
     tokens = probes_for(opened).scored.tokens
     assert np.array_equal(acts["tokens"], tokens) and acts["real"].all()
-    assert np.allclose(acts["losses"], opened.model.losses(tokens[:, :-1], tokens[:, 1:]),
+    assert np.allclose(acts["loss"], opened.model.losses(tokens[:, :-1], tokens[:, 1:]),
                        atol=1e-5)
     future = np.triu(np.ones((32, 32), bool), 1)
     for head in chosen:
