@@ -23,7 +23,14 @@ from induction.phase import Transition
 from induction.scores import SCORES, means
 from induction.token_rows import TokenRows
 from model.taps import Head
-from report.snapshots import SnapshotFolder, attention_patterns, spell, tokens_shown
+from report.snapshots import (
+    PAGE_BYTES,
+    SnapshotFolder,
+    max_snapshots,
+    read_passages,
+    spell,
+    tokens_shown,
+)
 from report.viewer import Passage, PatternSnapshot, View, write_viewer
 from training.config import Config
 from training.loaded_run import LoadedRun, load_run
@@ -49,24 +56,41 @@ class Examined(NamedTuple):
     step: int                   # at which the heads were ablated
     ablated: Mapping[Head, float]   # rise in loss, in nats, when only this head is mean-ablated
     scores: dict[str, Curve] | None = None      # values (N, L, H); None: those in the records
+    evidence: dict | None = None                # the run's object of `heads.py --json`
 
 
 def write_report(folder: Path, config: Config, records: list[Record],
                  examined: Examined | None = None, *, name: str = "report.html",
                  pictures: Pictures | None = None) -> Path | None:
-    """Write `folder`/`name` from a run's config and its records of metrics.jsonl, which hold curves
-    and scores on the probe. Returns its path, or None if there is no snapshot to show.
+    """Write `folder`/`name`: the view of one run, see `run_view`. Returns its path, or None if
+    there is no snapshot to show."""
+    view = run_view(folder, config, records, examined, pictures=pictures)
+    if view is None:
+        return None
+    write_viewer(folder / name, [view])
+    return folder / name
 
-    records     [] on a page of other tokens than the probe's: curves of the probe do not belong
-                beside them
-    pictures    to show instead of those that the run kept while it trained
+
+def run_view(folder: Path, config: Config, records: list[Record], examined: Examined | None = None,
+             *, pictures: Pictures | None = None, runs_in_page: int = 1) -> View | None:
+    """What a page shows of a run, from its config and its records of metrics.jsonl, which hold
+    curves and scores on the probe. None if there is no snapshot to show.
+
+    records         [] on a page of other tokens than the probe's: curves of the probe do not belong
+                    beside them
+    pictures        to show instead of those that the run kept while it trained
+    runs_in_page    how many runs share the page: each shows as many of the snapshots it kept as fit
+                    into its part of PAGE_BYTES, evenly spaced
     """
+    model, rise = config.model, model_transition(records)
     if pictures is None:
         kept = SnapshotFolder(folder / "heads")
         if len(kept) == 0:
             return None                                     # stopped before the first measurement
+        if runs_in_page > 1:
+            kept.most = max_snapshots(model.n_layers * model.n_heads, kept.passages,
+                                      PAGE_BYTES / runs_in_page)
         pictures = Pictures(kept.passages, kept)
-    model, rise = config.model, model_transition(records)
     layers = "1 layer" if model.n_layers == 1 else f"{model.n_layers} layers"
     examined = examined or Examined(PROBE, "", -1, {})
     steps = records[-1]["step"] if records else examined.step
@@ -74,7 +98,7 @@ def write_report(folder: Path, config: Config, records: list[Record],
     if scores is None:
         scores = {score: score_curves(records, score, model) for score in SCORES}
     curves = {metric: curve(records, metric) for metric in CURVES}
-    view = View(
+    return View(
         title=config.run, subtitle=f"{layers} × {model.n_heads} heads, {steps:,} steps",
         n_layers=model.n_layers, n_heads=model.n_heads, n_kv_heads=model.kv_heads,
         passages=pictures.passages, snapshots=pictures.snapshots,
@@ -83,9 +107,8 @@ def write_report(folder: Path, config: Config, records: list[Record],
         curves={metric: values for metric, values in curves.items() if values is not None},
         marks=moments_of(rise) if rise else {},
         causal={str(head): rise for head, rise in examined.ablated.items()},
-        causal_loss=examined.loss, causal_step=examined.step, notes=caveats(config.data))
-    write_viewer(folder / name, view)
-    return folder / name
+        causal_loss=examined.loss, causal_step=examined.step, notes=caveats(config.data),
+        evidence=examined.evidence)
 
 
 def moments_of(rise: Transition) -> dict[str, float]:
@@ -105,10 +128,12 @@ def pictures_at(run: LoadedRun, checkpoints: list[Path], ids: Tensor, title: str
     def snapshots() -> Iterator[PatternSnapshot]:
         for checkpoint in checkpoints:
             loaded = run if checkpoint == run.checkpoint else load_run(checkpoint, device=device)
-            patterns = attention_patterns(loaded.model, [ids[:fits].to(device)], document_start)
-            yield PatternSnapshot(loaded.step, loaded.state["tokens"], patterns)
+            readings = read_passages(loaded.model, [ids[:fits].to(device)], document_start)
+            yield PatternSnapshot(loaded.step, loaded.state["tokens"], *readings)
 
-    return Pictures([Passage(title, spell(ids[:fits], run.tokenizer))], snapshots())
+    passage = Passage(title, spell(ids[:fits], run.tokenizer),
+                      vocab_size=run.model.config.vocab_size)
+    return Pictures([passage], snapshots())
 
 
 def scores_on_rows(run: LoadedRun, table: HeadScores, rows: TokenRows,

@@ -1,23 +1,27 @@
-"""The attention patterns of all heads, kept step by step in runs/NAME/heads/, so that looking back
-needs no checkpoint.
+"""The attention patterns of all heads, and what the model predicts, kept step by step in
+runs/NAME/heads/, so that looking back needs no checkpoint.
 
     passages.json   the texts that the heads were shown, token by token
     000050.npz      tokens: seen by this step; pattern_0, pattern_1 …: one for each passage,
-                    (L, H, T (T + 1) / 2) uint8, the rows of the lower triangle, weight · 255
+                    (L, H, T (T + 1) / 2) uint8, the rows of the lower triangle, weight · 255;
+                    loss_0 …: (T − 1) float32, nats of each token but the first; right_0 …:
+                    (T − 1) bool, whether it was the likeliest (earlier versions: patterns only)
 """
 
 import contextlib
+import itertools
 import json
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from errors import UserError, first_line
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data.batches import document_ids
@@ -26,6 +30,7 @@ from files import atomic_write
 from induction.probe_set import Probes
 from induction.scores import Measured
 from model.config import ModelConfig
+from model.cross_entropy import chunk_rows
 from model.gpt import GPT
 from model.taps import heads_of, taps
 from report.pictures import mosaic, portrait
@@ -55,15 +60,17 @@ class PatternRecorder:
         n_tokens = tokens_shown(config, MAX_TOKENS)
         example, title = probes.scored.example(n_tokens)
         self.ids = [example]
-        self.passages = [Passage(title, spell(example, tokenizer), key="random tokens")]
+        self.passages = [Passage(title, spell(example, tokenizer), "random tokens",
+                                 config.vocab_size)]
         if text is not None:
             ids = text[:n_tokens]
             self.ids.append(ids)
-            self.passages.append(Passage("held-out text", spell(ids, tokenizer),
-                                         key="held-out text"))
+            self.passages.append(Passage("held-out text", spell(ids, tokenizer), "held-out text",
+                                         config.vocab_size))
         self.snapshots = SnapshotFolder(folder / "heads")
         self.snapshots.begin(self.passages, self.ids, step)
-        most = max_snapshots(config, [len(ids) for ids in self.ids])
+        n_heads = config.n_layers * config.n_heads
+        most = max(2, max_snapshots(n_heads, self.passages))
         self.every = every * -(-steps // (every * most))        # a multiple of `every`, rounded up
 
     def due(self, step: int) -> bool:
@@ -71,14 +78,14 @@ class PatternRecorder:
         return step % self.every == 0 or step == self.last_step
 
     def save(self, model: GPT, step: int, tokens_seen: int) -> None:
-        """Take a snapshot of the model's patterns."""
-        patterns = attention_patterns(model, self.ids, self.document_start)
-        self.snapshots.save(PatternSnapshot(step, tokens_seen, patterns))
+        """Take a snapshot of the model's patterns and predictions."""
+        readings = read_passages(model, self.ids, self.document_start)
+        self.snapshots.save(PatternSnapshot(step, tokens_seen, *readings))
 
     def pictures(self, model: GPT, measured: Measured) -> dict[str, np.ndarray | Table]:
         """What wandb shows: all patterns in one picture for each passage, the strongest heads one
         by one, and the table of all scores."""
-        patterns = attention_patterns(model, self.ids, self.document_start)
+        patterns = read_passages(model, self.ids, self.document_start).patterns
         pictures: dict[str, np.ndarray | Table] = {}
         for passage, pattern in zip(self.passages, patterns):
             pictures[f"heads/patterns/{passage.key}"] = mosaic(pattern)
@@ -105,27 +112,53 @@ def tokens_shown(config: ModelConfig, length: int) -> int:
     return min(length, int((MAX_ENTRIES / (config.n_layers * config.n_heads)) ** 0.5))
 
 
-def max_snapshots(config: ModelConfig, lengths: list[int]) -> int:
-    """How many snapshots of passages of those lengths a page can hold, at most MAX_SNAPSHOTS."""
-    snapshot_bytes = config.n_layers * config.n_heads * sum(T * (T + 1) / 2 for T in lengths)
-    return max(2, min(MAX_SNAPSHOTS, int(2 * PAGE_BYTES / snapshot_bytes)))
+def max_snapshots(n_heads: int, passages: list[Passage], page_bytes: float = PAGE_BYTES) -> int:
+    """How many snapshots of `n_heads` heads fit into so many bytes of a page: 1 … MAX_SNAPSHOTS."""
+    triangles = [len(passage.tokens) * (len(passage.tokens) + 1) / 2 for passage in passages]
+    snapshot_bytes = max(1, n_heads * sum(triangles))
+    return max(1, min(MAX_SNAPSHOTS, int(2 * page_bytes / snapshot_bytes)))
+
+
+class Readings(NamedTuple):
+    """What a model does with some passages of T tokens each, as a PatternSnapshot holds it."""
+
+    patterns: list[np.ndarray]      # (L, H, T, T) uint8
+    losses: list[np.ndarray]        # (T − 1,) float32
+    right: list[np.ndarray]         # (T − 1,) bool
 
 
 @torch.no_grad()
-def attention_patterns(model: GPT, passages: list[Tensor],
-                       document_start: int | None = None) -> list[np.ndarray]:
-    """The patterns of all heads on passages (T,) of token ids: (L, H, T, T) uint8 each.
+def read_passages(model: GPT, passages: list[Tensor],
+                  document_start: int | None = None) -> Readings:
+    """The patterns of all heads on passages (T,) of token ids, and the model's predictions, from
+    one forward pass each.
 
     `document_start`: the token that begins a document, if documents must not see each other.
     """
-    patterns = []
+    readings = Readings([], [], [])
     for passage in passages:
         with taps(model, "L*.pattern") as acts:
-            model.hidden(passage[None], segments=document_ids(passage[None], document_start))
+            final = model.hidden(passage[None],
+                                 segments=document_ids(passage[None], document_start))[0]
         stacked = torch.stack([acts[f"L{layer}.pattern"][0]
                                for layer in range(model.config.n_layers)])      # (L, H, T, T)
-        patterns.append((stacked.float() * 255).round().byte().cpu().numpy())
-    return patterns
+        losses, right = next_tokens(model, final[:-1], passage[1:])
+        readings.patterns.append((stacked.float() * 255).round().byte().cpu().numpy())
+        readings.losses.append(losses.cpu().numpy())
+        readings.right.append(right.cpu().numpy())
+    return readings
+
+
+def next_tokens(model: GPT, final: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(losses in nats (N,) float32, whether the likeliest token is the target (N,) bool), from last
+    hidden states (N, E) and targets (N,). Only a part of the logits is held at a time."""
+    losses, right = [], []
+    rows = chunk_rows(model.unembedding)
+    for x, target in zip(final.split(rows), targets.split(rows)):
+        logits = model.unembed(x).float()
+        losses.append(F.cross_entropy(logits, target, reduction="none"))
+        right.append(logits.argmax(-1) == target)
+    return torch.cat(losses), torch.cat(right)
 
 
 def spell(ids: Tensor, tokenizer: Tokenizer) -> list[str]:
@@ -138,8 +171,9 @@ def spell(ids: Tensor, tokenizer: Tokenizer) -> list[str]:
 class SnapshotFolder:
     """The folder runs/NAME/heads, written during training and read afterwards."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, most: int | None = None):
+        """most    read only so many snapshots, evenly spaced, the last among them"""
+        self.folder, self.most = folder, most
 
     def begin(self, passages: list[Passage], ids: list[Tensor], step: int) -> None:
         """Write the passages, and delete snapshots later than `step`: they will be made again."""
@@ -147,14 +181,16 @@ class SnapshotFolder:
         for path in self._files():
             if int(path.stem) > step:
                 path.unlink()
-        entries = [{"title": passage.title, "tokens": passage.tokens, "ids": row.tolist()}
-                   for passage, row in zip(passages, ids)]
+        entries = [{"title": passage.title, "tokens": passage.tokens, "ids": row.tolist(),
+                    "vocab_size": passage.vocab_size} for passage, row in zip(passages, ids)]
         with atomic_write(self.folder / "passages.json", "w") as file:
             json.dump(entries, file)
 
     def save(self, snapshot: PatternSnapshot) -> None:
         arrays: dict[str, Any] = {f"pattern_{n}": lower_triangles(pattern)
                                   for n, pattern in enumerate(snapshot.patterns)}
+        arrays |= {f"loss_{n}": losses for n, losses in enumerate(snapshot.losses or [])}
+        arrays |= {f"right_{n}": right for n, right in enumerate(snapshot.right or [])}
         with atomic_write(self.folder / f"{snapshot.step:06d}.npz") as file:
             np.savez_compressed(file, tokens=snapshot.tokens, **arrays)
 
@@ -165,25 +201,43 @@ class SnapshotFolder:
             if not path.exists():
                 return []
             entries = json.loads(path.read_text("utf-8"))
-            return [Passage(entry["title"], entry["tokens"]) for entry in entries]
+            return [Passage(entry["title"], entry["tokens"], vocab_size=entry.get("vocab_size"))
+                    for entry in entries]
 
     def __iter__(self) -> Iterator[PatternSnapshot]:
         """Oldest first, one in memory at a time."""
-        for path in self._files():
+        for path in self._read_files():
             with report_damage(path), np.load(path, allow_pickle=False) as saved:
                 size = sum(member.file_size for member in saved.zip.infolist())
                 if size > 2 * PAGE_BYTES:                       # checked before it is inflated
                     raise ValueError(f"{size:,} bytes of patterns")
-                patterns = [squares(saved[f"pattern_{n}"]) for n in range(len(saved.files) - 1)]
+                patterns = [squares(rows) for rows in numbered(saved, "pattern")]
+                losses, right = numbered(saved, "loss"), numbered(saved, "right")
                 snapshot = PatternSnapshot(int(path.stem), int(saved["tokens"]), patterns)
+                if len(losses) == len(right) == len(patterns):  # earlier versions have none
+                    snapshot = snapshot._replace(losses=losses, right=right)
             yield snapshot
 
     def __len__(self) -> int:
-        return len(self._files())
+        return len(self._read_files())
+
+    def _read_files(self) -> list[Path]:
+        files = self._files()
+        if self.most is None or len(files) <= self.most:
+            return files
+        last = len(files) - 1
+        return [files[round(last - n * last / max(1, self.most - 1))]
+                for n in reversed(range(self.most))]
 
     def _files(self) -> list[Path]:
         files = [path for path in self.folder.glob("*.npz") if path.stem.isdigit()]
         return sorted(files, key=lambda path: int(path.stem))
+
+
+def numbered(saved: np.lib.npyio.NpzFile, name: str) -> list[np.ndarray]:
+    """The arrays name_0, name_1 … of a file."""
+    keys = itertools.takewhile(lambda key: key in saved, (f"{name}_{n}" for n in itertools.count()))
+    return [saved[key] for key in keys]
 
 
 @contextlib.contextmanager

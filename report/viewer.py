@@ -1,9 +1,9 @@
-"""report.html: a single page, without network requests, that shows how a run's heads form.
+"""report.html: a single page, without network requests, that shows how the heads of runs form.
 
 A browser shows the front of the file while the rest is still loading, so the file is laid out in
-the order in which a reader needs it: the page, all small numbers as JSON, the patterns of the last
-snapshot (which the page opens with), then the earlier snapshots. Patterns are most of the file.
-Each passage at each snapshot is a chunk of its own, inflated when someone looks at it.
+the order in which a reader needs it: the page, all small numbers as JSON, the last snapshot of each
+run (which the page opens with), then the earlier snapshots. Patterns are most of the file. Each
+passage at each snapshot is a chunk of its own, inflated when someone looks at it.
 """
 
 import base64
@@ -12,8 +12,9 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable
+from math import isfinite
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -21,27 +22,32 @@ from files import atomic_write
 from induction.history import Curve
 from report.text import EXPLANATIONS
 
-TEMPLATE = Path(__file__).with_name("viewer.html")
+BROWSER = Path(__file__).with_name("browser")       # what runs there
+SCRIPTS = ("state", "heads", "text", "time", "answers", "how", "begin")     # in this order
 
 
 class Passage(NamedTuple):
     """A sequence of tokens that the heads were shown."""
 
-    title: str                  # "random tokens, period 18, held out of training"
-    tokens: list[str]           # T of them, as text
-    key: str = ""               # names its picture in the log; empty if it is not logged
+    title: str                      # "random tokens, period 18, held out of training"
+    tokens: list[str]               # T of them, as text
+    key: str = ""                   # names its picture in the log; empty if it is not logged
+    vocab_size: int | None = None   # guessing a token costs ln of this; None if unknown
 
 
 class PatternSnapshot(NamedTuple):
-    """The patterns of all heads at one step."""
+    """The patterns of all heads at one step, and what the model predicts. For each passage:"""
 
     step: int
-    tokens: int                 # seen by this step
-    patterns: list[np.ndarray]  # for each passage (L, H, T, T) uint8: weight · 255, rounded
+    tokens: int                             # seen by this step
+    patterns: list[np.ndarray]              # (L, H, T, T) uint8: weight · 255, rounded
+    losses: list[np.ndarray] | None = None  # (T − 1,) float32: nats of each token but the first
+    right: list[np.ndarray] | None = None   # (T − 1,) bool: whether it was the likeliest
+                                            # (both None in snapshots of earlier versions)
 
 
 class View(NamedTuple):
-    """Everything that the page shows."""
+    """Everything that the page shows of a run."""
 
     title: str
     subtitle: str
@@ -58,34 +64,66 @@ class View(NamedTuple):
     causal_loss: str                        # of what: "second copy"
     causal_step: int                        # the heads were ablated at this step
     notes: list[str]
+    evidence: dict | None = None            # the run's object of `heads.py --json`: the answers of
+                                            # the verdict, and what they rest on; None: not examined
 
 
-def write_viewer(path: Path, view: View) -> None:
-    """Write the page. One snapshot is in memory at a time; the file appears whole or not at all.
+def write_viewer(path: Path, views: list[View]) -> None:
+    """Write a page of one or more runs; the first is selected when it opens. One snapshot of each
+    run is in memory at a time; the file appears whole or not at all.
 
-    Raises ValueError if there is no snapshot, or a pattern of another shape or dtype.
+    Raises ValueError if a run has no snapshot, or a pattern of another shape or dtype.
     """
-    before, after = TEMPLATE.read_text(encoding="utf-8").split("VIEW_AS_JSON")
-    moments, newest = [], b""
-    # The newest snapshot comes first in the page, but is read last: the others wait in a file.
+    before, after = template().split("VIEW_AS_JSON")
+    moments: list[list[dict]] = []                          # of the snapshots, by run
+    # The newest snapshots come first in the page, but are read last: the others wait in a file.
     with atomic_write(path) as page, tempfile.TemporaryFile(dir=path.parent) as earlier:
-        for index, snapshot in enumerate(view.snapshots):
-            earlier.write(newest)
-            newest = snapshot_chunks(index, snapshot, view)
-            moments.append({"step": snapshot.step, "tokens": snapshot.tokens})
-        if not moments:
-            raise ValueError("a viewer needs at least one snapshot")
-        page.write(f"{before}{as_json(view, moments)}{after}".encode())
-        page.write(newest)
+        newest = []
+        for run, view in enumerate(views):
+            seen, last = write_earlier(earlier, run, view)
+            moments.append(seen)
+            newest.append(last)
+        page.write(f"{before}{as_json(views, moments)}{after}".encode())
+        for last in newest:
+            page.write(last)
         earlier.seek(0)
         shutil.copyfileobj(earlier, page)
 
 
-def snapshot_chunks(index: int, snapshot: PatternSnapshot, view: View) -> bytes:
-    """One chunk for each passage: id p0s12 is passage 0 at snapshot 12."""
+def write_earlier(file: BinaryIO, run: int, view: View) -> tuple[list[dict], bytes]:
+    """Write all snapshots of run number `run` but the last. Returns the moments of all, and the
+    last."""
+    moments, newest = [], b""
+    for index, snapshot in enumerate(view.snapshots):
+        file.write(newest)
+        newest = snapshot_chunks(f"r{run}", index, snapshot, view)
+        moments.append({"step": snapshot.step, "tokens": snapshot.tokens})
+    if not moments:
+        raise ValueError(f"{view.title}: a viewer needs at least one snapshot")
+    return moments, newest
+
+
+def template() -> str:
+    """The page without its data: markup, style and script in one text."""
+    def part(name: str) -> str:
+        return (BROWSER / name).read_text(encoding="utf-8")
+
+    scripts = "\n".join(part(f"{name}.js") for name in SCRIPTS)
+    return part("page.html").replace("STYLE", part("style.css")).replace("SCRIPT", scripts)
+
+
+# --- snapshots ------------------------------------------------------------------------------------
+
+def snapshot_chunks(run: str, index: int, snapshot: PatternSnapshot, view: View) -> bytes:
+    """One chunk for each passage: id r0p0s12 is passage 0 of run 0 at snapshot 12. It holds the
+    lower triangles of all patterns; then, if the snapshot has them, the losses (float32, little
+    endian) and whether the likeliest token was right (a byte each)."""
     chunks = []
     for p, (passage, patterns) in enumerate(zip(view.passages, snapshot.patterns, strict=True)):
-        chunks.append(chunk(f"p{p}s{index}", triangles(patterns, view, passage)))
+        content = triangles(patterns, view, passage)
+        if snapshot.losses is not None and snapshot.right is not None:
+            content += predictions(snapshot.losses[p], snapshot.right[p], passage)
+        chunks.append(chunk(f"{run}p{p}s{index}", content))
     return b"".join(chunks)
 
 
@@ -97,6 +135,16 @@ def triangles(patterns: np.ndarray, view: View, passage: Passage) -> bytes:
         raise ValueError(f"patterns of {passage.title!r} are {patterns.dtype} {patterns.shape}, "
                          f"not uint8 {expected}")
     return lower_triangles(patterns).tobytes()                          # (L, H, T (T + 1) / 2)
+
+
+def predictions(losses: np.ndarray, right: np.ndarray, passage: Passage) -> bytes:
+    """The bytes of a passage's losses and of which were right. Raises ValueError for another
+    shape."""
+    expected = (len(passage.tokens) - 1,)
+    if losses.shape != expected or right.shape != expected:
+        raise ValueError(f"losses of {passage.title!r} are {losses.shape}, {right.shape}, not "
+                         f"{expected}")
+    return losses.astype("<f4").tobytes() + right.astype(np.uint8).tobytes()
 
 
 def lower_triangles(patterns: np.ndarray) -> np.ndarray:
@@ -114,23 +162,40 @@ def chunk(name: str, content: bytes) -> bytes:
     return b'<script type="text/plain" id="%s">%s</script>\n' % (name.encode(), packed)
 
 
-def as_json(view: View, moments: list[dict]) -> str:
-    """Everything but the patterns. `<` is escaped, so no text can end the script element around it
+# --- everything else ------------------------------------------------------------------------------
+
+def as_json(views: list[View], moments: list[list[dict]]) -> str:
+    """Everything but the snapshots. `<` is escaped, so no text can end the script element around it
     or open a comment."""
-    content = view._asdict() | {
-        "passages": [{"title": passage.title, "tokens": passage.tokens}
-                     for passage in view.passages],
+    content = {"explanations": EXPLANATIONS,
+               "runs": [of_run(view, seen) for view, seen in zip(views, moments, strict=True)]}
+    return json.dumps(content, allow_nan=False, default=float).replace("<", "\\u003c")
+
+
+def of_run(view: View, moments: list[dict]) -> dict:
+    """A view with the moments of its snapshots in place of the snapshots."""
+    return view._asdict() | {
+        "passages": [{"title": passage.title, "tokens": passage.tokens,
+                      "vocab_size": passage.vocab_size} for passage in view.passages],
         "snapshots": moments,
-        "explanations": EXPLANATIONS,
         "scores": {name: series(*score) for name, score in view.scores.items()},
         "curves": {name: series(*curve) for name, curve in view.curves.items()},
+        "evidence": finite(view.evidence),
     }
-    return json.dumps(content, allow_nan=False, default=float).replace("<", "\\u003c")
 
 
 def series(tokens: np.ndarray, values: np.ndarray) -> dict[str, list]:
     """Numbers to four decimals, more than a screen can show. JSON has no NaN: what is not finite
     becomes null."""
     rounded = np.round(np.asarray(values, dtype=np.float64), 4)
-    finite = np.where(np.isfinite(rounded), rounded, np.array(None))
-    return {"tokens": np.asarray(tokens).tolist(), "values": finite.tolist()}
+    return {"tokens": np.asarray(tokens).tolist(),
+            "values": np.where(np.isfinite(rounded), rounded, np.array(None)).tolist()}
+
+
+def finite(value: Any) -> Any:
+    """The same lists and dicts, with null for numbers that are not finite: a loss may be NaN."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not isfinite(value) else value

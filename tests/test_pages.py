@@ -19,8 +19,10 @@ from report.figures import score_grids
 
 
 def page_data(page: Path) -> dict:
-    """Everything that a page shows but its patterns."""
-    return json.loads(re.search('id="view"[^>]*>(.*?)</script>', page.read_text()).group(1))
+    """Everything that a page of one run shows but its patterns."""
+    content = re.search('id="view"[^>]*>(.*?)</script>', page.read_text()).group(1)
+    [run] = json.loads(content)["runs"]
+    return run
 
 
 def page_scores(data: dict, snapshot: int = -1) -> dict:

@@ -70,7 +70,7 @@ def show(browser, tmp_path):
 
     def open_view(view: View, **options):
         path = tmp_path / "report.html"
-        write_viewer(path, view)
+        write_viewer(path, [view])
         contexts.append(browser.new_context(viewport={"width": 1280, "height": 800}, **options))
         contexts[-1].set_default_timeout(0)                 # however busy the machine is
         page = contexts[-1].new_page()
@@ -347,7 +347,7 @@ def test_nothing_is_wider_than_the_window(show, width):
 
 def test_the_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "report.html"
-    write_viewer(path, example())
+    write_viewer(path, [example()])
     before = path.read_bytes()
 
     def torn():
@@ -355,13 +355,13 @@ def test_the_file_appears_whole_or_not_at_all(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_viewer(path, example(snapshots=torn()))
+        write_viewer(path, [example(snapshots=torn())])
     message = "patterns of 'random tokens' are float64 (2, 4, 24, 24), not uint8 (2, 4, 24, 24)"
     with pytest.raises(ValueError, match=re.escape(message)):
         floats = [pattern / 255 for pattern in PATTERNS[0]]
-        write_viewer(path, example(snapshots=[PatternSnapshot(0, 0, floats)]))
+        write_viewer(path, [example(snapshots=[PatternSnapshot(0, 0, floats)])])
     with pytest.raises(ValueError, match="at least one snapshot"):
-        write_viewer(path, example(snapshots=[]))
+        write_viewer(path, [example(snapshots=[])])
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
