@@ -25,26 +25,21 @@ from report.activations import chosen_heads, write_activations
 from report.export import as_text, rows_as_json, run_as_json, runs_as_json
 from report.figures import write_figures
 from report.movie import movie_of, write_movie
-from report.page import (
-    PROBE,
-    Examined,
-    as_curves,
-    pictures_at,
-    scores_on_rows,
-    write_report,
-)
+from report.page import Examined, pictures_at, probe_view, scores_on_rows, write_report
 from report.snapshots import SnapshotFolder
 from report.text import describe_visible, findings, head_table, transitions
 from report.tidy import as_csv, history_rows, text_rows, tidy_rows
 from report.verdict_page import verdict_page
+from report.viewer import write_viewer
 from training.device import choose_device
 from training.loaded_run import LoadedRun, load_run
 from training.logger import Record, read_metrics
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["verdict"]:
-        return verdict(sys.argv[2:])
+    for command in (verdict, report):
+        if sys.argv[1:2] == [command.__name__]:
+            return command(sys.argv[2:])
     args = parse_arguments()
     run = load_run(args.run, args.step, choose_device(args.device, "--device "))
     records = run.records()
@@ -84,23 +79,21 @@ def show_probe(args: argparse.Namespace, run: LoadedRun, records: list[Record]) 
         tokens = probes.scored.tokens
         export(args, run, tokens, torch.ones_like(tokens, dtype=torch.bool), probes.note)
 
-    name, figures = "report.html", "figures"
+    name, figures, shown = "report.html", "figures", records
+    newest = run.checkpoint == run.checkpoints()[-1]
     if args.all_steps:
         name = "report-all-steps.html"
-    elif args.step is not None or run.checkpoint != run.checkpoints()[-1]:
+    elif args.step is not None or not newest:
         name, figures = f"report-step-{run.step}.html", f"figures-step-{run.step}"
-    examined = Examined(PROBE, "second copy", run.step, table.ablated)
-    if name != "report.html" or len(SnapshotFolder(run.folder / "heads")) == 0:
-        example, title = probes.scored.example(run.config.model.n_ctx)
-        pictures, shown = pictures_at(run, checkpoints(args, run), example, title), records
-        if not args.all_steps:
-            scores = as_curves({run.state["tokens"]: table.scores})
-            examined = examined._replace(scores=scores)
-    else:               # those kept during training, which may be later than the checkpoint
-        pictures, shown = None, read_metrics(run.folder / "metrics.jsonl")
-    page = write_report(run.folder, run.config, shown, examined, name=name, pictures=pictures)
+    patterns: list[Path] | None = checkpoints(args, run)
+    if name == "report.html" and len(SnapshotFolder(run.folder / "heads")):
+        patterns = None         # those kept during training, which may be later than the checkpoint
+        shown = read_metrics(run.folder / "metrics.jsonl")
+    view = probe_view(run, examination, shown, checkpoints=patterns, all_steps=args.all_steps)
+    if view:
+        write_viewer(run.folder / name, [view])
     paths = write_figures(run.folder / figures, run.config, records, verdict.measured)
-    print(f"\nplots    {', '.join(map(str, paths))}\nlook     {page} in a browser")
+    print(f"\nplots    {', '.join(map(str, paths))}\nlook     {run.folder / name} in a browser")
 
 
 def show_rows(args: argparse.Namespace, run: LoadedRun, rows: TokenRows) -> None:
@@ -167,6 +160,27 @@ def verdict(arguments: list[str]) -> None:
                                              for row in tidy_rows(examination)))
 
 
+def report(arguments: list[str]) -> None:
+    """Several runs in one page to look at."""
+    parser = ArgumentParser("python heads.py report", description="One page with several runs: "
+                            "seeds, and controls beside them.")
+    parser.add_argument("runs", nargs="+", help="runs/NAME …")
+    parser.add_argument("--out", metavar="FILE", required=True, help="the page, in HTML")
+    add_device(parser)
+    args = parser.parse_intermixed_args(arguments)
+    must_be_writable(args.out, "--out")
+    views = []
+    for run in opened(args):
+        kept = len(SnapshotFolder(run.folder / "heads")) and run.checkpoint == run.checkpoints()[-1]
+        view = probe_view(run, examine_run(run), run.records(), runs_in_page=len(args.runs),
+                          checkpoints=None if kept else [run.checkpoint])
+        if view:
+            views.append(view)
+    with explain_disk_errors(f"--out {args.out}", "name a file in an existing folder"):
+        write_viewer(Path(args.out), views)
+    print(f"look     {args.out} in a browser")
+
+
 def opened(args: argparse.Namespace) -> Iterator[LoadedRun]:
     """Each of the runs in turn: only one model is held at a time."""
     device = choose_device(args.device, "--device ")
@@ -198,7 +212,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(
         "python heads.py", description="Score every attention head of a run, ablate each, and "
         "write runs/NAME/report.html to look at their patterns.",
-        epilog="python heads.py verdict runs/A runs/B …   did induction heads form?")
+        epilog="python heads.py verdict runs/A runs/B …   did induction heads form?   python "
+        "heads.py report runs/A runs/B … --out page.html   several runs in one page")
     add = parser.add_argument
     add("run", help="runs/NAME, or a checkpoint in it: runs/NAME/checkpoints/000500")
     add("--step", type=int, metavar="N", help="the checkpoint of step N (default: the newest), in "

@@ -111,6 +111,26 @@ def summary(verdict: Verdict) -> str:
     return f"{answer}: {reason}."
 
 
+def headline(verdict: Verdict) -> dict[str, str | float]:
+    """The verdict under flat names, for wandb."""
+    behaviour, knockouts = verdict.behaviour, verdict.mechanism.evidence.knockout
+    shown: dict[str, str | float] = {
+        "verdict/formed": verdict.answer, "verdict/behaviour": behaviour.answer,
+        "verdict/mechanism": verdict.mechanism.answer,
+        "verdict/transfer_periods": verdict.transfer.periods,
+        "verdict/transfer_tokens": verdict.transfer.tokens, "verdict/summary": summary(verdict)}
+    numbers: dict[str, Estimate | None] = {
+        "accuracy": behaviour.begun.accuracy, "accuracy_without_begin": behaviour.bare.accuracy}
+    if knockouts:
+        numbers |= {"gain_removed": knockouts.begun.gain_removed,
+                    "gain_removed_random": knockouts.begun.by_random}
+    for name, value in numbers.items():
+        if value is not None:
+            shown |= {f"verdict/{name}": float(value), f"verdict/{name}_low": value.low,
+                      f"verdict/{name}_high": value.high}
+    return shown
+
+
 def number(value: float) -> Json:
     """A number with its interval."""
     low, high = (value.low, value.high) if isinstance(value, Estimate) else (np.nan, np.nan)
