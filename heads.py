@@ -1,47 +1,45 @@
-"""What the attention heads of a run do: `python heads.py runs/quickstart`, or
-`python heads.py verdict runs/A runs/B …`."""
+"""What the attention heads of a run do: `python heads.py runs/quickstart`, or of several runs:
+`python heads.py verdict runs/A runs/B …`, `python heads.py report runs/A runs/B … --out page.html`.
+"""
 
 import argparse
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from errors import ArgumentParser, UserError, run_command
 
+import torch
 from tqdm import tqdm
 
 from console import stdout_is_the_result
 from files import atomic_write, explain_disk_errors, must_be_writable
 from induction.examine import (
-    examine_on_probe,
     examine_on_rows,
-    judge_run,
+    examine_run,
     measure_checkpoints,
-    probes_for,
 )
 from induction.history import best_head_history, head_transitions
 from induction.token_rows import TokenRows, given_rows
+from report.activations import chosen_heads, write_activations
+from report.export import as_text, rows_as_json, run_as_json, runs_as_json
 from report.figures import write_figures
 from report.movie import movie_of, write_movie
-from report.page import (
-    PROBE,
-    Examined,
-    as_curves,
-    pictures_at,
-    scores_on_rows,
-    write_report,
-)
+from report.page import Examined, pictures_at, probe_view, scores_on_rows, write_report
 from report.snapshots import SnapshotFolder
-from report.text import describe_visible, findings, head_table, scores_as_json, transitions
+from report.text import describe_visible, findings, head_table, transitions
+from report.tidy import as_csv, history_rows, text_rows, tidy_rows
 from report.verdict_page import verdict_page
+from report.viewer import write_viewer
 from training.device import choose_device
 from training.loaded_run import LoadedRun, load_run
 from training.logger import Record, read_metrics
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["verdict"]:
-        return verdict(sys.argv[2:])
+    for command in (verdict, report):
+        if sys.argv[1:2] == [command.__name__]:
+            return command(sys.argv[2:])
     args = parse_arguments()
     run = load_run(args.run, args.step, choose_device(args.device, "--device "))
     records = run.records()
@@ -59,38 +57,43 @@ def main() -> None:
 
 def show_probe(args: argparse.Namespace, run: LoadedRun, records: list[Record]) -> None:
     """Examine the heads on repeated random tokens: a table, findings, figures, a page."""
-    probes = probes_for(run)
+    examination = examine_run(run, progress)
+    verdict, table = examination.verdict, examination.table
+    probes = verdict.probes
     if args.all_steps:
         known = [tokens for tokens, _ in best_head_history(records)]    # measured during training
         records = sorted([*records, *measure_checkpoints(run, probes, known)],
                          key=lambda record: record["tokens"])
-    examination = examine_on_probe(run.model, probes, progress)
     formed = head_transitions(records, run.config.model)
     print(f"{args.run} at step {run.step}, on {probes.note}\n")
-    print(head_table(examination.table, "the second copy of random tokens", formed))
+    print(head_table(table, "the second copy of random tokens", formed))
     print(f"\n{findings(examination)}")
     if rose := transitions(records):
         print(rose)
     if args.json:
-        write_text(args.json, "--json", scores_as_json(examination.table))
+        write_text(args.json, "--json", as_text(run_as_json(examination)))
+    if args.csv:
+        earlier = history_rows(run.config, records, run.step) if args.all_steps else []
+        write_text(args.csv, "--csv", as_csv([*earlier, *tidy_rows(examination)]))
+    if args.export:
+        tokens = probes.scored.tokens
+        export(args, run, tokens, torch.ones_like(tokens, dtype=torch.bool), probes.note)
 
-    name, figures = "report.html", "figures"
+    name, figures, shown = "report.html", "figures", records
+    newest = run.checkpoint == run.checkpoints()[-1]
     if args.all_steps:
         name = "report-all-steps.html"
-    elif args.step is not None or run.checkpoint != run.checkpoints()[-1]:
+    elif args.step is not None or not newest:
         name, figures = f"report-step-{run.step}.html", f"figures-step-{run.step}"
-    examined = Examined(PROBE, "second copy", run.step, examination.table.ablated)
-    if name != "report.html" or len(SnapshotFolder(run.folder / "heads")) == 0:
-        example, title = probes.scored.example(run.config.model.n_ctx)
-        pictures, shown = pictures_at(run, checkpoints(args, run), example, title), records
-        if not args.all_steps:
-            scores = as_curves({run.state["tokens"]: examination.table.scores})
-            examined = examined._replace(scores=scores)
-    else:               # those kept during training, which may be later than the checkpoint
-        pictures, shown = None, read_metrics(run.folder / "metrics.jsonl")
-    page = write_report(run.folder, run.config, shown, examined, name=name, pictures=pictures)
-    paths = write_figures(run.folder / figures, run.config, records, examination.measured)
-    print(f"\nplots    {', '.join(map(str, paths))}\nlook     {page} in a browser")
+    patterns: list[Path] | None = checkpoints(args, run)
+    if name == "report.html" and len(SnapshotFolder(run.folder / "heads")):
+        patterns = None         # those kept during training, which may be later than the checkpoint
+        shown = read_metrics(run.folder / "metrics.jsonl")
+    view = probe_view(run, examination, shown, checkpoints=patterns, all_steps=args.all_steps)
+    if view:
+        write_viewer(run.folder / name, [view])
+    paths = write_figures(run.folder / figures, run.config, records, verdict.measured)
+    print(f"\nplots    {', '.join(map(str, paths))}\nlook     {run.folder / name} in a browser")
 
 
 def show_rows(args: argparse.Namespace, run: LoadedRun, rows: TokenRows) -> None:
@@ -101,7 +104,12 @@ def show_rows(args: argparse.Namespace, run: LoadedRun, rows: TokenRows) -> None
     print(head_table(text.table, title, {}))
     print(f"\n{describe_visible(text)}")
     if args.json:
-        write_text(args.json, "--json", scores_as_json(text.table))
+        write_text(args.json, "--json",
+                   as_text(rows_as_json(run.config, run.step, title, text)))
+    if args.csv:
+        write_text(args.csv, "--csv", as_csv(text_rows(run.config, run.step, text)))
+    if args.export:
+        export(args, run, rows.tokens, rows.real, title)
     n_rows, steps = len(rows.tokens), checkpoints(args, run)
     first, scored = title, title
     if n_rows > 1:
@@ -113,25 +121,74 @@ def show_rows(args: argparse.Namespace, run: LoadedRun, rows: TokenRows) -> None
     print(f"\nlook     {page} in a browser")
 
 
+def export(args: argparse.Namespace, run: LoadedRun, tokens: torch.Tensor, real: torch.Tensor,
+           rows: str) -> None:
+    """Write what the heads compute on these rows."""
+    about = {"run": run.config.run, "step": str(run.step), "rows": rows}
+    with explain_disk_errors(f"--export {args.export}", "name a file where there is room"):
+        write_activations(Path(args.export), run.model, tokens, real,
+                          chosen_heads(args.heads, run.model), about)
+    print(f"export   {args.export}")
+
+
+# --- several runs ---------------------------------------------------------------------------------
+
 def verdict(arguments: list[str]) -> None:
     """Did induction heads form in some runs? A page with the evidence."""
     parser = ArgumentParser("python heads.py verdict", description="Did induction heads form in "
                             "these runs? Evidence for and against.")
     parser.add_argument("runs", nargs="+", help="runs/NAME …: several seeds, and controls")
     parser.add_argument("--out", metavar="FILE", help="also write the page (Markdown) to FILE")
-    parser.add_argument("--device", default="auto", help="cuda, cpu or mps (default: the first "
-                        "that is available)")
+    parser.add_argument("--json", metavar="FILE", help="also write all numbers to FILE "
+                        "(docs/exports.md)")
+    parser.add_argument("--csv", metavar="FILE", help="also write them as tidy rows")
+    add_device(parser)
     args = parser.parse_intermixed_args(arguments)
-    must_be_writable(args.out, "--out")
+    for option in ("out", "json", "csv"):
+        must_be_writable(getattr(args, option), f"--{option}")
     if not args.out:
         stdout_is_the_result()
-    bar = tqdm(args.runs, "examining", unit=" runs", delay=2, leave=False)
-    page = verdict_page([judge_run(load_run(where, device=choose_device(args.device, "--device ")))
-                         for where in bar])
+    examinations = [examine_run(run) for run in opened(args)]
+    page = verdict_page([examination.verdict for examination in examinations])
     print(page)
     if args.out:
         write_text(args.out, "--out", page)
+    if args.json:
+        write_text(args.json, "--json", as_text(runs_as_json(examinations)))
+    if args.csv:
+        write_text(args.csv, "--csv", as_csv(row for examination in examinations
+                                             for row in tidy_rows(examination)))
 
+
+def report(arguments: list[str]) -> None:
+    """Several runs in one page to look at."""
+    parser = ArgumentParser("python heads.py report", description="One page with several runs: "
+                            "seeds, and controls beside them.")
+    parser.add_argument("runs", nargs="+", help="runs/NAME …")
+    parser.add_argument("--out", metavar="FILE", required=True, help="the page, in HTML")
+    add_device(parser)
+    args = parser.parse_intermixed_args(arguments)
+    must_be_writable(args.out, "--out")
+    views = []
+    for run in opened(args):
+        kept = len(SnapshotFolder(run.folder / "heads")) and run.checkpoint == run.checkpoints()[-1]
+        view = probe_view(run, examine_run(run), run.records(), runs_in_page=len(args.runs),
+                          checkpoints=None if kept else [run.checkpoint])
+        if view:
+            views.append(view)
+    with explain_disk_errors(f"--out {args.out}", "name a file in an existing folder"):
+        write_viewer(Path(args.out), views)
+    print(f"look     {args.out} in a browser")
+
+
+def opened(args: argparse.Namespace) -> Iterator[LoadedRun]:
+    """Each of the runs in turn: only one model is held at a time."""
+    device = choose_device(args.device, "--device ")
+    for where in tqdm(args.runs, "examining", unit=" runs", delay=2, leave=False):
+        yield load_run(where, device=device)
+
+
+# --- pieces ---------------------------------------------------------------------------------------
 
 def checkpoints(args: argparse.Namespace, run: LoadedRun) -> list[Path]:
     """Those whose patterns are shown."""
@@ -155,7 +212,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(
         "python heads.py", description="Score every attention head of a run, ablate each, and "
         "write runs/NAME/report.html to look at their patterns.",
-        epilog="python heads.py verdict runs/A runs/B …   did induction heads form?")
+        epilog="python heads.py verdict runs/A runs/B …   did induction heads form?   python "
+        "heads.py report runs/A runs/B … --out page.html   several runs in one page")
     add = parser.add_argument
     add("run", help="runs/NAME, or a checkpoint in it: runs/NAME/checkpoints/000500")
     add("--step", type=int, metavar="N", help="the checkpoint of step N (default: the newest), in "
@@ -166,17 +224,30 @@ def parse_arguments() -> argparse.Namespace:
         "report-text.html)")
     add("--file", metavar="F", help="examine the text of a file")
     add("--tokens", metavar="F", help="examine token ids as they are, one sequence per line")
-    add("--json", metavar="F", help='write all scores to F: {"L0H0": {"prefix_matching": …, …}, …}')
+    add("--json", metavar="F", help="write everything that is measured to F (docs/exports.md)")
+    add("--csv", metavar="F", help="write every score of every head as tidy rows; with --all-steps "
+        "also those measured during training")
+    add("--export", metavar="F", help="write q, k, v, z, lse and patterns to F, in safetensors")
+    add("--heads", nargs="+", metavar="HEAD", default=[], help="the heads to export: L1H3, or L1 "
+        "for a whole layer (default: all)")
     add("--movie", action="store_true", help="write runs/NAME/heads.gif: the strongest head's "
         "pattern over training")
-    add("--device", default="auto", help="cuda, cpu or mps (default: the first that is available)")
+    add_device(parser)
     args = parser.parse_args()
     if sum(given is not None for given in (args.text, args.file, args.tokens)) > 1:
         raise UserError("--text, --file and --tokens exclude each other: name one")
     if args.step is not None and args.all_steps:
         raise UserError("--step and --all-steps exclude each other: name one")
-    must_be_writable(args.json, "--json")
+    if args.heads and not args.export:
+        raise UserError("--heads chooses what --export writes: name a file with --export")
+    for option in ("json", "csv", "export"):
+        must_be_writable(getattr(args, option), f"--{option}")
     return args
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto",
+                        help="cuda, cpu or mps (default: the first that is available)")
 
 
 if __name__ == "__main__":

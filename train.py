@@ -17,16 +17,26 @@ from data.dataset import Dataset
 from data.load_tokenizer import load_tokenizer
 from data.tokenizer import Tokenizer
 from induction.behaviour import icl_score
+from induction.examine import examine_run
 from induction.history import best_head_history
 from induction.metrics import ICL_SCORE
 from induction.probe_set import probes_of
+from induction.verdict import Verdict
 from induction.watch import HeadWatch, knockout_metrics
 from model.families import obstacles
 from model.gpt import GPT
-from report.page import write_report
+from report.export import headline, summary
+from report.page import probe_view, write_report
 from report.snapshots import PatternRecorder
 from report.text import heads_summary
-from training.checkpoint import find_checkpoint, list_checkpoints, load_weights, verify
+from report.viewer import write_viewer
+from training.checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    load_weights,
+    read_state,
+    verify,
+)
 from training.config import Change, Config
 from training.device import (
     Hardware,
@@ -37,7 +47,7 @@ from training.device import (
     choose_parallel,
     training_loss,
 )
-from training.logger import read_metrics
+from training.loaded_run import LoadedRun, load_run
 from training.optimizer import Optimizer
 from training.parallel import Parallel
 from training.profile import profiled
@@ -123,15 +133,14 @@ def train(job: Job, world: World) -> None:
             if stopping:
                 break
 
-        # Save: the last checkpoint, the report, the summary.
+        # Save: the last checkpoint, the report with the verdict, the summary.
         run.wait_for_checkpoint()
-        if measure_heads:
+        verdict = None
+        if measure_heads and full_model:
             with run.explained("writing the report of"):
-                page = write_report(folder, config, run.metrics.read())
-            if page:
-                run.log_media(lambda: {"heads/report": page})
+                verdict = report_heads(run, full_model, data.tokenizer)
         if world.first:
-            run.say(run.summary(heads_summary(run.latest)))
+            run.say(run.summary(heads_summary(run.latest), verdict and summary(verdict)))
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -232,6 +241,30 @@ def head_watch(run: Run, model: GPT, data: Dataset,
     return measure_heads
 
 
+def report_heads(run: Run, model: GPT, tokenizer: Tokenizer) -> Verdict | None:
+    """Write report.html, and log it; if the run is finished with its verdict, which is returned."""
+    checkpoints = list_checkpoints(run.checkpoints)
+    if run.step < run.config.train.steps or not checkpoints:
+        page = write_report(run.folder, run.config, run.metrics.read())
+        if page:
+            run.log_media(lambda: {"heads/report": page})
+        return None
+    newest = checkpoints[-1]
+    verdict = report_finished(LoadedRun(run.folder, newest, read_state(newest), run.config, model,
+                                        tokenizer))
+    run.log_media(lambda: headline(verdict) | {"heads/report": run.folder / "report.html"})
+    return verdict
+
+
+def report_finished(run: LoadedRun) -> Verdict:
+    """Examine the heads of a finished run, and write report.html with the verdict."""
+    examination = examine_run(run)
+    view = probe_view(run, examination, run.records())
+    assert view is not None, "a run that watched its heads has kept a snapshot of its last step"
+    write_viewer(run.folder / "report.html", [view])
+    return examination.verdict
+
+
 def evaluate(model: GPT, validation: list[Batch], data: Dataset, world: World) -> dict[str, float]:
     """Loss on the validation windows, in nats per token and in bits per byte of their text, and
     the ICL score on text."""
@@ -265,7 +298,7 @@ def finish(job: Job, step: int) -> None:
         page = folder / "report.html"
         snapshot_times = [path.stat().st_mtime for path in folder.glob("heads/*.npz")]
         if snapshot_times and (not page.exists() or page.stat().st_mtime < max(snapshot_times)):
-            write_report(folder, config, read_metrics(folder / "metrics.jsonl"))
+            report_finished(load_run(folder, device=choose_hardware(config).device))
     print(f"{folder} is finished: {step} steps; "
           f"to go further: python train.py {folder} train.steps={2 * step}")
     if changes:

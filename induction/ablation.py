@@ -7,11 +7,13 @@ induction/knockout.py removes single attention edges instead.
 from collections.abc import Callable, Collection, Iterable
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data.batches import Batch
-from induction.behaviour import icl_score, mean_losses, mean_of
+from induction.behaviour import losses_by_row, repeat_gain
+from induction.intervals import Estimate, Resampling, row_sums
 from induction.probes import Probe
 from model.gpt import GPT
 from model.taps import Head, TapFunction, heads_of, taps
@@ -51,8 +53,9 @@ def losses_without(model: GPT, batch: Batch, heads: Collection[Head], method: Me
         return model.losses(*batch)
 
 
-def ablate_each_head(model: GPT, batch: Batch, counted: Tensor, progress: ProgressBar = iter,
-                     real: Tensor | None = None) -> dict[Head, float]:
+def ablate_each_head(model: GPT, batch: Batch, counted: Tensor, rows: Resampling,
+                     progress: ProgressBar = iter,
+                     real: Tensor | None = None) -> dict[Head, Estimate]:
     """For each head the rise in loss, in nats, when only that head is mean-ablated, over the
     targets that `counted` (B, T) bool selects; its mean is over the positions that `real` selects,
     or over all. One forward pass per head."""
@@ -64,11 +67,11 @@ def ablate_each_head(model: GPT, batch: Batch, counted: Tensor, progress: Progre
         return on_z
 
     with taps(model, {f"L{layer}.z": note_mean(layer) for layer in range(model.config.n_layers)}):
-        intact = mean_of(model.losses(*batch), counted)
+        intact = row_sums(model.losses(*batch), counted)
     rises = {}
     for head in progress(heads_of(model.config)):
         with taps(model, {f"L{head.layer}.z": replace_heads([head.index], means[head.layer])}):
-            rises[head] = mean_of(model.losses(*batch), counted) - intact
+            rises[head] = rows.difference(row_sums(model.losses(*batch), counted), intact)
     return rises
 
 
@@ -128,37 +131,31 @@ def replace_by(value: Tensor) -> Replacement:
 class Effect(NamedTuple):
     """What an ablation changes, in nats; positive is worse."""
 
-    known: float                    # rise of the loss where tokens can be known
-    first_copy: float               # rise of the loss in the first copy
-    gain_removed: float | None      # 1 − g′/g, with g the repeat gain (loss in the first copy minus
+    known: Estimate                 # rise of the loss where tokens can be known
+    first_copy: Estimate            # rise of the loss in the first copy
+    gain_removed: Estimate | None   # 1 − g′/g, with g the repeat gain (loss in the first copy minus
                                     # loss where tokens can be known), g′ without the heads; None if
                                     # g is less than SMALLEST_GAIN
-    icl: float | None               # change of the ICL score on text
-    validation: float | None        # rise of the loss on text
 
 
-def ablation_effect(model: GPT, heads: Collection[Head], probe: Probe, text: Batch | None = None,
-                    method: Method = "mean", *, patterns_kept: bool = False) -> Effect:
-    """What the model loses without `heads`, on repeated random tokens and, if given, on text."""
+def ablation_effect(model: GPT, heads: Collection[Head], probe: Probe, method: Method = "mean", *,
+                    patterns_kept: bool = False) -> Effect:
+    """What the model loses without `heads` on repeated random tokens."""
     donors = same_period_donors(probe) if method == "resample" else None
-    before = mean_losses(losses_without(model, probe.batch, ()), probe)
-    after = mean_losses(losses_without(model, probe.batch, heads, method, donors=donors,
-                                       patterns_kept=patterns_kept), probe)
-    icl, validation = None, None
-    if text is not None:
-        intact = losses_without(model, text, ()).cpu()
-        without = losses_without(model, text, heads, method, patterns_kept=patterns_kept).cpu()
-        validation = (without.double() - intact.double()).mean().item()
-        icl_before, icl_after = icl_score(intact), icl_score(without)
-        if icl_before is not None and icl_after is not None:
-            icl = icl_after - icl_before
-    return Effect(after.known - before.known, after.first - before.first,
-                  gain_removed(before.gain, after.gain), icl, validation)
+    before = losses_by_row(losses_without(model, probe.batch, ()), probe)
+    after = losses_by_row(losses_without(model, probe.batch, heads, method, donors=donors,
+                                         patterns_kept=patterns_kept), probe)
+    rows, removed = probe.resampling, None
+    if before.first.mean - before.known.mean >= SMALLEST_GAIN:
+        removed = rows.estimate(gain_removed, *before, *after)
+    return Effect(rows.difference(after.known, before.known),
+                  rows.difference(after.first, before.first), removed)
 
 
-def gain_removed(before: float, after: float) -> float | None:
-    """1 − g′/g: the fraction of a repeat gain g that is gone. None if there was hardly any."""
-    return 1 - after / before if before >= SMALLEST_GAIN else None
+def gain_removed(first: np.ndarray, known: np.ndarray, first_after: np.ndarray,
+                 known_after: np.ndarray) -> np.ndarray:
+    """1 − g′/g: the fraction of a repeat gain g that is gone, from mean losses."""
+    return 1 - repeat_gain(first_after, known_after) / repeat_gain(first, known)
 
 
 def same_period_donors(probe: Probe) -> Tensor:
@@ -245,14 +242,15 @@ class Path(NamedTuple):
     sender: Head
     receiver: Head
     into: Input
-    rise: float             # of the loss, in nats, without this path
+    rise: Estimate          # of the loss, in nats, without this path
 
 
-def path_matrix(model: GPT, batch: Batch, counted: Tensor, senders: Collection[Head],
-                receivers: Collection[Head], progress: ProgressBar = iter) -> list[Path]:
-    """The rise in loss, over the targets that `counted` (B, T) bool selects, for every single path
-    from a sender into the queries, keys or values of a receiver in a later layer."""
-    intact = mean_of(model.losses(*batch), counted)
+def path_matrix(model: GPT, probe: Probe, senders: Collection[Head], receivers: Collection[Head],
+                progress: ProgressBar = iter) -> list[Path]:
+    """The rise of the loss of a probe's known tokens for every single path from a sender into the
+    queries, keys or values of a receiver in a later layer."""
+    batch, rows = probe.batch, probe.resampling
+    intact = row_sums(model.losses(*batch), probe.known)
     paths: list[Path] = []
     for sender in progress(senders):
         for layer in sorted({head.layer for head in receivers if head.layer > sender.layer}):
@@ -260,6 +258,7 @@ def path_matrix(model: GPT, batch: Batch, counted: Tensor, senders: Collection[H
             routes = Paths(model, batch, [sender], inside)
             for receiver in inside:
                 for into in INPUTS:
-                    rise = mean_of(routes.losses([receiver], into), counted) - intact
+                    without = row_sums(routes.losses([receiver], into), probe.known)
+                    rise = rows.difference(without, intact)
                     paths.append(Path(sender, receiver, into, rise))
     return paths

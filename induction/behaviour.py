@@ -1,75 +1,77 @@
 """What a model predicts: its losses on a probe, how often it is right, its ICL score on text."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data.batches import Batch
+from induction.intervals import FRACTION, LOSS, Estimate, Resampling, RowSums, row_sums
 from induction.probes import Probe
 from model.cross_entropy import chunk_rows, cross_entropies
 from model.gpt import GPT
 
 
 class ProbeLosses(NamedTuple):
-    """Mean losses on a probe, in nats per token."""
+    """Losses on a probe, in nats, row by row."""
 
-    first: float        # in the block, where tokens are random
-    known: float        # of the targets that can be known
-
-    @property
-    def gain(self) -> float:
-        """What repeating is worth to the model."""
-        return self.first - self.known
+    first: RowSums      # in the block, where tokens are random
+    known: RowSums      # of the targets that can be known
 
 
 @torch.no_grad()
 def probe_losses(model: GPT, probe: Probe, final: Tensor) -> ProbeLosses:
-    """Mean losses, from the last hidden state (B, T, E) of a pass over the probe."""
+    """From the last hidden state (B, T, E) of a pass over the probe."""
     targets = probe.tokens[:, 1:]
     losses = cross_entropies(final[:, :-1].flatten(0, 1), model.unembedding, targets.flatten())
-    return mean_losses(losses.view(targets.shape), probe)
+    return losses_by_row(losses.view(targets.shape), probe)
 
 
-def mean_losses(losses: Tensor, probe: Probe) -> ProbeLosses:
-    """Mean losses, from the losses (B, T − 1) of the probe's targets."""
-    return ProbeLosses(mean_of(losses, probe.unknown), mean_of(losses, probe.known))
+def losses_by_row(losses: Tensor, probe: Probe) -> ProbeLosses:
+    """From the losses (B, T − 1) of the probe's targets."""
+    return ProbeLosses(row_sums(losses, probe.unknown), row_sums(losses, probe.known))
 
 
-def repeat_gain(first: float, known: float, guessing: float) -> float:
-    """What repeating is worth to a model, in nats: its loss in the block, minus its loss where
-    tokens can be known. If guessing, ln of the number of tokens that are drawn, is better than the
-    model in the block, it takes that place: a model that expects something else there, text or a
-    repeat, does not gain what it overpays."""
-    return min(first, guessing) - known
+def repeat_gain(first: np.ndarray | float, known: np.ndarray | float,
+                guessing: float = np.inf) -> np.ndarray:
+    """What repeating is worth to a model, in nats: its mean loss in the block, minus its mean loss
+    where tokens can be known. If `guessing`, ln of the number of tokens that are drawn, is better
+    than the model in the block, it takes that place: a model that expects something else there,
+    text or a repeat, does not gain what it overpays."""
+    return np.minimum(first, guessing) - known
 
 
 class Behaviour(NamedTuple):
     """How well a model predicts the tokens of a probe that can be known."""
 
-    accuracy: float         # how often the likeliest token is the right one
-    loss_first: float       # nats per token in the block
-    loss_known: float
+    accuracy: Estimate      # how often the likeliest token is the right one
+    loss_first: Estimate    # nats per token in the block
+    loss_known: Estimate
+    gain: Estimate          # the difference, in nats: what repeating is worth to the model
     chance: float           # accuracy of a random token of the block
-
-    @property
-    def gain(self) -> float:
-        """What repeating is worth to the model, in nats."""
-        return self.loss_first - self.loss_known
+    losses: ProbeLosses     # what these means are made of, row by row
+    right: RowSums
 
 
 @torch.no_grad()
 def behaviour(model: GPT, probe: Probe) -> Behaviour:
     """What the model predicts on a probe. One forward pass without taps."""
     final, targets = model.hidden(probe.tokens)[:, :-1], probe.tokens[:, 1:]
-    known, right = rate(model, final[probe.known], targets[probe.known])
-    first, _ = rate(model, final[probe.unknown], targets[probe.unknown])
-    return Behaviour(right, first, known, probe.chance)
+    losses, right = predictions(model, final[probe.known], targets[probe.known])
+    known, accuracy = by_row(losses, probe.known), by_row(right, probe.known)
+    losses, _ = predictions(model, final[probe.unknown], targets[probe.unknown])
+    first = by_row(losses, probe.unknown)
+    rows = probe.resampling
+    return Behaviour(rows.mean(accuracy, FRACTION), rows.mean(first, LOSS), rows.mean(known, LOSS),
+                     rows.difference(first, known), probe.chance, ProbeLosses(first, known),
+                     accuracy)
 
 
-def rate(model: GPT, final: Tensor, targets: Tensor) -> tuple[float, float]:
-    """(mean loss in nats, how often the likeliest token is the target), from last hidden states
+def predictions(model: GPT, final: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss in nats, whether the likeliest token is the target) (N,) each, from last hidden states
     (N, E) and targets (N,). Only a part of the logits is held at a time."""
     losses, right = [], []
     rows = chunk_rows(model.unembedding)
@@ -77,15 +79,24 @@ def rate(model: GPT, final: Tensor, targets: Tensor) -> tuple[float, float]:
         logits = model.unembed(x).float()
         losses.append(F.cross_entropy(logits, target, reduction="none"))
         right.append(logits.argmax(-1) == target)
-    return torch.cat(losses).cpu().double().mean().item(), torch.cat(right).float().mean().item()
+    return torch.cat(losses), torch.cat(right)
+
+
+def by_row(values: Tensor, counted: Tensor) -> RowSums:
+    """The values (N,) of the places that `counted` (B, T) bool selects, in its order."""
+    full = torch.zeros(counted.shape, dtype=torch.float64)
+    counted = counted.cpu()
+    full[counted] = values.cpu().double()
+    return row_sums(full, counted)
 
 
 class TextLoss(NamedTuple):
     """Mean loss of the same tokens of text, in nats, with and without the token that begins a text
     in front of each window."""
 
-    begun: float
-    bare: float
+    begun: Estimate
+    bare: Estimate
+    difference: Estimate        # begun − bare
 
 
 @torch.no_grad()
@@ -96,15 +107,65 @@ def text_loss(model: GPT, text: Batch, begin: int) -> TextLoss | None:
     if len(tokens) == 0:
         return None
     shifted = torch.cat([torch.full_like(tokens[:, :1], begin), tokens[:, :-1]], dim=1)
-    bare = model.losses(tokens[:, :-2], tokens[:, 1:-1])            # of tokens 1 … T − 2
-    begun = model.losses(shifted[:, :-1], shifted[:, 1:])[:, 1:]    # of the same
-    return TextLoss(begun.double().mean().item(), bare.double().mean().item())
+    bare = all_targets(model.losses(tokens[:, :-2], tokens[:, 1:-1]))       # of tokens 1 … T − 2
+    begun = all_targets(model.losses(shifted[:, :-1], shifted[:, 1:])[:, 1:])   # of the same
+    windows = Resampling.of_rows(len(tokens))
+    return TextLoss(windows.mean(begun, LOSS), windows.mean(bare, LOSS),
+                    windows.difference(begun, bare))
 
 
-def mean_of(losses: Tensor, counted: Tensor) -> float:
-    """The mean of the losses (B, T) that `counted` (B, T) bool selects, summed in float64 on the
-    CPU (some devices have no float64)."""
-    return losses[counted].cpu().double().mean().item()
+def all_targets(losses: Tensor) -> RowSums:
+    """Of losses (B, T) the sum of each row."""
+    return row_sums(losses, torch.ones(losses.shape, dtype=torch.bool))
+
+
+# --- loss by position -----------------------------------------------------------------------------
+
+class PositionLoss(NamedTuple):
+    """The mean loss of the targets from position `start` to `stop` − 1 of a context, in nats."""
+
+    start: int
+    stop: int
+    loss: Estimate
+    change: Estimate            # minus that of the first positions of the list, window by window
+
+
+class InContextLearning(NamedTuple):
+    """What a model gains from the context, on text."""
+
+    score: Estimate | None      # `icl_score`; None if the context is too short
+    positions: list[PositionLoss]
+
+
+def in_context_learning(losses: Tensor) -> InContextLearning:
+    """Loss by position, from losses (N, T) on N windows of text. Intervals are over windows, those
+    of differences paired. Positions are grouped by powers of √2, at least one each."""
+    losses, windows = losses.cpu(), Resampling.of_rows(len(losses))
+
+    def between(start: int, stop: int) -> RowSums:
+        return all_targets(losses[:, start:stop])
+
+    T = losses.shape[1]
+    edges = sorted({round(2 ** (n / 2)) - 1 for n in range(64) if 2 ** (n / 2) < 0.8 * T} | {T})
+    positions, first = [], between(edges[0], edges[1])
+    for start, stop in pairwise(edges):
+        rows = between(start, stop)
+        positions.append(PositionLoss(start, stop, windows.mean(rows, LOSS),
+                                      windows.difference(rows, first)))
+    score = None
+    if spans := icl_spans(T):
+        early, late = (between(span.start, span.stop) for span in spans)
+        score = windows.difference(late, early)
+    return InContextLearning(score, positions)
+
+
+def icl_spans(T: int) -> tuple[slice, slice] | None:
+    """The early and the late positions that `icl_score` compares; None if T < 16."""
+    if T < 16:
+        return None
+    if T >= 512:
+        return slice(41, 58), slice(491, 508)
+    return slice(T // 16, T // 8), slice(T - T // 8, T)
 
 
 def icl_score(losses: Tensor) -> float | None:
@@ -114,11 +175,8 @@ def icl_score(losses: Tensor) -> float | None:
     From T = 512 on: around token 500 minus around token 50 (Olsson et al. 2022), 17 tokens each
     because single tokens are noisy. Below: the last eighth minus the second sixteenth.
     """
-    T, losses = losses.shape[1], losses.cpu().double()
-    if T < 16:
+    spans, losses = icl_spans(losses.shape[1]), losses.cpu().double()
+    if spans is None:
         return None
-    if T >= 512:
-        early, late = losses[:, 41:58], losses[:, 491:508]
-    else:
-        early, late = losses[:, T // 16:T // 8], losses[:, -(T // 8):]
-    return late.mean().item() - early.mean().item()
+    early, late = spans
+    return losses[:, late].mean().item() - losses[:, early].mean().item()

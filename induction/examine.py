@@ -5,32 +5,36 @@ from typing import NamedTuple
 
 from errors import UserError
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data.batches import Batch
 from induction.ablation import ProgressBar, ablate_each_head
 from induction.history import condition_of, model_transition
-from induction.mechanism import MechanismEvidence, mechanism_evidence
+from induction.intervals import Bounds, Estimate, Resampling, RowSums
 from induction.probe_set import Probes, Training, probes_of
 from induction.probes import SHORTEST_CONTEXT
 from induction.scores import (
     SCORES,
-    Measured,
     Visible,
     attention_scores,
+    bounds_of,
     composition,
     copying_eigenvalues,
+    means,
     measure,
     qk_trace,
+    score_bounds,
 )
 from induction.token_rows import TokenRows
-from induction.verdict import BehaviourFinding, Verdict, find_behaviour, judge
+from induction.verdict import Verdict, judge
 from induction.watch import as_metrics
 from model.gpt import GPT
 from model.taps import Head
 from training.ancestry import ancestors
 from training.checkpoint import read_state
+from training.config import Config
 from training.loaded_run import LoadedRun, load_run
 from training.logger import Record
 
@@ -74,7 +78,8 @@ class HeadScores(NamedTuple):
     """A table of heads."""
 
     scores: dict[str, Tensor]           # name → (L, H)
-    ablated: dict[Head, float]          # rise in loss, in nats, when only this head is mean-ablated
+    bounds: dict[str, Bounds]           # the intervals of those that have one
+    ablated: dict[Head, Estimate]       # rise in loss, in nats, when only this head is mean-ablated
 
 
 class KeyComposition(NamedTuple):
@@ -86,29 +91,29 @@ class KeyComposition(NamedTuple):
     qk_trace: float                     # in standard deviations
 
 
-class ProbeExamination(NamedTuple):
-    """What repeated random tokens show about a model and its heads."""
+class Examination(NamedTuple):
+    """All that is measured on a run after its training."""
 
-    table: HeadScores
-    measured: Measured                          # on the periodic probe
-    behaviour: BehaviourFinding                 # this and the next on the aperiodic probe
-    mechanism: MechanismEvidence
+    config: Config
+    step: int
+    tokens: int                                 # seen by this step
+    table: HeadScores                           # on the periodic probe, behind the begin token
+    verdict: Verdict
     composition: KeyComposition | None          # of the strongest induction head, if there is one
 
 
-def examine_on_probe(model: GPT, probes: Probes, progress: ProgressBar = iter) -> ProbeExamination:
-    """Score every head, ablate each head, and ask what the model predicts and which heads do it;
-    `progress` wraps what is ablated one by one."""
-    probe = probes.scored
-    measured = measure(model, probe, probes.unrepeated)
-    eigenvalues = copying_eigenvalues(model)
-    scores = measured.scores | {"copying_eigenvalues": eigenvalues}
-    table = HeadScores(scores, ablate_each_head(model, probe.batch, probe.known, progress))
-    evidence = mechanism_evidence(model, probes, scores["copying"], eigenvalues, progress)
-    composition = key_composition(model, evidence.attending[0]) if evidence.roles else None
-    return ProbeExamination(
-        table, measured, find_behaviour(model, probes.aperiodic, probes.vocabulary), evidence,
-        composition)
+def examine_run(run: LoadedRun, progress: ProgressBar = iter) -> Examination:
+    """Judge a run, score every head and ablate each head; `progress` wraps what is ablated one by
+    one."""
+    verdict = judge_run(run, progress)
+    probe, measured = verdict.probes.scored, verdict.measured
+    evidence = verdict.mechanism.evidence
+    table = HeadScores(
+        measured.scores | {"copying_eigenvalues": copying_eigenvalues(run.model)},
+        score_bounds(measured, probe),
+        ablate_each_head(run.model, probe.batch, probe.known, probe.resampling, progress))
+    composition = key_composition(run.model, evidence.attending[0]) if evidence.roles else None
+    return Examination(run.config, run.step, run.state["tokens"], table, verdict, composition)
 
 
 def key_composition(model: GPT, head: Head) -> KeyComposition | None:
@@ -137,38 +142,39 @@ def examine_on_rows(model: GPT, rows: TokenRows, progress: ProgressBar = iter) -
     tokens, queries = rows.tokens[:BATCH], rows.queries[:BATCH].to(device)
     batch = Batch(tokens[:, :-1], tokens[:, 1:]).to(device)
     # A position is real if the next one is: the last of each row has no target.
-    ablated = ablate_each_head(model, batch, queries[:, 1:], progress, real=queries[:, 1:])
-    scores, visible = score_rows(model, rows)
-    return TextScores(HeadScores(scores, ablated), visible)
+    real = queries[:, 1:]
+    ablated = ablate_each_head(model, batch, real, Resampling.of_rows(len(tokens)), progress,
+                               real=real)
+    scored, visible = score_rows(model, rows)
+    resampling = Resampling.of_rows(len(rows.tokens))
+    bounds = {name: bounds_of(name, score, resampling) for name, score in scored.items()}
+    return TextScores(HeadScores(means(scored), bounds, ablated), visible)
 
 
-def score_rows(model: GPT, rows: TokenRows) -> tuple[dict[str, Tensor], list[Visible]]:
-    """Scores averaged over all queries of all rows, BATCH rows at a time, and of each layer how
-    many queries have an induction target."""
+def score_rows(model: GPT, rows: TokenRows) -> tuple[dict[str, RowSums], list[Visible]]:
+    """What the scores on all rows are made of, BATCH rows at a time, and of each layer how many
+    queries have an induction target."""
     device = model.embed.weight.device
-    totals: dict[str, Tensor] = {}
+    parts: list[dict[str, RowSums]] = []
     seeing = torch.zeros(model.config.n_layers, dtype=torch.float64)
     uniform = torch.zeros(model.config.n_layers, dtype=torch.float64)
     for n in range(0, len(rows.tokens), BATCH):
         tokens, queries = rows.tokens[n:n + BATCH], rows.queries[n:n + BATCH]
         weight = (queries.sum() / rows.queries.sum()).double()
         measured = attention_scores(model, tokens.to(device), queries.to(device))
-        # Averages over the queries that see a target are weighted by how many these are.
+        # Left out if every query sees a target: then it is the same.
+        parts.append({VISIBLE: measured.rows["prefix_matching"]} | measured.rows)
         fractions = torch.tensor([layer.fraction for layer in measured.visible]).double()
-        scores = dict(measured.scores)
-        visible = scores.pop(VISIBLE, scores["prefix_matching"])
-        scores[VISIBLE] = visible * fractions[:, None]
-        for name, values in scores.items():
-            totals[name] = totals.get(name, 0) + values * weight
         seeing += fractions * weight
         uniform += fractions * weight * torch.tensor([layer.uniform for layer in measured.visible])
-    totals[VISIBLE] = totals[VISIBLE] / seeing.clamp(min=1e-30)[:, None]
     uniform = uniform / seeing.clamp(min=1e-30)
-    return ({name: totals[name] for name in SCORES if name in totals},
-            [Visible(*layer) for layer in zip(seeing.tolist(), uniform.tolist())])
+    joined = {name: RowSums(*(np.concatenate(values, axis=-1)
+                              for values in zip(*(part[name] for part in parts))))
+              for name in SCORES if name in parts[0]}
+    return joined, [Visible(*layer) for layer in zip(seeing.tolist(), uniform.tolist())]
 
 
-def judge_run(run: LoadedRun) -> Verdict:
+def judge_run(run: LoadedRun, progress: ProgressBar = iter) -> Verdict:
     """The verdict on a run."""
     data, shape, steps = run.config.data, run.config.model, run.config.train.steps
     shortest, longest = data.repeats.period
@@ -183,4 +189,4 @@ def judge_run(run: LoadedRun) -> Verdict:
     # learned by position. An unfinished run shows nothing yet.
     control = shape.n_layers == 1 and not shape.smear and not fixed_period and finished
     return judge(name, condition_of(run.config), control, run.model, probes_for(run),
-                 model_transition(run.records()), text)
+                 model_transition(run.records()), text, progress)

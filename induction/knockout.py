@@ -10,12 +10,14 @@ from collections.abc import Callable, Collection, Mapping
 from math import log
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data.batches import Batch
-from induction.ablation import activations, by_layer, gain_removed
-from induction.behaviour import ProbeLosses, mean_losses, mean_of, repeat_gain
+from induction.ablation import SMALLEST_GAIN, activations, by_layer
+from induction.behaviour import ProbeLosses, losses_by_row, repeat_gain
+from induction.intervals import Estimate, Resampling, row_sums
 from induction.probes import Pair, Probe
 from induction.scores import visible_matches
 from kernels.reference import visible
@@ -129,13 +131,13 @@ class Knockout(NamedTuple):
     the repeat gain fractions are removed, at most 1; None if there is none to remove."""
 
     heads: list[Head]
-    gain: float                         # what repeating is worth before, in nats
-    gain_removed: float | None          # by removing the induction edges
-    by_random: float | None             # by removing as many random edges
-    by_misreading: float | None         # by keeping the patterns and reading other tokens over the
+    gain: Estimate                      # what repeating is worth before, in nats
+    gain_removed: Estimate | None       # by removing the induction edges
+    by_random: Estimate | None          # by removing as many random edges
+    by_misreading: Estimate | None      # by keeping the patterns and reading other tokens over the
                                         # induction edges: they carry tokens only if this is large;
                                         # None if not asked for
-    known: float                        # rise of the loss of known tokens, in nats
+    known: Estimate                     # rise of the loss of known tokens, in nats
 
 
 class KnockoutPair(NamedTuple):
@@ -156,32 +158,43 @@ def knock_out(model: GPT, heads: Collection[Head], probe: Probe, vocabulary: int
               misreading: bool = False) -> Knockout:
     """Remove the induction edges of `heads` on a probe of `vocabulary` different tokens, then as
     many random others; with `misreading` also read other tokens over them."""
-    batch, guessing = probe.batch, log(vocabulary)
-    intact = mean_losses(model.losses(*batch), probe)
+    batch, rows, guessing = probe.batch, probe.resampling, log(vocabulary)
+    intact = losses_by_row(model.losses(*batch), probe)
     targets, others = (
-        mean_losses(losses_without_edges(model, batch, edges_of, heads), probe)
+        losses_by_row(losses_without_edges(model, batch, edges_of, heads), probe)
         for edges_of in (induction_edges, random_induction_edges))
     by_misreading = None
     if misreading:
         misread_losses = losses_misreading(model, batch, induction_edges, heads)
-        by_misreading = fraction_removed(intact, mean_losses(misread_losses, probe), guessing)
+        by_misreading = removed(losses_by_row(misread_losses, probe), intact, rows, guessing)
+
+    def gain(first: np.ndarray, known: np.ndarray) -> np.ndarray:
+        return repeat_gain(first, known, guessing)
+
     return Knockout(
-        list(heads), repeat_gain(*intact, guessing), fraction_removed(intact, targets, guessing),
-        fraction_removed(intact, others, guessing), by_misreading,
-        targets.known - intact.known)
+        list(heads), rows.estimate(gain, *intact), removed(targets, intact, rows, guessing),
+        removed(others, intact, rows, guessing), by_misreading,
+        rows.difference(targets.known, intact.known))
 
 
-def fraction_removed(intact: ProbeLosses, after: ProbeLosses, guessing: float) -> float | None:
-    """`gain_removed` of the repeat gains g before and g′ ≥ 0 after."""
-    left = repeat_gain(*after, guessing)
-    return gain_removed(repeat_gain(*intact, guessing), 0.0 if left < 0 else left)  # NaN stays NaN
+def removed(after: ProbeLosses, intact: ProbeLosses, rows: Resampling,
+            guessing: float) -> Estimate | None:
+    """The fraction of the repeat gain that is gone, at most 1; None if there was hardly any."""
+    def fraction(first: np.ndarray, known: np.ndarray, first_after: np.ndarray,
+                 known_after: np.ndarray) -> np.ndarray:
+        left = np.maximum(repeat_gain(first_after, known_after, guessing), 0)   # NaN stays NaN
+        return 1 - left / repeat_gain(first, known, guessing)
+
+    if repeat_gain(intact.first.mean, intact.known.mean, guessing) < SMALLEST_GAIN:
+        return None
+    return rows.estimate(fraction, *intact, *after, limits=(-np.inf, 1.0))
 
 
 class TextKnockout(NamedTuple):
     """What the induction edges of some heads are worth on text, in nats per token."""
 
-    matched: float          # rise of the loss of tokens whose query has an induction target
-    by_random: float        # the same for as many random other edges
+    matched: Estimate       # rise of the loss of tokens whose query has an induction target
+    by_random: Estimate     # the same for as many random other edges
     fraction: float         # of the tokens that have one
 
 
@@ -193,10 +206,12 @@ def knock_out_on_text(model: GPT, heads: Collection[Head], text: Batch) -> TextK
     matched = visible_matches(text.tokens, widest) > 0                          # (B, T)
     if not matched.any():
         return None
-    intact = model.losses(*text)
+    intact = row_sums(model.losses(*text), matched)
+    rows = Resampling.of_rows(len(text.tokens))
 
-    def rise(edges_of: EdgesOf) -> float:
-        return mean_of(losses_without_edges(model, text, edges_of, heads) - intact, matched)
+    def rise(edges_of: EdgesOf) -> Estimate:
+        return rows.difference(
+            row_sums(losses_without_edges(model, text, edges_of, heads), matched), intact)
 
     return TextKnockout(rise(induction_edges), rise(random_induction_edges),
                         matched.double().mean().item())

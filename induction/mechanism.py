@@ -15,7 +15,7 @@ from induction.ablation import (
     path_matrix,
     path_patch,
 )
-from induction.behaviour import mean_of
+from induction.intervals import FRACTION, Estimate, row_sums
 from induction.knockout import KnockoutPair, knock_out_each
 from induction.probe_set import Probes
 from induction.probes import Probe
@@ -42,10 +42,10 @@ class HeadRole(NamedTuple):
     """A head that attends to induction targets, and what it does with what it reads there."""
 
     head: Head
-    prefix_matching: float      # on the aperiodic probe
+    prefix_matching: Estimate   # on the aperiodic probe
     copying: float
     eigenvalues: float          # Σ Re λ / Σ |λ| of its OV circuit
-    alone: float                # rise of the loss of known tokens without this head, in nats
+    alone: Estimate             # rise of the loss of known tokens without this head, in nats
 
     @property
     def role(self) -> Role:
@@ -70,9 +70,9 @@ class PreviousTokenHeads(NamedTuple):
     loss of known tokens, in nats, when they are mean-ablated."""
 
     heads: list[Head]
-    total: float
-    patterns_kept: float        # with every attention pattern fixed
-    into: dict[str, float]      # only on the direct path into the induction heads' "q", "k" or "v"
+    total: Estimate
+    patterns_kept: Estimate     # with every attention pattern fixed
+    into: dict[str, Estimate]   # only on the direct path into the induction heads' "q", "k" or "v"
 
 
 class MechanismEvidence(NamedTuple):
@@ -113,8 +113,10 @@ def mechanism_evidence(model: GPT, probes: Probes, copying: torch.Tensor, eigenv
                                  [])
     n_rows = max(2, PATH_TOKENS // probe.tokens.shape[1])
     few = probes.aperiodic.rows(slice(n_rows)).both
-    alone = ablate_each_head(model, few.batch, few.known, progress)
-    roles = [HeadRole(head, prefix_matching[head].item(), copying[head].item(),
+    alone = ablate_each_head(model, few.batch, few.known, few.resampling, progress)
+    matching = attention.rows["prefix_matching"]
+    roles = [HeadRole(head, probe.resampling.mean(matching.of_head(head), FRACTION),
+                      copying[head].item(),
                       eigenvalues[head].item(), alone[head]) for head in attending]
     previous_token = previous_token_heads(model, attention.scores["previous_token"], attending,
                                           probe)
@@ -145,7 +147,7 @@ def peak_of(head: Head, profile: torch.Tensor) -> Peak:
     return Peak(head, int(profile[head].argmax()) - REACH, profile[head].max().item())
 
 
-def paths_into(model: GPT, receivers: list[Head], alone: dict[Head, float], probe: Probe,
+def paths_into(model: GPT, receivers: list[Head], alone: dict[Head, Estimate], probe: Probe,
                progress: ProgressBar = iter) -> list[Path]:
     """Every path from a lower head into the queries, keys and values of the strongest receivers.
 
@@ -157,7 +159,7 @@ def paths_into(model: GPT, receivers: list[Head], alone: dict[Head, float], prob
     if len(senders) > most:
         missed = sorted(senders, key=lambda head: -abs(alone[head]))[:most]
         senders = [head for head in senders if head in missed]
-    return path_matrix(model, probe.batch, probe.known, senders, receivers, progress)
+    return path_matrix(model, probe, senders, receivers, progress)
 
 
 def previous_token_heads(model: GPT, score: torch.Tensor, heads: list[Head],
@@ -176,10 +178,10 @@ def previous_token_heads(model: GPT, score: torch.Tensor, heads: list[Head],
         return None
     receivers = [head for head in heads if head.layer == layer]
 
-    def rise(losses: torch.Tensor) -> float:
-        return mean_of(losses, probe.known) - intact
+    def rise(losses: torch.Tensor) -> Estimate:
+        return probe.resampling.difference(row_sums(losses, probe.known), intact)
 
-    intact = mean_of(losses_without(model, probe.batch, []), probe.known)
+    intact = row_sums(losses_without(model, probe.batch, []), probe.known)
     total = rise(losses_without(model, probe.batch, senders))
     kept = rise(losses_without(model, probe.batch, senders, patterns_kept=True))
     into = {part: rise(path_patch(model, probe.batch, senders, receivers, part))

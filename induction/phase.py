@@ -1,24 +1,25 @@
 """When heads formed: the transition in a score's curve over training, in tokens."""
 
 from collections.abc import Sequence
-from math import cos, pi, sin, sqrt, tan
 from typing import NamedTuple
 
 import numpy as np
 
+from induction.intervals import Estimate, students_t
+
 INDUCTION_HEAD = 0.4        # prefix matching from which a head counts as an induction head
 LEVELS = (0.3, 0.4, 0.5)    # other thresholds, to show how much the moment depends on the choice
 Values = Sequence[float] | np.ndarray
-CONFIDENCE = 0.95           # of the band around the mean of several seeds
 
 
 class Transition(NamedTuple):
-    """Moments in the units of the x axis (tokens, or steps)."""
+    """Moments in the units of the x axis (tokens, or steps). Those at which the curve crosses a
+    level have the two measurements around them as their bounds: of one run no more is known."""
 
-    onset: float                            # the curve leaves the first tenth of its rise for good
-    end: float                              # the curve first enters the last tenth of its rise
+    onset: Estimate                         # the curve leaves the first tenth of its rise for good
+    end: Estimate                           # the curve first enters the last tenth of its rise
     final: float                            # mean of the last tenth of the measurements
-    crossings: dict[float, float | None]    # level of LEVELS → where the curve first reaches it
+    crossings: dict[float, Estimate | None]     # level of LEVELS → where the curve first reaches it
     peak: float                             # the highest value; one alone counts as noise
     peak_at: float
     faded: float | None                     # after its peak the curve falls below half of its rise
@@ -86,15 +87,17 @@ def fading(x: np.ndarray, y: np.ndarray, first: float, final: float, least: floa
     return float(x[i] + (y[i] - level) / (y[i] - y[i + 1]) * (x[i + 1] - x[i]))
 
 
-def crossing(x: np.ndarray, y: np.ndarray, level: float) -> float | None:
-    """Where a curve first reaches `level`; None if it never does."""
+def crossing(x: np.ndarray, y: np.ndarray, level: float) -> Estimate | None:
+    """Where a curve first reaches `level`, and the measurements around it; None if it never does.
+    """
     above = np.flatnonzero(y >= level)
     if len(above) == 0:
         return None
     i = int(above[0])
     if i == 0:
-        return float(x[0])
-    return float(x[i - 1] + (level - y[i - 1]) / (y[i] - y[i - 1]) * (x[i] - x[i - 1]))
+        return Estimate(x[0], x[0], x[0])
+    share = (level - y[i - 1]) / (y[i] - y[i - 1])
+    return Estimate(x[i - 1] + share * (x[i] - x[i - 1]), x[i - 1], x[i])
 
 
 class Band(NamedTuple):
@@ -117,24 +120,3 @@ def band(curves: Sequence[tuple[Values, Values]]) -> Band:
         return Band(x, mean, mean, mean)
     half = students_t(len(y) - 1) * y.std(axis=0, ddof=1) / len(y) ** 0.5
     return Band(x, mean, mean - half, mean + half)
-
-
-def students_t(degrees: int) -> float:
-    """The t that |T| does not exceed with probability CONFIDENCE, by bisection. T has Student's
-    distribution with `degrees` ≥ 1 degrees of freedom, one less than the size of a sample."""
-    low, high = 0.0, pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if within(middle, degrees) < CONFIDENCE else (low, middle)
-    return sqrt(degrees) * tan(low)
-
-
-def within(angle: float, degrees: int) -> float:
-    """The probability that |T| ≤ √degrees · tan(angle), for Student's T (Abramowitz and Stegun
-    1964, 26.7.3 and 26.7.4)."""
-    odd = degrees % 2
-    term, total = cos(angle) if odd else 1.0, 0.0
-    for power in range(odd, degrees - 1, 2):
-        total += term
-        term *= cos(angle) ** 2 * (power + 1) / (power + 2)
-    return 2 / pi * (angle + sin(angle) * total) if odd else sin(angle) * total

@@ -60,7 +60,7 @@ class Probes(NamedTuple):
 def probes_of(data: DataConfig, n_ctx: int, tokenizer: Tokenizer, seed: int, most: int = ROWS,
               before: Sequence[Training] | None = ()) -> Probes | None:
     """The probes for a run with this data, `most` rows each. Contexts above 256 tokens get fewer
-    rows (at least four): fewer give the same precision there, and each costs more.
+    rows (at least a quarter): fewer give the same precision there, and each costs more.
 
     `before`: what the weights were trained on before this run; None if that is unknown. None if
     the context is too short to repeat anything (fewer than SHORTEST_CONTEXT tokens).
@@ -76,7 +76,7 @@ def probes_of(data: DataConfig, n_ctx: int, tokenizer: Tokenizer, seed: int, mos
                       for period in trained_periods(training.data, fitting)})
     held_out = held_out_periods(data, fitting, trained)
     scored = held_out or trained
-    rows = min(most, max(4, FULL_ROWS_CONTEXT * most // n_ctx))
+    rows = min(most, max(most // 4, FULL_ROWS_CONTEXT * most // n_ctx))
 
     def periodic(periods: list[int]) -> Pair:
         n_rows = max(rows, len(held_out))               # at least one row of each scored period

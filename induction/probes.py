@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch, random_key
+from induction.intervals import Resampling
 
 SHORTEST_CONTEXT = 7            # the begin token, and the shortest block (3 tokens) twice
 ROWS = 16               # of a probe: standard errors of scores are about 0.015
@@ -36,6 +37,7 @@ class Probe(NamedTuple):
     queries: Tensor         # (B, T) bool: tokens with an earlier copy that tells what follows
     first_copy: Tensor      # (B, T) bool: tokens of the block, where nothing is repeated yet
     known: Tensor           # (B, T − 1) bool: the targets tokens[:, 1:] that can be known
+    draws: Tensor           # (B,) which draw of random tokens a row shows: 0, 1, 2 …
 
     @property
     def batch(self) -> Batch:
@@ -51,6 +53,11 @@ class Probe(NamedTuple):
     def chance(self) -> float:
         """How often a random token of the block is the next one."""
         return (1 / self.blocks.double()).mean().item()
+
+    @property
+    def resampling(self) -> Resampling:
+        """For the intervals of what is measured on these rows."""
+        return Resampling(self.draws.tolist(), self.periods.tolist())
 
     def rows(self, index: Tensor | slice) -> "Probe":
         """Some of the rows: index (N,), (B,) bool, or a slice."""
@@ -96,18 +103,24 @@ def repeats(periods: Sequence[int], length: int, vocabulary: np.ndarray, begin: 
     What can be known is the second copy without its first token: nothing tells the model that the
     block ends there. Raises ValueError if the vocabulary has too few tokens for the longest block.
     """
-    row_periods = np.array([periods[r % len(periods)] for r in range(rows)])
+    row_periods = [periods[r % len(periods)] for r in range(rows)]
+    return periodic([draw_block(period, vocabulary, seed, f"probe {period}", r)
+                     for r, period in enumerate(row_periods)], length, begin)
+
+
+def periodic(blocks: Sequence[np.ndarray], length: int, begin: int | None) -> Probe:
+    """Rows of `length` tokens, [begin] + one of the blocks (period,) repeated."""
     start = 0 if begin is None else 1
-    tokens = np.empty((rows, length), np.int64)
+    tokens = np.empty((len(blocks), length), np.int64)
     if begin is not None:
         tokens[:, 0] = begin
-    for r, period in enumerate(row_periods):
-        block = draw_block(period, vocabulary, seed, f"probe {period}", r)
-        tokens[r, start:] = np.resize(block, length - start)
+    for row, block in zip(tokens, blocks):
+        row[start:] = np.resize(block, length - start)
+    periods = np.array([len(block) for block in blocks])
     position = np.arange(length) - start            # in what is repeated; −1 is the begin token
-    second = (position > row_periods[:, None]) & (position < 2 * row_periods[:, None])
-    return as_probe(tokens, row_periods, row_periods, queries=position >= row_periods[:, None],
-                    first_copy=(position >= 0) & (position < row_periods[:, None]),
+    second = (position > periods[:, None]) & (position < 2 * periods[:, None])
+    return as_probe(tokens, periods, periods, queries=position >= periods[:, None],
+                    first_copy=(position >= 0) & (position < periods[:, None]),
                     known=second[:, 1:])
 
 
@@ -129,7 +142,9 @@ def draw_block(size: int, vocabulary: np.ndarray, seed: int, stream: str, row: i
 
 def as_probe(tokens: np.ndarray, blocks: np.ndarray, periods: np.ndarray, queries: np.ndarray,
              first_copy: np.ndarray, known: np.ndarray) -> Probe:
-    return Probe(*map(torch.from_numpy, (tokens, blocks, periods, queries, first_copy, known)))
+    draws = np.arange(len(tokens))
+    return Probe(*map(torch.from_numpy, (tokens, blocks, periods, queries, first_copy, known,
+                                         draws)))
 
 
 # --- aperiodic rows -------------------------------------------------------------------------------

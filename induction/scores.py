@@ -7,10 +7,12 @@ Scores of attention patterns are computed from q, k and lse in O(T) memory
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from induction.behaviour import probe_losses
+from induction.behaviour import ProbeLosses, probe_losses
+from induction.intervals import FRACTION, LOSS, Bounds, Resampling, RowSums, identity
 from induction.probes import Probe
 from kernels.planes import REACH
 from kernels.statistics import HeadStatistics, head_statistics
@@ -50,11 +52,19 @@ class Visible(NamedTuple):
 class PatternScores(NamedTuple):
     """The result of one tapped forward pass."""
 
-    scores: dict[str, Tensor]   # name → (L, H) float64 on the CPU
-    offset_profile: Tensor      # (L, H, 2 · REACH + 1)
-    by_row: Tensor              # (L, H, B) prefix matching of each row
+    rows: dict[str, RowSums]    # name → sums (L, H, B), counts (L, 1, B)
+    offset_profile: Tensor      # (L, H, 2 · REACH + 1) float64 on the CPU
     visible: list[Visible]      # of each layer
     final: Tensor               # (B, T, E) the last hidden state
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """name → (L, H) float64 on the CPU"""
+        return means(self.rows)
+
+
+def means(rows: dict[str, RowSums]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(score.mean) for name, score in rows.items()}
 
 
 @torch.no_grad()
@@ -89,55 +99,54 @@ def attention_scores(model: GPT, tokens: Tensor, queries: Tensor,
             for layer, window in enumerate(model.config.windows)}
         with taps(model, lse_taps):
             final = model.hidden(tokens)
-    scores = {name: torch.stack([layer.scores[name] for layer in layers])
-              for name in layers[0].scores}
-    profile = scores.pop("offset_profile")
-    scores["latest_match"] = profile[..., REACH]                                # offset 0
+    rows = {}
+    for name in SCORES:
+        if name in layers[0].rows:
+            sums, counts = zip(*(layer.rows[name] for layer in layers))
+            rows[name] = RowSums(np.stack(sums), np.stack(counts)[:, None])
     if all(layer.visible.fraction == 1 for layer in layers):
-        del scores["prefix_matching_visible"]
-    return PatternScores({name: scores[name] for name in SCORES if name in scores}, profile,
-                         torch.stack([layer.by_row for layer in layers]),
+        del rows["prefix_matching_visible"]
+    return PatternScores(rows, torch.stack([layer.offset_profile for layer in layers]),
                          [layer.visible for layer in layers], final)
 
 
 class LayerScores(NamedTuple):
-    scores: dict[str, Tensor]   # name → (H,), (H, 2 · REACH + 1) for the offset profile
-    by_row: Tensor              # (H, B) prefix matching
+    rows: dict[str, RowSums]    # name → sums (H, B), counts (B,)
+    offset_profile: Tensor      # (H, 2 · REACH + 1)
     visible: Visible
 
 
 def layer_scores(statistics: HeadStatistics, tokens: Tensor, queries: Tensor,
                  first_copy: Tensor | None, window: int | None) -> LayerScores:
-    """One layer's statistics, averaged over the rows of its patterns as in attention_scores."""
+    """One layer's statistics, summed over the rows of its patterns as in attention_scores."""
     T = tokens.shape[1]
     keys = torch.arange(1, T + 1, device=tokens.device).clamp(max=window or T)  # (T,) visible ones
     entropy = torch.where(keys > 1, statistics.entropy / keys.log(), 0)         # 0 with one key
     statistics = statistics._replace(entropy=entropy)
-    weight = equal_weights(queries)                                             # (B, T)
-    scores = {name: average(row, weight) for name, row in statistics._asdict().items()}
-    if first_copy is not None:
-        scores["previous_token_later"] = scores["previous_token"]
-        has_previous = torch.arange(T, device=tokens.device) > 0
-        scores["previous_token"] = average(statistics.previous_token,
-                                           equal_weights(first_copy & has_previous))
     matches = visible_matches(tokens, window)                                   # (B, T)
     seeing = queries & (matches > 0)
-    scores["prefix_matching_visible"] = average(statistics.prefix_matching, equal_weights(seeing))
-    uniform = ((matches / keys) * equal_weights(seeing)).sum().item()
-    by_row = torch.einsum("bht,bt->hb", statistics.prefix_matching,
-                          queries / queries.sum(1, keepdim=True).clamp(min=1)).cpu().double()
-    fraction = (seeing.sum() / queries.sum().clamp(min=1)).item()
-    return LayerScores(scores, by_row, Visible(fraction, uniform))
+    selected = dict.fromkeys(statistics._fields, queries)
+    by_name = statistics._asdict() | {"prefix_matching_visible": statistics.prefix_matching}
+    selected["prefix_matching_visible"] = seeing
+    if first_copy is not None:
+        by_name["previous_token_later"] = statistics.previous_token
+        selected["previous_token_later"] = queries
+        has_previous = torch.arange(T, device=tokens.device) > 0
+        selected["previous_token"] = first_copy & has_previous
+    rows = {name: head_rows(statistic, selected[name]) for name, statistic in by_name.items()}
+    profile = rows.pop("offset_profile")                        # sums (H, 2 · REACH + 1, B)
+    rows["latest_match"] = RowSums(profile.sums[:, REACH], profile.counts)      # offset 0
+    uniform = ((matches / keys) * seeing).sum() / seeing.sum().clamp(min=1)
+    fraction = seeing.sum() / queries.sum().clamp(min=1)
+    return LayerScores(rows, torch.from_numpy(profile.mean),
+                       Visible(fraction.item(), uniform.item()))
 
 
-def equal_weights(selected: Tensor) -> Tensor:
-    """(B, T) bool → weights that are equal where it is True and sum to 1."""
-    return selected.float() / selected.sum().clamp(min=1)
-
-
-def average(row: Tensor, weight: Tensor) -> Tensor:
-    """A statistic (B, H, T, …) averaged with `weight` (B, T): (H, …) float64 on the CPU."""
-    return torch.einsum("bht...,bt->h...", row, weight).cpu().double()
+def head_rows(statistic: Tensor, selected: Tensor) -> RowSums:
+    """A statistic (B, H, T, …), of each row summed over the positions that `selected` (B, T)
+    selects: sums (H, …, B), counts (B,)."""
+    sums = torch.einsum("bht...,bt->h...b", statistic, selected.to(statistic.dtype))
+    return RowSums(sums.cpu().double().numpy(), selected.sum(1).cpu().numpy())
 
 
 def visible_matches(tokens: Tensor, window: int | None) -> Tensor:
@@ -160,25 +169,41 @@ class Measured(NamedTuple):
     loss_first: float           # nats per token in the first copy, where tokens are random
     loss_second: float          # where every token can be known; of a periodic probe, in the second
                                 # copy
+    rows: dict[str, RowSums]    # what the scores are made of, row by row
+    losses: ProbeLosses         # likewise
 
 
 def measure(model: GPT, probe: Probe, unrepeated: Tensor) -> Measured:
     """All scores of all heads on repeated random tokens, and the losses of both copies."""
     attention = attention_scores(model, probe.tokens, probe.queries, probe.first_copy)
-    scores = attention.scores | {"copying": copying(model, unrepeated)}
-    periods = probe.periods.cpu()
-    by_period = {period: attention.by_row[:, :, periods == period].mean(-1)
-                 for period in periods.unique().tolist() if period}
+    rows = attention.rows | {"copying": copying(model, unrepeated)}
+    periods, prefix_matching = probe.periods.cpu().numpy(), attention.rows["prefix_matching"]
+    by_period = {period: torch.from_numpy(prefix_matching.of(periods == period).mean)
+                 for period in np.unique(periods).tolist() if period}
     losses = probe_losses(model, probe, attention.final)
-    return Measured(scores, attention.offset_profile, by_period, losses.first, losses.known)
+    return Measured(means(rows), attention.offset_profile, by_period, losses.first.mean.item(),
+                    losses.known.mean.item(), rows, losses)
+
+
+def score_bounds(measured: Measured, probe: Probe) -> dict[str, Bounds]:
+    """The intervals of all scores that were measured on `probe`: name → (L, H) each."""
+    return {name: bounds_of(name, rows, Resampling.of_rows(rows.sums.shape[-1])
+                            if name == "copying" else probe.resampling)     # it has its own rows
+            for name, rows in measured.rows.items()}
+
+
+def bounds_of(score: str, rows: RowSums, resampling: Resampling) -> Bounds:
+    """The interval of one score of all heads: (L, H) each."""
+    limits = {"copying": (-1.0, 1.0), "distance": LOSS}.get(score, FRACTION)
+    return resampling.bounds(identity, rows, limits=limits)
 
 
 # --- from values and weights ----------------------------------------------------------------------
 
 @torch.no_grad()
-def copying(model: GPT, tokens: Tensor) -> Tensor:
-    """Whether attending to a token raises its logit: (L, H) from −1 to 1, on tokens (B, 1 + n) that
-    are distinct within a row.
+def copying(model: GPT, tokens: Tensor) -> RowSums:
+    """Whether attending to a token raises its logit: means (L, H) from −1 to 1, sums (L, H, B), on
+    tokens (B, 1 + n) that are distinct within a row.
 
     What a head would write if it attended to a single token, v W_O, goes through W_U to the logits
     of the row's n tokens; their mean is subtracted. The score is the share of all raising that goes
@@ -197,8 +222,9 @@ def copying(model: GPT, tokens: Tensor) -> Tensor:
         logits = v @ writers(model, layer) @ unembed[:, None].mT                # (B, H, n read, n)
         change = logits - logits.mean(-1, keepdim=True)
         score = share_on_read(change.relu()) - share_on_read((-change).relu())  # (B, H, n)
-        scores.append(score.cpu().double().mean((0, 2)))
-    return torch.stack(scores)
+        scores.append(score.sum(2).T.cpu().double())                            # (H, B)
+    rows = torch.stack(scores).numpy()
+    return RowSums(rows, np.full(rows.shape[-1], tokens.shape[1] - 1))
 
 
 def share_on_read(weights: Tensor) -> Tensor:

@@ -21,6 +21,11 @@ class TokenRows(NamedTuple):
     queries: Tensor         # (B, T) bool: real tokens with an earlier key
 
     @property
+    def real(self) -> Tensor:
+        """(B, T) bool: what is no padding."""
+        return torch.cat([torch.ones_like(self.queries[:, :1]), self.queries[:, 1:]], dim=1)
+
+    @property
     def first(self) -> Tensor:
         """The first sequence without padding: (its length,)."""
         return self.tokens[0][:self.queries[0].sum() + 1]

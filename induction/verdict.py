@@ -15,7 +15,16 @@ from typing import Literal, NamedTuple
 
 from data.batches import Batch
 from induction.ablation import ProgressBar
-from induction.behaviour import Behaviour, TextLoss, behaviour, repeat_gain, text_loss
+from induction.behaviour import (
+    Behaviour,
+    InContextLearning,
+    TextLoss,
+    behaviour,
+    in_context_learning,
+    repeat_gain,
+    text_loss,
+)
+from induction.intervals import LOSS, Estimate
 from induction.knockout import Knockout, TextKnockout, knock_out_on_text
 from induction.mechanism import MechanismEvidence, mechanism_evidence
 from induction.phase import INDUCTION_HEAD, Transition
@@ -55,7 +64,7 @@ class BehaviourFinding(NamedTuple):
     guessing: float             # loss of a model that knows only which tokens are drawn, in nats
 
     @property
-    def accuracy(self) -> float:
+    def accuracy(self) -> Estimate:
         """On the worse of both kinds of rows."""
         return min(self.begun.accuracy, self.bare.accuracy)
 
@@ -75,12 +84,21 @@ class TransferFinding(NamedTuple):
     """What was never trained, counted, and whether the behaviour is there too."""
 
     periods: TransferAnswer
-    by_period: dict[int, float]         # period → accuracy on the worse of both kinds of rows
-    trained: float | None               # accuracy on trained periods, if there are any
+    by_period: dict[int, Estimate]      # period → accuracy on the worse of both kinds of rows
+    trained: Estimate | None            # accuracy on trained periods, if there are any
     tokens: TransferAnswer
     unseen: BehaviourFinding | None     # aperiodic rows of tokens that training never repeated
     text: TextKnockout | None           # the induction edges on held-out text
     text_loss: TextLoss | None          # with the begin token in front of it, and without
+    icl: InContextLearning | None       # loss by position on held-out text
+
+
+class RepeatLosses(NamedTuple):
+    """In nats per token."""
+
+    first: Estimate         # of the first copy
+    second: Estimate
+    gain: Estimate
 
 
 class Verdict(NamedTuple):
@@ -103,6 +121,19 @@ class Verdict(NamedTuple):
         if behaviour in ("weak", "no") or mechanism in ("another", "attention only", "no"):
             return "no"
         return "yes" if behaviour == mechanism == "yes" else "partly"
+
+    @property
+    def heads(self) -> list[Head]:
+        """All heads of the model."""
+        n_layers, n_heads = self.measured.scores["prefix_matching"].shape
+        return [Head(layer, index) for layer in range(n_layers) for index in range(n_heads)]
+
+    @property
+    def repeat_losses(self) -> RepeatLosses:
+        """Of both copies of the periodic probe, behind the begin token."""
+        (first, second), rows = self.measured.losses, self.probes.scored.resampling
+        return RepeatLosses(rows.mean(first, LOSS), rows.mean(second, LOSS),
+                            rows.difference(first, second))
 
     @property
     def one_layer(self) -> bool:
@@ -146,8 +177,8 @@ def find_behaviour(model: GPT, rows: Pair, vocabulary: int) -> BehaviourFinding:
     guessing = log(vocabulary)
 
     def predicts(b: Behaviour) -> bool:
-        gain = repeat_gain(b.loss_first, b.loss_known, guessing)
-        return b.accuracy >= MIN_ACCURACY and gain >= MIN_GAIN
+        return bool(b.accuracy >= MIN_ACCURACY
+                    and repeat_gain(b.loss_first, b.loss_known, guessing) >= MIN_GAIN)
 
     def predicts_some(b: Behaviour) -> bool:
         return b.accuracy >= WEAK_RATIO * b.chance and b.gain > 0
@@ -208,7 +239,7 @@ def find_transfer(model: GPT, probes: Probes, finding: BehaviourFinding, heads: 
     """Whether the behaviour is there for what training never repeated, on the kinds of rows on
     which it is there at all. A behaviour that is nowhere transfers to nothing. Not shown without
     synthetic repeats: text repeats its tokens, at all distances."""
-    def on_known_kinds(rows: Pair) -> float:
+    def on_known_kinds(rows: Pair) -> Estimate:
         """Accuracy on the worse of the kinds of rows on which the behaviour is."""
         kinds = [probe for probe, predicts in zip(rows, finding.on) if predicts]
         return min(behaviour(model, probe).accuracy for probe in kinds or rows)
@@ -230,8 +261,10 @@ def find_transfer(model: GPT, probes: Probes, finding: BehaviourFinding, heads: 
         if unseen is not None and unseen.answer != "not shown":
             kept = all(new for new, old in zip(unseen.on, finding.on) if old)
             tokens = "yes" if there and kept else "no"
-    on_text, loss = None, None
+    on_text, loss, icl = None, None, None
     if text is not None:
         on_text = knock_out_on_text(model, heads, text)
+        icl = in_context_learning(model.losses(*text))
         loss = text_loss(model, text, begin=int(probes.scored.tokens[0, 0]))
-    return TransferFinding(periods, by_period, trained, tokens, unseen, on_text, loss)
+    return TransferFinding(periods, by_period, trained, tokens, unseen, on_text, loss,
+                           icl)

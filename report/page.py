@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from data.config import DataConfig
-from induction.examine import HeadScores, score_rows
+from induction.examine import Examination, HeadScores, score_rows
 from induction.history import Curve, curve, model_transition, score_curves
 from induction.metrics import (
     ACCURACY,
@@ -20,9 +20,10 @@ from induction.metrics import (
     LOSS_SECOND,
 )
 from induction.phase import Transition
-from induction.scores import SCORES
+from induction.scores import SCORES, means
 from induction.token_rows import TokenRows
 from model.taps import Head
+from report.export import run_as_json
 from report.snapshots import (
     PAGE_BYTES,
     SnapshotFolder,
@@ -54,7 +55,7 @@ class Examined(NamedTuple):
     tokens: str                 # what the heads read: "the given text"
     loss: str                   # the loss that rises when a head is ablated: "second copy"
     step: int                   # at which the heads were ablated
-    ablated: dict[Head, float]  # rise in loss, in nats, when only this head is mean-ablated
+    ablated: Mapping[Head, float]   # rise in loss, in nats, when only this head is mean-ablated
     scores: dict[str, Curve] | None = None      # values (N, L, H); None: those in the records
     evidence: dict | None = None                # the run's object of `heads.py --json`
 
@@ -69,6 +70,26 @@ def write_report(folder: Path, config: Config, records: list[Record],
         return None
     write_viewer(folder / name, [view])
     return folder / name
+
+
+def probe_view(run: LoadedRun, examination: Examination, records: list[Record], *,
+               checkpoints: list[Path] | None = None, all_steps: bool = False,
+               runs_in_page: int = 1) -> View | None:
+    """What a page shows of a run that was examined on the probe. None if there is no snapshot.
+
+    checkpoints     whose patterns are shown; None: what the run kept while it trained
+    all_steps       show the scores at all these checkpoints, which are in the records
+    """
+    table, probe = examination.table, examination.verdict.probes.scored
+    examined = Examined(PROBE, "second copy", run.step, table.ablated,
+                        evidence=run_as_json(examination))
+    if checkpoints is None:
+        return run_view(run.folder, run.config, records, examined, runs_in_page=runs_in_page)
+    if not all_steps:
+        examined = examined._replace(scores=as_curves({run.state["tokens"]: table.scores}))
+    example, title = probe.example(run.config.model.n_ctx)
+    return run_view(run.folder, run.config, records, examined,
+                    pictures=pictures_at(run, checkpoints, example, title))
 
 
 def run_view(folder: Path, config: Config, records: list[Record], examined: Examined | None = None,
@@ -113,7 +134,7 @@ def run_view(folder: Path, config: Config, records: list[Record], examined: Exam
 
 def moments_of(rise: Transition) -> dict[str, float]:
     """The moments of a transition by the names that the page shows, in tokens seen."""
-    moments = {"onset": rise.onset, "end": rise.end}
+    moments: dict[str, float] = {"onset": rise.onset, "end": rise.end}
     return moments if rise.faded is None else moments | {"faded": rise.faded}
 
 
@@ -146,7 +167,7 @@ def scores_on_rows(run: LoadedRun, table: HeadScores, rows: TokenRows,
             measured[run.state["tokens"]] = table.scores
         else:
             loaded = load_run(checkpoint, device=run.model.embed.weight.device)
-            measured[loaded.state["tokens"]] = score_rows(loaded.model, rows)[0]
+            measured[loaded.state["tokens"]] = means(score_rows(loaded.model, rows)[0])
     return as_curves(measured)
 
 

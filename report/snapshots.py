@@ -21,16 +21,15 @@ from errors import UserError, first_line
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data.batches import document_ids
 from data.tokenizer import Tokenizer
 from files import atomic_write
+from induction.behaviour import predictions
 from induction.probe_set import Probes
 from induction.scores import Measured
 from model.config import ModelConfig
-from model.cross_entropy import chunk_rows
 from model.gpt import GPT
 from model.taps import heads_of, taps
 from report.pictures import mosaic, portrait
@@ -142,23 +141,11 @@ def read_passages(model: GPT, passages: list[Tensor],
                                  segments=document_ids(passage[None], document_start))[0]
         stacked = torch.stack([acts[f"L{layer}.pattern"][0]
                                for layer in range(model.config.n_layers)])      # (L, H, T, T)
-        losses, right = next_tokens(model, final[:-1], passage[1:])
+        losses, right = predictions(model, final[:-1], passage[1:])
         readings.patterns.append((stacked.float() * 255).round().byte().cpu().numpy())
         readings.losses.append(losses.cpu().numpy())
         readings.right.append(right.cpu().numpy())
     return readings
-
-
-def next_tokens(model: GPT, final: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(losses in nats (N,) float32, whether the likeliest token is the target (N,) bool), from last
-    hidden states (N, E) and targets (N,). Only a part of the logits is held at a time."""
-    losses, right = [], []
-    rows = chunk_rows(model.unembedding)
-    for x, target in zip(final.split(rows), targets.split(rows)):
-        logits = model.unembed(x).float()
-        losses.append(F.cross_entropy(logits, target, reduction="none"))
-        right.append(logits.argmax(-1) == target)
-    return torch.cat(losses), torch.cat(right)
 
 
 def spell(ids: Tensor, tokenizer: Tokenizer) -> list[str]:

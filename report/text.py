@@ -1,12 +1,14 @@
 """What heads.py prints: tables and sentences, as strings."""
 
-import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+import numpy as np
 
 from induction.ablation import Effect, Path
-from induction.examine import HeadScores, KeyComposition, ProbeExamination, TextScores
+from induction.examine import Examination, HeadScores, KeyComposition, TextScores
 from induction.history import icl_transition, model_transition, step_at
+from induction.intervals import Estimate
 from induction.knockout import KnockoutPair
 from induction.mechanism import PREVIOUS_TOKEN_HEAD, HeadRole, PreviousTokenHeads
 from induction.metrics import ACCURACY, ACCURACY_BARE, scores_by_head
@@ -46,7 +48,10 @@ def head_table(table: HeadScores, text: str, formed: Mapping[Head, Transition]) 
             if faded is not None:
                 line += f", faded at {faded / 1e6:.2f} M"
         lines.append(line)
-    return "\n".join([*lines, "", *legend(list(table.scores), text, bool(formed))])
+    lines += ["", *legend(list(table.scores), text, bool(formed))]
+    if widest := widest_interval(table):
+        lines.append(widest)
+    return "\n".join(lines)
 
 
 def legend(scores: list[str], text: str, formed: bool) -> list[str]:
@@ -62,6 +67,19 @@ def legend(scores: list[str], text: str, formed: bool) -> list[str]:
                           subsequent_indent=" " * 12) for column, meaning in entries.items()]
 
 
+def widest_interval(table: HeadScores) -> str:
+    """How exact the scores are, in one line; empty if no interval is known."""
+    halves = {(SHORT.get(name, name), Head(*place)): (bounds.high - bounds.low)[place] / 2
+              for name, bounds in table.bounds.items() if name != "distance"
+              for place in np.ndindex(bounds.low.shape)}
+    halves = {place: half for place, half in halves.items() if np.isfinite(half)}
+    if not halves:
+        return ""
+    name, head = max(halves, key=lambda place: halves[place])
+    return (f"95% intervals of scores are at most ±{halves[name, head]:.3f} ({name} of {head}; "
+            "without distance and alone).")
+
+
 def describe_visible(scores: TextScores) -> str:
     """How many queries of a text have an induction target, and what uniform attention scores."""
     alike = len(set(scores.visible)) == 1               # the layers have the same window, or none
@@ -74,23 +92,17 @@ def describe_visible(scores: TextScores) -> str:
     return "\n".join(textwrap.fill(line, 100, subsequent_indent="  ") for line in lines)
 
 
-def scores_as_json(table: HeadScores) -> str:
-    """{"L0H0": {"prefix_matching": …, …, "alone": …}, …}"""
-    heads = {str(head): {name: values[head].item() for name, values in table.scores.items()}
-             | {"alone": rise} for head, rise in table.ablated.items()}
-    return json.dumps(heads, indent=1)
-
-
 # --- sentences ------------------------------------------------------------------------------------
 
-def findings(examination: ProbeExamination) -> str:
+def findings(examination: Examination) -> str:
     """What repeating is worth to the model, and which heads that gain depends on."""
-    measured, evidence = examination.measured, examination.mechanism
+    verdict = examination.verdict
+    measured, evidence = verdict.measured, verdict.mechanism.evidence
     lines = [f"First-copy loss on random tokens: {measured.loss_first:.2f} nats per token, "
              f"second-copy loss: {measured.loss_second:.2f}.",
              f"By period, the {describe_by_period(measured)}.",
              "On rows that no fixed look-back can meet (the aperiodic probe), the model predicts "
-             f"{describe_behaviour(examination.behaviour)}."]
+             f"{describe_behaviour(verdict.behaviour)}."]
     if evidence.roles:
         lines.append(f"Attention to what followed an earlier copy there: "
                      f"{describe_roles(evidence.roles)}.")
@@ -121,8 +133,9 @@ def describe_by_period(measured: Measured) -> str:
 
 def describe_behaviour(finding: BehaviourFinding) -> str:
     begun, bare = finding.begun, finding.bare
-    return (f"{begun.accuracy:.0%} of the known tokens behind the begin token, {bare.accuracy:.0%} "
-            f"without it (a random token of the block: {begun.chance:.0%})")
+    return (f"{with_interval(begun.accuracy, percent)} of the known tokens behind the begin token, "
+            f"{with_interval(bare.accuracy, percent)} without it (a random token of the block: "
+            f"{begun.chance:.0%})")
 
 
 def describe_roles(roles: list[HeadRole]) -> str:
@@ -155,23 +168,26 @@ def on_each_kind(knockouts: KnockoutPair, field: str) -> str:
     begun, bare = (getattr(knockout, field) for knockout in knockouts)
     parts = []
     if begun is not None:
-        parts.append(f"{percent(begun)} of the repeat gain behind the begin token")
+        parts.append(f"{with_interval(begun, percent)} of the repeat gain behind the begin token")
     if bare is not None:
-        parts.append(f"{percent(bare)} of it without that token")
+        parts.append(f"{with_interval(bare, percent)} of it without that token")
     return ", ".join(parts)
 
 
 def describe_ablation(effect: Effect) -> str:
     text = f"{rises(effect.known)}, of the first copy by {effect.first_copy:+.2f}"
     if effect.gain_removed is not None:
-        text += f": {percent(effect.gain_removed)} of the repeat gain"
+        text += f": {with_interval(effect.gain_removed, percent)} of the repeat gain"
     return text
 
 
 def rises(nats: float) -> str:
     """A change of the loss in words: raises the loss of known tokens by 2.10 nats."""
+    amount = nats
     verb = "lowers" if nats < 0 else "raises"
-    return f"{verb} the loss of known tokens by {abs(nats):.2f} nats"
+    if nats < 0:
+        amount = Estimate(-nats, -nats.high, -nats.low) if isinstance(nats, Estimate) else -nats
+    return f"{verb} the loss of known tokens by {with_interval(amount)} nats"
 
 
 def describe_previous_token(heads: PreviousTokenHeads) -> str:
@@ -228,6 +244,20 @@ def heads_summary(latest: Record) -> str | None:
         summary += (f"; {latest[ACCURACY]:.0%} of repeated random tokens predicted, "
                     f"{latest[ACCURACY_BARE]:.0%} without the begin token in front")
     return summary
+
+
+def two_digits(value: float) -> str:
+    """0.93; never −0.00."""
+    return f"{value:z.2f}"
+
+
+def with_interval(value: float, form: Callable[[float], str] = two_digits) -> str:
+    """0.93 (0.91 to 0.95); only the number if it has no interval, or one too narrow to be seen."""
+    text = form(value)
+    if not isinstance(value, Estimate) or not value.has_interval:
+        return text
+    low, high = form(value.low), form(value.high)
+    return text if low == high == text else f"{text} ({low} to {high})"
 
 
 def percent(fraction: float) -> str:

@@ -1,8 +1,10 @@
 """The page of `heads.py verdict`: for each run the answers and the evidence, in Markdown."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from induction.ablation import INPUTS, Path
+from induction.intervals import over_seeds
 from induction.mechanism import Peak
 from induction.phase import INDUCTION_HEAD, Transition
 from induction.verdict import (
@@ -22,8 +24,11 @@ from report.text import (
     describe_knockout,
     describe_roles,
     listed,
+    percent,
     rises,
     strongest_paths,
+    two_digits,
+    with_interval,
 )
 
 RULES = (f"**How to read this.** *Behaviour* is yes if the model predicts at least "
@@ -79,7 +84,10 @@ def headline(condition: str, runs: list[Verdict], failing: list[Verdict]) -> str
     onsets = [run.transition.onset / 1e6 for run in runs
               if run.transition and run.answer in ("yes", "partly")]
     if onsets:
-        sentence += f" Prefix matching rises from {spread(onsets)} M tokens on."
+        sentence += f" Prefix matching rises from {spread(onsets)} M tokens on"
+        if len(onsets) > 1:
+            sentence += f", on average from {with_interval(over_seeds(onsets))}"
+        sentence += "."
     return f"{sentence} {transfer_sentence(runs)}"
 
 
@@ -146,10 +154,18 @@ def beside(peak: Peak, targets: str) -> str:
 
 
 def measured_accuracy(runs: list[Verdict]) -> str:
+    """Of one run with its interval over rows; of several seeds their range, and the interval of
+    their mean on the worse kind of rows."""
+    chance = sum(run.behaviour.begun.chance for run in runs) / len(runs)
+    if len(runs) == 1:
+        begun, bare = (kind.accuracy for kind in (runs[0].behaviour.begun, runs[0].behaviour.bare))
+        return (f"{with_interval(begun, percent)} of known tokens right behind the begin token, "
+                f"{with_interval(bare, percent)} without it, {chance:.0%} by chance")
     accuracies = [accuracy for run in runs
                   for accuracy in (run.behaviour.begun.accuracy, run.behaviour.bare.accuracy)]
-    chance = sum(run.behaviour.begun.chance for run in runs) / len(runs)
-    return f"{spread(accuracies, '{:.0%}')} of known tokens right, {chance:.0%} by chance"
+    mean = over_seeds([run.behaviour.accuracy for run in runs])
+    return (f"{spread(accuracies, percent)} of known tokens right, {chance:.0%} by chance; on the "
+            f"worse kind of rows on average {with_interval(mean, percent)} over the seeds")
 
 
 def transfer_sentence(runs: list[Verdict]) -> str:
@@ -221,8 +237,9 @@ def behaviour_rows(finding: BehaviourFinding) -> list[Row]:
         Row("**Behaviour.** Does it predict repeated tokens, where no fixed look-back helps?",
             describe_behaviour(finding), f"**{finding.answer}**"),
         Row("What is repeating worth?",
-            f"with the begin token {begun.loss_first:.2f} → {begun.loss_known:.2f} nats, without "
-            f"{bare.loss_first:.2f} → {bare.loss_known:.2f} (guessing: {finding.guessing:.2f})",
+            f"with the begin token {begun.loss_first:.2f} → {begun.loss_known:.2f} nats, a gain of "
+            f"{with_interval(begun.gain)}; without {bare.loss_first:.2f} → {bare.loss_known:.2f}, "
+            f"{with_interval(bare.gain)} (guessing: {finding.guessing:.2f})",
             "")]
 
 
@@ -281,7 +298,7 @@ def path_table(paths: list[Path]) -> list[str]:
 
 def transfer_rows(verdict: Verdict) -> list[Row]:
     transfer, probes = verdict.transfer, verdict.probes
-    periods = ", ".join(f"{period}: {accuracy:.0%}"
+    periods = ", ".join(f"{period}: {with_interval(accuracy, percent)}"
                         for period, accuracy in transfer.by_period.items())
     trained = "never trained" if probes.never_trained else "that were all trained"
     if not probes.history_known:
@@ -311,13 +328,26 @@ def text_rows(transfer: TransferFinding) -> list[Row]:
         text = transfer.text
         rows.append(Row("What are these attention edges worth on held-out text?",
                         f"without them tokens that have an induction target ({text.fraction:.0%}) "
-                        f"cost {text.matched:+.3f} nats, without as many random edges "
-                        f"{text.by_random:+.3f}", ""))
+                        f"cost {with_interval(text.matched, thousandths)} nats, without as many "
+                        f"random edges {with_interval(text.by_random, thousandths)}", ""))
     if transfer.text_loss is not None:
         loss = transfer.text_loss
         rows.append(Row("What does the begin token in front of text change?",
-                        f"{loss.begun:.3f} nats with it, {loss.bare:.3f} without", ""))
+                        f"{loss.begun:.3f} nats with it, {loss.bare:.3f} without: "
+                        f"{with_interval(loss.difference, thousandths)}", ""))
+    icl = transfer.icl
+    if icl is not None and icl.score is not None:
+        first, last = icl.positions[0], icl.positions[-1]
+        rows.append(Row("Does text get easier along the context?",
+                        f"{first.loss:.2f} nats at the first token, {last.loss:.2f} at tokens "
+                        f"{last.start + 1} to {last.stop}; ICL score "
+                        f"{with_interval(icl.score, thousandths)}", ""))
     return rows
+
+
+def thousandths(nats: float) -> str:
+    """+0.123"""
+    return f"{nats:+.3f}"
 
 
 def plural(n: int, noun: str) -> str:
@@ -325,7 +355,7 @@ def plural(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def spread(values: list[float], form: str = "{:.2f}") -> str:
+def spread(values: Sequence[float], form: Callable[[float], str] = two_digits) -> str:
     """Their range, 0.91 to 0.95, or one number if both ends are equal as printed."""
-    low, high = form.format(min(values)), form.format(max(values))
+    low, high = form(min(values)), form(max(values))
     return low if low == high else f"{low} to {high}"

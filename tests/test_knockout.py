@@ -12,15 +12,16 @@ from test_scores import make_model
 
 from data.batches import Batch
 from induction import knockout
-from induction.behaviour import ProbeLosses, mean_losses, repeat_gain
+from induction.behaviour import ProbeLosses, losses_by_row, repeat_gain
+from induction.intervals import Resampling, RowSums
 from induction.knockout import (
-    fraction_removed,
     induction_edges,
     knock_out,
     knock_out_on_text,
     losses_misreading,
     losses_without_edges,
     random_edges,
+    removed,
     without_edges,
 )
 from induction.probes import aperiodic
@@ -124,14 +125,22 @@ def test_a_knockout_is_the_gain_without_these_edges():
     result = knock_out(model, heads, PROBE, vocabulary=59)
 
     def losses(edges_of):
-        return mean_losses(losses_without_edges(model, PROBE.batch, edges_of, heads), PROBE)
+        return losses_by_row(losses_without_edges(model, PROBE.batch, edges_of, heads), PROBE)
 
-    intact = mean_losses(model.losses(*PROBE.batch), PROBE)
+    intact, rows = losses_by_row(model.losses(*PROBE.batch), PROBE), PROBE.resampling
     targets = losses(induction_edges)
     others = losses(lambda tokens, _: random_edges(induction_edges(tokens)))
-    assert result.known == pytest.approx(targets.known - intact.known)
-    assert result.gain_removed == fraction_removed(intact, targets, math.log(59))
-    assert result.by_random == fraction_removed(intact, others, math.log(59))
+    assert result.known == pytest.approx(targets.known.mean - intact.known.mean)
+    assert result.gain_removed == removed(targets, intact, rows, math.log(59))
+    assert result.by_random == removed(others, intact, rows, math.log(59))
+
+
+def fraction_removed(before: tuple[float, float], after: tuple[float, float],
+                     guessing: float) -> float | None:
+    """`removed` of mean losses (first, known), in a probe of a single row."""
+    intact, without = (ProbeLosses(*(RowSums(np.array([loss]), np.ones(1)) for loss in losses))
+                       for losses in (before, after))
+    return removed(without, intact, Resampling.of_rows(1), guessing)
 
 
 def test_gain_is_measured_from_guessing_if_that_is_better():
@@ -139,9 +148,9 @@ def test_gain_is_measured_from_guessing_if_that_is_better():
     assert repeat_gain(3.5, 1.0, guessing=4.0) == 2.5
     # The model overpays in the block by 5 nats, which no removal of edges changes: half of 8 nats
     # is left of 9 − 1, nothing of 4 − 1.
-    assert fraction_removed(ProbeLosses(9, 1), ProbeLosses(9, 5), 4.0) == 1
-    assert fraction_removed(ProbeLosses(9, 1), ProbeLosses(9, 2.5), 4.0) == 0.5
-    assert fraction_removed(ProbeLosses(9, 3.95), ProbeLosses(9, 5), 4.0) is None
+    assert fraction_removed((9, 1), (9, 5), 4.0) == 1
+    assert fraction_removed((9, 1), (9, 2.5), 4.0) == 0.5
+    assert fraction_removed((9, 3.95), (9, 5), 4.0) is None
 
 
 @pytest.mark.parametrize("shape", [{}, {"n_kv_heads": 1}])
@@ -177,10 +186,11 @@ def test_edges_on_text_count_where_a_token_occurred_before():
 
 def test_no_number_is_no_gain_removed():
     """A model that overflows must not count as one whose gain is gone."""
-    nan = ProbeLosses(float("nan"), float("nan"))
-    assert isnan(fraction_removed(ProbeLosses(5.0, 1.0), nan, 4.85))
-    assert fraction_removed(ProbeLosses(5.0, 1.0), ProbeLosses(5.0, 9.0), 4.85) == 1
-    assert fraction_removed(ProbeLosses(5.0, 4.9), nan, 4.85) is None
+    nan = (float("nan"), float("nan"))
+    assert isnan(fraction_removed((5.0, 1.0), nan, 4.85))
+    assert fraction_removed((5.0, 1.0), (5.0, 9.0), 4.85) == 1
+    assert fraction_removed((5.0, 4.9), nan, 4.85) is None
+
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_a_row_that_loses_everything_is_zero_in_any_precision(dtype):

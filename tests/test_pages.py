@@ -35,8 +35,9 @@ def page_scores(data: dict, snapshot: int = -1) -> dict:
 
 
 def without_alone(path: Path) -> dict:
+    heads = json.loads(path.read_text())["heads"]
     return {head: {name: pytest.approx(value, abs=1e-4) for name, value in values.items()
-                   if name != "alone"} for head, values in json.loads(path.read_text()).items()}
+                   if name != "alone"} for head, values in heads.items()}
 
 
 def test_the_page_of_a_text_shows_the_scores_of_that_text(run):
@@ -51,11 +52,11 @@ def test_the_page_of_a_text_shows_the_scores_of_that_text(run):
     data, final = page_data(run / "report-text.html"), without_alone(run / "text.json")
     assert [page_scores(data, 0), page_scores(data, 1)] == [early, final]
     assert early != final and not data["curves"] and not data["marks"]
-    probe = json.loads((run / "probe.json").read_text())
+    probe = json.loads((run / "probe.json").read_text())["heads"]
     assert abs(probe["L1H0"]["distance"] - page_scores(data)["L1H0"]["distance"]) > 0.1
     assert data["scored"] == "the given text" and data["causal_loss"] == "loss on the given text"
     assert data["causal_step"] == 12 == data["snapshots"][-1]["step"]
-    text = json.loads((run / "text.json").read_text())
+    text = json.loads((run / "text.json").read_text())["heads"]
     assert data["causal"] == {head: scores["alone"] for head, scores in text.items()}
 
     (run / "long.txt").write_text("the cat sat. " * 40)
@@ -83,8 +84,8 @@ def test_a_page_shows_the_scores_of_its_own_steps(run):
         assert page_scores(data) == without_alone(run / "s.json")
         assert data["subtitle"].endswith("8 steps") and data["causal_step"] == 8
     assert heads(run, "--all-steps").returncode == 0
-    data, measured = page_data(run / "report-all-steps.html"), json.loads(
-        (run / "s.json").read_text())
+    data = page_data(run / "report-all-steps.html")
+    measured = json.loads((run / "s.json").read_text())["heads"]
     assert [moment["step"] for moment in data["snapshots"]] == [8, 12]
     for head, scores in page_scores(data, 0).items():
         assert {"prefix_matching", "copying"} <= set(scores) <= set(measured[head])
@@ -116,7 +117,8 @@ def test_figures_draw_a_signed_score_around_zero():
     values = torch.tensor([[-0.8, 0.0, 0.8]], dtype=torch.float64)
     model = ModelConfig(n_layers=1, n_heads=3, n_kv_heads=3, d_model=24, n_ctx=16, vocab_size=50)
     measured = Measured({"prefix_matching": values.abs(), "copying": values,
-                         "entropy": values * np.nan}, torch.zeros(1, 3, 17), {}, 0, 0)
+                         "entropy": values * np.nan}, torch.zeros(1, 3, 17), {}, 0, 0,
+                        {}, None)
     panels = score_grids(model, measured).axes
     titles = [panel.get_title(loc="left") for panel in panels]
     assert titles == ["prefix matching", "entropy", "copying (red: below 0)"]

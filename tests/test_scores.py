@@ -154,10 +154,11 @@ def test_a_windowed_head_is_judged_on_what_it_sees():
     q, k = wanted[:, None] * T ** 0.5, torch.eye(T).expand(len(x), 1, T, T)
     _, lse = attention(q, k, k, window=16, return_lse=True)
     rows = head_statistics(q, k, lse, x, window=16)
-    scores, _, visible = layer_scores(rows, x, probe.queries, probe.first_copy, 16)
-    assert scores["prefix_matching"].item() == pytest.approx(visible.fraction, abs=1e-6)
+    measured, _, visible = layer_scores(rows, x, probe.queries, probe.first_copy, 16)
+    scores = {name: score.mean.item() for name, score in measured.items()}
+    assert scores["prefix_matching"] == pytest.approx(visible.fraction, abs=1e-6)
     assert 0.3 < visible.fraction < 0.6
-    assert scores["prefix_matching_visible"].item() == pytest.approx(1, abs=1e-5)
+    assert scores["prefix_matching_visible"] == pytest.approx(1, abs=1e-5)
     # Only period 8 has targets in sight: one of up to 16 keys, two as soon as the window reaches
     # back over two periods.
     seen = [i for b, i in probe.queries.nonzero().tolist() if probe.periods[b] == 8]
@@ -307,7 +308,7 @@ def test_copying_is_what_the_heads_output_does_to_the_logits(shape):
     """One token at a time through the model's own modules."""
     model = make_model(**shape)
     tokens = unrepeated(20, np.arange(V - 1), V - 1, rows=3)
-    scores = copying(model, tokens)
+    scores = copying(model, tokens).mean
     for layer in range(2):
         with taps(model, f"L{layer}.v") as cache:
             model.hidden(tokens)
@@ -333,12 +334,12 @@ def test_a_head_that_ignores_what_it_reads_scores_zero():
     """Chance is 0: over random heads, and exactly for one that writes the same whatever it reads
     (Olsson et al.'s form of the score gives 2/25 − 1 = −0.92)."""
     tokens = unrepeated(26, np.arange(V - 1), V - 1)
-    scores = torch.cat([copying(make_model(seed), tokens).flatten() for seed in range(8)])
-    assert scores.mean().abs() < 4 * scores.std() / len(scores) ** 0.5 < 0.05
+    scores = np.concatenate([copying(make_model(seed), tokens).mean.flatten() for seed in range(8)])
+    assert abs(scores.mean()) < 4 * scores.std() / len(scores) ** 0.5 < 0.05
     model = make_model(n_layers=1, bias="attention")
     model.blocks[0].attn.w_v.weight.zero_()
     model.blocks[0].attn.w_v.bias.copy_(torch.arange(16.0).sin())
-    assert copying(model, tokens).abs().max() < 1e-6
+    assert np.abs(copying(model, tokens).mean).max() < 1e-6
 
 
 @torch.no_grad()
@@ -352,10 +353,10 @@ def test_a_head_that_copies_scores_one_and_one_that_suppresses_minus_one():
     model.embed.weight.copy_(torch.eye(V, 64))
     model.lm_head.weight.copy_(torch.eye(V, 64))
     tokens = unrepeated(26, np.arange(V - 1), V - 1)
-    assert copying(model, tokens).item() == pytest.approx(1, abs=1e-6)
+    assert copying(model, tokens).mean.item() == pytest.approx(1, abs=1e-6)
     assert copying_eigenvalues(model).item() == pytest.approx(1)
     attn.w_o.weight.neg_()
-    assert copying(model, tokens).item() == pytest.approx(-1, abs=1e-6)
+    assert copying(model, tokens).mean.item() == pytest.approx(-1, abs=1e-6)
     assert copying_eigenvalues(model).item() == pytest.approx(-1)
 
 

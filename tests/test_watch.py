@@ -146,6 +146,6 @@ def test_a_context_too_short_to_repeat_is_not_probed(workplace):
 def test_a_figures_numbers_are_the_scores():
     """Without the zero before the point, and with every other digit: 10.36 is not 1.36."""
     values = torch.tensor([[10.36, -0.33, 0.5, 20.1]], dtype=torch.float64)
-    measured = Measured({"distance": values}, torch.zeros(1, 4, 17), {}, 0, 0)
+    measured = Measured({"distance": values}, torch.zeros(1, 4, 17), {}, 0, 0, {}, None)
     drawn = score_grids(ModelConfig(n_layers=1, n_heads=4, vocab_size=9), measured)
     assert [text.get_text() for text in drawn.axes[0].texts] == ["10.36", "-.33", ".50", "20.10"]

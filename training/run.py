@@ -278,9 +278,9 @@ class Run:
 
     # --- the end ------------------------------------------------------------------------------
 
-    def summary(self, heads: str | None = None) -> str:
-        """The results so far, and the paths of everything the run has written. `heads`: what to say
-        of its heads."""
+    def summary(self, heads: str | None = None, verdict: str | None = None) -> str:
+        """The results so far, and the paths of everything the run has written. `heads`, `verdict`:
+        what to say of its heads."""
         latest, steps = self.latest, self.config.train.steps
         lines = [f"step       {self.step} of {steps}, {short(self.tokens)} tokens, "
                  f"{self.seconds:.0f} s"]
@@ -291,6 +291,8 @@ class Run:
                          f"{latest['val/bpb']:.4f} bits per byte{when}")
         if heads:
             lines.append(f"heads      {heads}")
+        if verdict:
+            lines.append(f"verdict    {verdict}")
         if "train/tokens_per_second" in latest:
             lines.append(f"speed      {short(latest['train/tokens_per_second'])} tokens/s")
         checkpoints = list_checkpoints(self.checkpoints)
