@@ -23,6 +23,9 @@ from induction.history import Curve
 from report.text import EXPLANATIONS
 
 BROWSER = Path(__file__).with_name("browser")       # what runs there
+# What the page shows of a run's evidence: its rows, token by token, would delay the first paint.
+EVIDENCE = ("run", "condition", "step", "control", "answers", "summary", "heads", "intervals",
+            "losses", "behaviour", "mechanism", "transfer", "transition")
 SCRIPTS = ("state", "heads", "text", "time", "answers", "how", "begin")     # in this order
 
 
@@ -180,7 +183,8 @@ def of_run(view: View, moments: list[dict]) -> dict:
         "snapshots": moments,
         "scores": {name: series(*score) for name, score in view.scores.items()},
         "curves": {name: series(*curve) for name, curve in view.curves.items()},
-        "evidence": finite(view.evidence),
+        "evidence": None if view.evidence is None else finite(
+            {key: value for key, value in view.evidence.items() if key in EVIDENCE}),
     }
 
 

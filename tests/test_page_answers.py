@@ -20,7 +20,7 @@ from viewer_cases import (
     with_losses,
 )
 
-from report.viewer import PatternSnapshot
+from report.viewer import PatternSnapshot, write_viewer
 
 pytest_plugins = ["browser"]
 
@@ -114,6 +114,12 @@ def test_numbers_that_are_not_finite_are_not_shown(show):
     found["behaviour"]["begun"]["accuracy"] = known(float("inf"))
     page = show(example(evidence=found))
     assert cells(page, 0)[3] == "–" and "first copy –" in page.inner_text("#detail")
+
+
+def test_rows_that_the_page_does_not_show_are_left_out(tmp_path):
+    found = evidence(rows=[{"tokens": "of a row"}])
+    write_viewer(tmp_path / "page.html", [example(evidence=found)])
+    assert "of a row" not in (tmp_path / "page.html").read_text()
 
 
 # --- another run ----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from viewer_cases import (
     background,
     evidence,
     example,
+    known,
     settled,
     with_losses,
 )
@@ -108,6 +109,15 @@ def test_bars_are_as_long_as_the_gain_that_is_lost(show):
     assert "L1H2 attends most 2 tokens before it (0.75)" in findings
     assert any(line.startswith("Previous-token heads L0H3 mean-ablated: +6.10 nats")
                for line in findings)
+
+
+def test_narrow_intervals_keep_a_digit_and_zero_has_no_sign(show):
+    found = copy.deepcopy(evidence())
+    found["mechanism"]["knockout"]["begun"] |= {
+        "gain_removed": known(0.999, 0.998, 1.001), "by_random": known(-0.001, -0.0004, 0.02)}
+    page = show(example(evidence=found))
+    numbers = page.locator("#bars .number").all_inner_texts()
+    assert numbers[0] == "100% (99.8–100.1)" and numbers[2] == "0% (0–2)"
 
 
 def test_without_a_repeat_gain_there_are_no_bars(show):

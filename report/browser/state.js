@@ -188,14 +188,16 @@ const signed = (value, digits = 2) => {
 /** " (0.92–0.96)"; nothing if a bound is unknown. */
 function between(low, high, write) {
   if (low == null || high == null) return "";
-  return ` (${minus(write(low))}${low < 0 ? " to " : "–"}${minus(write(high))})`;
+  const [from, to] = [low, high].map(bound => minus(write(bound)));
+  return from.startsWith("−") ? ` (${from} to ${to})` : ` (${from}–${to})`;
 }
 
 /** { value, low, high } as "93% (91–95)", or "–" if it was not measured. */
 function percent(n, withInterval = true) {
   if (n?.value == null) return "–";
-  const whole = value => fixed(100 * value, 0);
-  return minus(whole(n.value)) + "%" + (withInterval ? between(n.low, n.high, whole) : "");
+  const value = `${minus(fixed(100 * n.value, 0))}%`;
+  const digits = n.high - n.low < 0.01 ? 1 : 0;
+  return withInterval ? value + between(n.low, n.high, bound => fixed(100 * bound, digits)) : value;
 }
 
 /** { value, low, high } as "+6.20 nats (5.9–6.5)". */
