@@ -74,6 +74,8 @@ def attention_scores(model: GPT, tokens: Tensor, queries: Tensor,
     """
     layers: list[LayerScores] = []
     of = tokens if targets_of is None else targets_of
+    rows_by_window = {window: counted_rows(of, queries, first_copy, window)
+                      for window in set(model.config.windows)}
 
     with taps(model, ["L*.q", "L*.k"]) as acts:
         # lse comes after q and k, so each layer is measured, and dropped, before the next.
@@ -81,7 +83,7 @@ def attention_scores(model: GPT, tokens: Tensor, queries: Tensor,
             def on_lse(lse: Tensor) -> None:
                 rows = head_statistics(acts.pop(f"L{layer}.q"), acts.pop(f"L{layer}.k"), lse,
                                        of, window=window)
-                layers.append(layer_scores(rows, of, queries, first_copy, window))
+                layers.append(layer_scores(rows, rows_by_window[window]))
             return on_lse
 
         lse_taps: dict[str, TapFunction | None] = {
@@ -89,45 +91,69 @@ def attention_scores(model: GPT, tokens: Tensor, queries: Tensor,
             for layer, window in enumerate(model.config.windows)}
         with taps(model, lse_taps):
             final = model.hidden(tokens)
-    scores = {name: torch.stack([layer.scores[name] for layer in layers])
+    scores = {name: torch.stack([layer.scores[name] for layer in layers]).cpu().double()
               for name in layers[0].scores}
     profile = scores.pop("offset_profile")
     scores["latest_match"] = profile[..., REACH]                                # offset 0
     if all(layer.visible.fraction == 1 for layer in layers):
         del scores["prefix_matching_visible"]
     return PatternScores({name: scores[name] for name in SCORES if name in scores}, profile,
-                         torch.stack([layer.by_row for layer in layers]),
+                         torch.stack([layer.by_row for layer in layers]).cpu().double(),
                          [layer.visible for layer in layers], final)
 
 
+class CountedRows(NamedTuple):
+    """Which rows of a layer's patterns count. Layers with the same window share it."""
+
+    log_keys: Tensor            # (T,) ln of the number of keys that a query sees
+    queries: Tensor             # (B, T) weights that sum to 1
+    in_row: Tensor              # (B, T) the same, but their sum is 1 in each row of the batch
+    first_copy: Tensor | None   # (B, T) weights for the previous-token score
+    seeing: Tensor              # (B, T) weights of the queries that can see a target
+    visible: Visible
+
+
+def counted_rows(tokens: Tensor, queries: Tensor, first_copy: Tensor | None,
+                 window: int | None) -> CountedRows:
+    """The weights of the rows (B, T) over which attention_scores takes its averages."""
+    T = tokens.shape[1]
+    position = torch.arange(T, device=tokens.device)
+    keys = (position + 1).clamp(max=window or T)                                # (T,) visible ones
+    matches = visible_matches(tokens, window)                                   # (B, T)
+    is_seeing = queries & (matches > 0)
+    seeing = equal_weights(is_seeing)
+    visible = Visible(fraction=(is_seeing.sum() / queries.sum().clamp(min=1)).item(),
+                      uniform=((matches / keys) * seeing).sum().item())
+    return CountedRows(
+        keys.log(), equal_weights(queries),
+        queries / queries.sum(1, keepdim=True).clamp(min=1),
+        None if first_copy is None else equal_weights(first_copy & (position > 0)),
+        seeing, visible)
+
+
 class LayerScores(NamedTuple):
+    """On the model's device, so that no layer waits for it."""
+
     scores: dict[str, Tensor]   # name → (H,), (H, 2 · REACH + 1) for the offset profile
     by_row: Tensor              # (H, B) prefix matching
     visible: Visible
 
 
-def layer_scores(statistics: HeadStatistics, tokens: Tensor, queries: Tensor,
-                 first_copy: Tensor | None, window: int | None) -> LayerScores:
+def layer_scores(statistics: HeadStatistics, rows: CountedRows) -> LayerScores:
     """One layer's statistics, averaged over the rows of its patterns as in attention_scores."""
-    T = tokens.shape[1]
-    keys = torch.arange(1, T + 1, device=tokens.device).clamp(max=window or T)  # (T,) visible ones
-    entropy = torch.where(keys > 1, statistics.entropy / keys.log(), 0)         # 0 with one key
-    statistics = statistics._replace(entropy=entropy)
-    weight = equal_weights(queries)                                             # (B, T)
-    scores = {name: average(row, weight) for name, row in statistics._asdict().items()}
-    if first_copy is not None:
+    log_keys = rows.log_keys
+    entropy = torch.where(log_keys > 0, statistics.entropy / log_keys, 0)       # 0 with one key
+    by_name = statistics._replace(entropy=entropy)._asdict()
+    profile = by_name.pop("offset_profile")
+    # All in one product: a GPU is done with each long before Python has started the next.
+    averages = torch.einsum("nbht,bt->nh", torch.stack([*by_name.values()]), rows.queries)
+    scores = dict(zip(by_name, averages)) | {"offset_profile": average(profile, rows.queries)}
+    if rows.first_copy is not None:
         scores["previous_token_later"] = scores["previous_token"]
-        has_previous = torch.arange(T, device=tokens.device) > 0
-        scores["previous_token"] = average(statistics.previous_token,
-                                           equal_weights(first_copy & has_previous))
-    matches = visible_matches(tokens, window)                                   # (B, T)
-    seeing = queries & (matches > 0)
-    scores["prefix_matching_visible"] = average(statistics.prefix_matching, equal_weights(seeing))
-    uniform = ((matches / keys) * equal_weights(seeing)).sum().item()
-    by_row = torch.einsum("bht,bt->hb", statistics.prefix_matching,
-                          queries / queries.sum(1, keepdim=True).clamp(min=1)).cpu().double()
-    fraction = (seeing.sum() / queries.sum().clamp(min=1)).item()
-    return LayerScores(scores, by_row, Visible(fraction, uniform))
+        scores["previous_token"] = average(statistics.previous_token, rows.first_copy)
+    scores["prefix_matching_visible"] = average(statistics.prefix_matching, rows.seeing)
+    by_row = torch.einsum("bht,bt->hb", statistics.prefix_matching, rows.in_row)
+    return LayerScores(scores, by_row, rows.visible)
 
 
 def equal_weights(selected: Tensor) -> Tensor:
@@ -136,8 +162,8 @@ def equal_weights(selected: Tensor) -> Tensor:
 
 
 def average(row: Tensor, weight: Tensor) -> Tensor:
-    """A statistic (B, H, T, …) averaged with `weight` (B, T): (H, …) float64 on the CPU."""
-    return torch.einsum("bht...,bt->h...", row, weight).cpu().double()
+    """A statistic (B, H, T, …) averaged with `weight` (B, T): (H, …)."""
+    return torch.einsum("bht...,bt->h...", row, weight)
 
 
 def visible_matches(tokens: Tensor, window: int | None) -> Tensor:
@@ -197,8 +223,8 @@ def copying(model: GPT, tokens: Tensor) -> Tensor:
         logits = v @ writers(model, layer) @ unembed[:, None].mT                # (B, H, n read, n)
         change = logits - logits.mean(-1, keepdim=True)
         score = share_on_read(change.relu()) - share_on_read((-change).relu())  # (B, H, n)
-        scores.append(score.cpu().double().mean((0, 2)))
-    return torch.stack(scores)
+        scores.append(score)
+    return torch.stack([score.cpu().double().mean((0, 2)) for score in scores])     # (L, H)
 
 
 def share_on_read(weights: Tensor) -> Tensor:

@@ -78,9 +78,8 @@ def as_metrics(model_config: ModelConfig, measured: Measured) -> Metrics:
     metrics: Metrics = {LOSS_FIRST: measured.loss_first, LOSS_SECOND: measured.loss_second}
     heads = heads_of(model_config)
     for score, values in measured.scores.items():
-        for head in heads:
-            metrics[score_key(score, head)] = round(values[head].item(), 4)
-    for head in heads:
-        profile = measured.offset_profile[head].tolist()
+        for head, value in zip(heads, values.flatten().tolist()):
+            metrics[score_key(score, head)] = round(value, 4)
+    for head, profile in zip(heads, measured.offset_profile.flatten(0, 1).tolist()):
         metrics[offset_profile_key(head)] = [round(weight, 4) for weight in profile]
     return metrics

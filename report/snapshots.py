@@ -12,7 +12,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from errors import UserError, first_line
 
@@ -93,8 +92,9 @@ class PatternRecorder:
 
 def score_table(config: ModelConfig, measured: Measured) -> Table:
     """All scores as a table, one row per head."""
-    rows = [[str(head), *(round(values[head].item(), 4) for values in measured.scores.values())]
-            for head in heads_of(config)]
+    columns = [values.flatten().tolist() for values in measured.scores.values()]
+    rows = [[str(head), *(round(value, 4) for value in row)]
+            for head, *row in zip(heads_of(config), *columns)]
     return ["head", *measured.scores], rows
 
 
@@ -153,10 +153,15 @@ class SnapshotFolder:
             json.dump(entries, file)
 
     def save(self, snapshot: PatternSnapshot) -> None:
-        arrays: dict[str, Any] = {f"pattern_{n}": lower_triangles(pattern)
-                                  for n, pattern in enumerate(snapshot.patterns)}
-        with atomic_write(self.folder / f"{snapshot.step:06d}.npz") as file:
-            np.savez_compressed(file, tokens=snapshot.tokens, **arrays)
+        arrays = {"tokens": np.array(snapshot.tokens)}
+        arrays |= {f"pattern_{n}": lower_triangles(pattern)
+                   for n, pattern in enumerate(snapshot.patterns)}
+        # Not `np.savez_compressed`: its level takes six times as long for 3 to 14% fewer bytes.
+        with (atomic_write(self.folder / f"{snapshot.step:06d}.npz") as file,
+              zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive):
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w") as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
 
     @property
     def passages(self) -> list[Passage]:

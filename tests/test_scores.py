@@ -16,6 +16,7 @@ from induction.scores import (
     composition,
     copying,
     copying_eigenvalues,
+    counted_rows,
     layer_scores,
     measure,
     qk_trace,
@@ -144,6 +145,14 @@ def test_visible_matches_are_counted(window):
             assert counts[b, i] == len(visible), (b, i)
 
 
+def test_layers_with_the_same_window_count_their_rows_once(monkeypatch):
+    windows = []
+    monkeypatch.setattr("induction.scores.visible_matches",
+                        lambda tokens, window: windows.append(window) or torch.ones_like(tokens))
+    attention_scores(make_model(n_layers=5, window=[8, None]), PROBE.tokens, PROBE.queries)
+    assert len(windows) == 2 and set(windows) == {8, None}
+
+
 def test_a_windowed_head_is_judged_on_what_it_sees():
     """Periods 8 … 24, a window of 16: a perfect head meets every target that it sees."""
     probe = repeats([8, 20, 24], 60, np.arange(99), 99, rows=3)
@@ -154,7 +163,8 @@ def test_a_windowed_head_is_judged_on_what_it_sees():
     q, k = wanted[:, None] * T ** 0.5, torch.eye(T).expand(len(x), 1, T, T)
     _, lse = attention(q, k, k, window=16, return_lse=True)
     rows = head_statistics(q, k, lse, x, window=16)
-    scores, _, visible = layer_scores(rows, x, probe.queries, probe.first_copy, 16)
+    counted = counted_rows(x, probe.queries, probe.first_copy, 16)
+    scores, _, visible = layer_scores(rows, counted)
     assert scores["prefix_matching"].item() == pytest.approx(visible.fraction, abs=1e-6)
     assert 0.3 < visible.fraction < 0.6
     assert scores["prefix_matching_visible"].item() == pytest.approx(1, abs=1e-5)
