@@ -118,14 +118,13 @@ def attention_patterns(model: GPT, passages: list[Tensor],
 
     `document_start`: the token that begins a document, if documents must not see each other.
     """
-    patterns = []
-    for passage in passages:
-        with taps(model, "L*.pattern") as acts:
-            model.hidden(passage[None], segments=document_ids(passage[None], document_start))
-        stacked = torch.stack([acts[f"L{layer}.pattern"][0]
-                               for layer in range(model.config.n_layers)])      # (L, H, T, T)
-        patterns.append((stacked.float() * 255).round().byte().cpu().numpy())
-    return patterns
+    if len({len(passage) for passage in passages}) > 1:
+        return [attention_patterns(model, [passage], document_start)[0] for passage in passages]
+    tokens = torch.stack(passages)
+    with taps(model, "L*.pattern") as acts:
+        model.hidden(tokens, segments=document_ids(tokens, document_start))
+    patterns = torch.stack([acts[f"L{layer}.pattern"] for layer in range(model.config.n_layers)], 1)
+    return list((patterns.float() * 255).round().byte().cpu().numpy())
 
 
 def spell(ids: Tensor, tokenizer: Tokenizer) -> list[str]:

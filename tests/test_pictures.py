@@ -5,9 +5,14 @@ import time
 
 import numpy as np
 import pytest
+import torch
+from small_models import perturbed_model
 
+from data.batches import document_ids
+from model.gpt import GPT
+from model.taps import taps
 from report.pictures import FUTURE, RAMP, mosaic, shade
-from report.snapshots import PatternSnapshot, SnapshotFolder
+from report.snapshots import PatternSnapshot, SnapshotFolder, attention_patterns
 
 RANDOM = np.random.default_rng(0)
 
@@ -38,6 +43,24 @@ def test_a_mosaic_is_drawn_faster_than_its_colours_are_interpolated():
     interpolated = seconds(lambda: [np.interp(level, np.linspace(0, 1, 5), RAMP[:, c])
                                     for c in range(3)])
     assert seconds(lambda: mosaic(patterns)) < interpolated
+
+
+@pytest.mark.parametrize("lengths", [(9, 9), (9, 6)])
+def test_passages_of_one_length_share_a_pass(monkeypatch, lengths):
+    model, document_start = perturbed_model(), 0
+    passages = [torch.arange(length) % 4 for length in lengths]        # documents of 4 tokens
+    passes, hidden = [], GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda *arguments, **options: (
+        passes.append(1) or hidden(*arguments, **options)))
+    patterns = attention_patterns(model, passages, document_start)
+    assert len(passes) == len(set(lengths))
+    for passage, pattern in zip(passages, patterns):
+        with taps(model, "L*.pattern") as acts, torch.no_grad():
+            hidden(model, passage[None], segments=document_ids(passage[None], document_start))
+        dense = torch.stack([acts[f"L{n}.pattern"][0] for n in range(model.config.n_layers)])
+        assert pattern.shape == dense.shape
+        assert np.abs(pattern / 255 - dense.numpy()).max() <= 0.5 / 255 + 1e-6
+        assert (pattern[..., 4:, :4] == 0).all()
 
 
 def test_a_snapshot_is_written_in_half_the_time_of_numpy(tmp_path):
