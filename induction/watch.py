@@ -6,7 +6,7 @@ it and without it gives the same run, bit for bit.
 
 from collections.abc import Sequence
 
-from induction.behaviour import behaviour
+from induction.behaviour import behaviour_of_both
 from induction.knockout import knock_out
 from induction.metrics import (
     ACCURACY,
@@ -48,7 +48,7 @@ class HeadWatch:
         best = float(self.measured.scores["prefix_matching"].max())
         self.history.append((tokens_seen, best))
         metrics = as_metrics(self.model_config, self.measured)
-        begun, bare = (behaviour(model, probe) for probe in live_rows(self.probes, 2))
+        begun, bare = behaviour_of_both(model, live_rows(self.probes, 2))
         metrics |= {ACCURACY: begun.accuracy, ACCURACY_BARE: bare.accuracy,
                     KNOWN_LOSS: (begun.loss_known + bare.loss_known) / 2}
         all_tokens, all_best = zip(*self.history)

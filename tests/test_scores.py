@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_probes import PROBE, SEGMENTED, V
 
-from induction.behaviour import behaviour, icl_score
+from induction.behaviour import behaviour, behaviour_of_both, icl_score
 from induction.probes import Probe, repeats, unrepeated
 from induction.scores import (
     SCORES,
@@ -276,6 +276,16 @@ def test_behaviour_is_what_the_logits_say():
         assert found.loss_first == pytest.approx(np.mean(losses[False]), rel=1e-5)
         assert found.gain == pytest.approx(found.loss_first - found.loss_known)
         assert found.chance == pytest.approx(np.mean([1 / n for n in probe.blocks.tolist()]))
+
+
+def test_both_kinds_of_rows_are_read_in_one_pass(monkeypatch):
+    model, passes, hidden = make_model(seed=3, n_ctx=64), [], GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda *arguments, **options: (
+        passes.append(1) or hidden(*arguments, **options)))
+    found = behaviour_of_both(model, SEGMENTED.rows(slice(5)))
+    assert len(passes) == 1
+    for measured, probe in zip(found, SEGMENTED.rows(slice(5))):
+        assert measured == pytest.approx(behaviour(model, probe), rel=1e-6)
 
 
 def test_the_icl_score_is_late_minus_early():
