@@ -10,7 +10,7 @@ from small_models import perturbed_model
 from data.batches import document_ids
 from model.gpt import GPT
 from model.taps import taps
-from report.pictures import FUTURE, RAMP, mosaic, shade
+from report.pictures import FUTURE, RAMP, shade
 from report.snapshots import PatternSnapshot, SnapshotFolder, read_passages
 
 RANDOM = np.random.default_rng(0)
@@ -34,14 +34,6 @@ def test_a_colour_is_that_of_the_square_root_of_the_weight():
             expected = RAMP[below] + (level - below) * (RAMP[below + 1] - RAMP[below])
         assert np.abs(shaded[place] - np.floor(expected)).max() <= 1, place
     assert tuple(shade(np.full((1, 1), 255, np.uint8))[0, 0]) == tuple(RAMP[-1])
-
-
-def test_a_mosaic_is_drawn_faster_than_its_colours_are_interpolated():
-    patterns = causal_patterns(12, 12, 128)
-    level = np.sqrt(patterns / 255)
-    interpolated = seconds(lambda: [np.interp(level, np.linspace(0, 1, 5), RAMP[:, c])
-                                    for c in range(3)])
-    assert seconds(lambda: mosaic(patterns)) < interpolated
 
 
 @pytest.mark.parametrize("lengths", [(9, 9), (9, 6)])
