@@ -10,7 +10,7 @@ from torch import Tensor
 
 from data.batches import Batch
 from induction.intervals import FRACTION, LOSS, Estimate, Resampling, RowSums, row_sums
-from induction.probes import Probe
+from induction.probes import Pair, Probe
 from model.cross_entropy import chunk_rows, cross_entropies
 from model.gpt import GPT
 
@@ -59,7 +59,20 @@ class Behaviour(NamedTuple):
 @torch.no_grad()
 def behaviour(model: GPT, probe: Probe) -> Behaviour:
     """What the model predicts on a probe. One forward pass without taps."""
-    final, targets = model.hidden(probe.tokens)[:, :-1], probe.tokens[:, 1:]
+    return behaviour_from(model, probe, model.hidden(probe.tokens))
+
+
+@torch.no_grad()
+def behaviour_of_both(model: GPT, pair: Pair) -> tuple[Behaviour, Behaviour]:
+    """What the model predicts on the rows behind the begin token and on those without it, in one
+    pass."""
+    begun, bare = model.hidden(torch.cat([pair.begun.tokens, pair.bare.tokens])).chunk(2)
+    return behaviour_from(model, pair.begun, begun), behaviour_from(model, pair.bare, bare)
+
+
+def behaviour_from(model: GPT, probe: Probe, final: Tensor) -> Behaviour:
+    """`behaviour`, from the last hidden state (B, T, E) of a pass over the probe."""
+    final, targets = final[:, :-1], probe.tokens[:, 1:]
     losses, right = predictions(model, final[probe.known], targets[probe.known])
     known, accuracy = by_row(losses, probe.known), by_row(right, probe.known)
     losses, _ = predictions(model, final[probe.unknown], targets[probe.unknown])

@@ -82,8 +82,10 @@ def attention_scores(model: GPT, tokens: Tensor, queries: Tensor,
     on each position around the induction target. Prefix matching over the visible targets alone is
     left out if every counted query sees one.
     """
-    layers: list[LayerScores] = []
+    layers: list[LayerSums] = []
     of = tokens if targets_of is None else targets_of
+    counted = {window: counted_positions(of, queries, first_copy, window)
+               for window in set(model.config.windows)}
 
     with taps(model, ["L*.q", "L*.k"]) as acts:
         # lse comes after q and k, so each layer is measured, and dropped, before the next.
@@ -91,7 +93,7 @@ def attention_scores(model: GPT, tokens: Tensor, queries: Tensor,
             def on_lse(lse: Tensor) -> None:
                 rows = head_statistics(acts.pop(f"L{layer}.q"), acts.pop(f"L{layer}.k"), lse,
                                        of, window=window)
-                layers.append(layer_scores(rows, of, queries, first_copy, window))
+                layers.append(layer_sums(rows, counted[window]))
             return on_lse
 
         lse_taps: dict[str, TapFunction | None] = {
@@ -99,54 +101,82 @@ def attention_scores(model: GPT, tokens: Tensor, queries: Tensor,
             for layer, window in enumerate(model.config.windows)}
         with taps(model, lse_taps):
             final = model.hidden(tokens)
+    by_layer = [counted[window] for window in model.config.windows]
     rows = {}
     for name in SCORES:
-        if name in layers[0].rows:
-            sums, counts = zip(*(layer.rows[name] for layer in layers))
-            rows[name] = RowSums(np.stack(sums), np.stack(counts)[:, None])
-    if all(layer.visible.fraction == 1 for layer in layers):
+        if name in layers[0].sums:
+            sums = torch.stack([layer.sums[name] for layer in layers]).cpu().double().numpy()
+            counts = np.stack([positions.counts[name] for positions in by_layer])
+            rows[name] = RowSums(sums, counts[:, None])
+    profile = torch.stack([layer.profile for layer in layers]).cpu().double()
+    visible = [positions.visible for positions in by_layer]
+    if all(layer.fraction == 1 for layer in visible):
         del rows["prefix_matching_visible"]
-    return PatternScores(rows, torch.stack([layer.offset_profile for layer in layers]),
-                         [layer.visible for layer in layers], final)
+    return PatternScores(rows, profile / queries.sum().clamp(min=1).cpu(), visible, final)
 
 
-class LayerScores(NamedTuple):
-    rows: dict[str, RowSums]    # name → sums (H, B), counts (B,)
-    offset_profile: Tensor      # (H, 2 · REACH + 1)
+class CountedPositions(NamedTuple):
+    """Which rows of a layer's patterns count. Layers with the same window share it."""
+
+    log_keys: Tensor                # (T,) ln of the number of keys that a query sees
+    queries: Tensor                 # (B, T) float, 1 where a query counts
+    first_copy: Tensor | None       # (B, T) for the previous-token score
+    seeing: Tensor                  # (B, T) the queries that can see a target
+    counts: dict[str, np.ndarray]   # score → (B,) how many positions of each row count
     visible: Visible
 
 
-def layer_scores(statistics: HeadStatistics, tokens: Tensor, queries: Tensor,
-                 first_copy: Tensor | None, window: int | None) -> LayerScores:
-    """One layer's statistics, summed over the rows of its patterns as in attention_scores."""
+def counted_positions(tokens: Tensor, queries: Tensor, first_copy: Tensor | None,
+                      window: int | None) -> CountedPositions:
+    """The positions (B, T) over which attention_scores takes its means."""
     T = tokens.shape[1]
-    keys = torch.arange(1, T + 1, device=tokens.device).clamp(max=window or T)  # (T,) visible ones
-    entropy = torch.where(keys > 1, statistics.entropy / keys.log(), 0)         # 0 with one key
-    statistics = statistics._replace(entropy=entropy)
+    position = torch.arange(T, device=tokens.device)
+    keys = (position + 1).clamp(max=window or T)                                # (T,) visible ones
     matches = visible_matches(tokens, window)                                   # (B, T)
     seeing = queries & (matches > 0)
-    selected = dict.fromkeys(statistics._fields, queries)
-    by_name = statistics._asdict() | {"prefix_matching_visible": statistics.prefix_matching}
-    selected["prefix_matching_visible"] = seeing
+    per_row = [queries.sum(1), seeing.sum(1)]
     if first_copy is not None:
-        by_name["previous_token_later"] = statistics.previous_token
-        selected["previous_token_later"] = queries
-        has_previous = torch.arange(T, device=tokens.device) > 0
-        selected["previous_token"] = first_copy & has_previous
-    rows = {name: head_rows(statistic, selected[name]) for name, statistic in by_name.items()}
-    profile = rows.pop("offset_profile")                        # sums (H, 2 · REACH + 1, B)
-    rows["latest_match"] = RowSums(profile.sums[:, REACH], profile.counts)      # offset 0
-    uniform = ((matches / keys) * seeing).sum() / seeing.sum().clamp(min=1)
-    fraction = seeing.sum() / queries.sum().clamp(min=1)
-    return LayerScores(rows, torch.from_numpy(profile.mean),
-                       Visible(fraction.item(), uniform.item()))
+        first_copy = first_copy & (position > 0)                # the first token has no previous
+        per_row.append(first_copy.sum(1))
+    uniform = ((matches / keys) * seeing).sum().item()
+    n_queries, n_seeing, *n_first = torch.stack(per_row).cpu().numpy()
+    counts = dict.fromkeys(SCORES, n_queries) | {"prefix_matching_visible": n_seeing}
+    if n_first:
+        counts["previous_token"] = n_first[0]
+    visible = Visible(float(n_seeing.sum() / max(1, n_queries.sum())),
+                      uniform / max(1, int(n_seeing.sum())))
+    return CountedPositions(keys.log(), queries.float(),
+                            None if first_copy is None else first_copy.float(), seeing.float(),
+                            counts, visible)
 
 
-def head_rows(statistic: Tensor, selected: Tensor) -> RowSums:
-    """A statistic (B, H, T, …), of each row summed over the positions that `selected` (B, T)
-    selects: sums (H, …, B), counts (B,)."""
-    sums = torch.einsum("bht...,bt->h...b", statistic, selected.to(statistic.dtype))
-    return RowSums(sums.cpu().double().numpy(), selected.sum(1).cpu().numpy())
+class LayerSums(NamedTuple):
+    """On the model's device, so that no layer waits for it."""
+
+    sums: dict[str, Tensor]     # score → (H, B), over the positions that count
+    profile: Tensor             # (H, 2 · REACH + 1), over all rows
+
+
+def layer_sums(statistics: HeadStatistics, counted: CountedPositions) -> LayerSums:
+    """One layer's statistics, summed over the rows of its patterns that count."""
+    log_keys = counted.log_keys
+    entropy = torch.where(log_keys > 0, statistics.entropy / log_keys, 0)       # 0 with one key
+    by_name = statistics._replace(entropy=entropy)._asdict()
+    profile = by_name.pop("offset_profile")
+    by_name["latest_match"] = profile[..., REACH]                               # offset 0
+    # All in one product: a GPU is done with each long before Python has started the next.
+    together = torch.einsum("nbht,bt->nhb", torch.stack([*by_name.values()]), counted.queries)
+    sums = dict(zip(by_name, together))
+    if counted.first_copy is not None:
+        sums["previous_token_later"] = sums["previous_token"]
+        sums["previous_token"] = row_sum(statistics.previous_token, counted.first_copy)
+    sums["prefix_matching_visible"] = row_sum(statistics.prefix_matching, counted.seeing)
+    return LayerSums(sums, torch.einsum("bhto,bt->ho", profile, counted.queries))
+
+
+def row_sum(statistic: Tensor, weight: Tensor) -> Tensor:
+    """A statistic (B, H, T) summed with `weight` (B, T) over each row: (H, B)."""
+    return torch.einsum("bht,bt->hb", statistic, weight)
 
 
 def visible_matches(tokens: Tensor, window: int | None) -> Tensor:
@@ -222,8 +252,8 @@ def copying(model: GPT, tokens: Tensor) -> RowSums:
         logits = v @ writers(model, layer) @ unembed[:, None].mT                # (B, H, n read, n)
         change = logits - logits.mean(-1, keepdim=True)
         score = share_on_read(change.relu()) - share_on_read((-change).relu())  # (B, H, n)
-        scores.append(score.sum(2).T.cpu().double())                            # (H, B)
-    rows = torch.stack(scores).numpy()
+        scores.append(score.sum(2).T)                                           # (H, B)
+    rows = torch.stack(scores).cpu().double().numpy()
     return RowSums(rows, np.full(rows.shape[-1], tokens.shape[1] - 1))
 
 

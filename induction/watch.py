@@ -6,7 +6,7 @@ it and without it gives the same run, bit for bit.
 
 from collections.abc import Sequence
 
-from induction.behaviour import behaviour
+from induction.behaviour import behaviour_of_both
 from induction.knockout import knock_out
 from induction.metrics import (
     ACCURACY,
@@ -48,7 +48,7 @@ class HeadWatch:
         best = float(self.measured.scores["prefix_matching"].max())
         self.history.append((tokens_seen, best))
         metrics = as_metrics(self.model_config, self.measured)
-        begun, bare = (behaviour(model, probe) for probe in live_rows(self.probes, 2))
+        begun, bare = behaviour_of_both(model, live_rows(self.probes, 2))
         metrics |= {ACCURACY: begun.accuracy, ACCURACY_BARE: bare.accuracy,
                     KNOWN_LOSS: (begun.loss_known + bare.loss_known) / 2}
         all_tokens, all_best = zip(*self.history)
@@ -78,9 +78,8 @@ def as_metrics(model_config: ModelConfig, measured: Measured) -> Metrics:
     metrics: Metrics = {LOSS_FIRST: measured.loss_first, LOSS_SECOND: measured.loss_second}
     heads = heads_of(model_config)
     for score, values in measured.scores.items():
-        for head in heads:
-            metrics[score_key(score, head)] = round(values[head].item(), 4)
-    for head in heads:
-        profile = measured.offset_profile[head].tolist()
+        for head, value in zip(heads, values.flatten().tolist()):
+            metrics[score_key(score, head)] = round(value, 4)
+    for head, profile in zip(heads, measured.offset_profile.flatten(0, 1).tolist()):
         metrics[offset_profile_key(head)] = [round(weight, 4) for weight in profile]
     return metrics

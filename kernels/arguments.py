@@ -65,13 +65,17 @@ def descriptor(tensor: Tensor, rows: int, dims: int) -> TensorDescriptor:
     Made without triton's checks, which take 3 µs for each of a call's up to nine descriptors:
     `for_tma` has checked the same.
     """
-    shape, strides = list(tensor.shape), list(tensor.stride())
-    if 1 in shape:                          # the stride of a dimension of 1 may have any value
-        strides[:3] = [16 if n == 1 else stride for stride, n in zip(strides[:3], shape)]
     made = object.__new__(TensorDescriptor)
-    made.__dict__ = {"base": tensor, "shape": shape, "strides": strides,
-                     "block_shape": [1, 1, rows, dims]}
+    made.__dict__ = descriptor_fields(tensor, rows, dims)
     return made
+
+
+def descriptor_fields(tensor: Tensor, rows: int, dims: int) -> dict[str, Any]:
+    """The attributes of a descriptor."""
+    shape, strides = tensor.shape, tensor.stride()
+    if 1 in shape:                          # the stride of a dimension of 1 may have any value
+        strides = (*[16 if n == 1 else stride for n, stride in zip(shape, strides)][:3], 1)
+    return {"base": tensor, "shape": shape, "strides": strides, "block_shape": [1, 1, rows, dims]}
 
 
 def for_pointers(tensor: Tensor) -> Tensor:

@@ -179,8 +179,10 @@ def cdiv(a: int, b: int) -> int:
 
 
 def readable(*tensors: Tensor) -> list[Tensor]:
-    """(B, heads, positions, D) tensors as kernels can read them: almost always unchanged."""
-    return [for_tma(t) if has_tma(t) else for_pointers(t) for t in tensors]
+    """(B, heads, positions, D) tensors of one dtype as kernels can read them: almost always
+    unchanged."""
+    made_readable = for_tma if has_tma(tensors[0]) else for_pointers
+    return [made_readable(t) for t in tensors]
 
 
 def query_grid(q: Tensor) -> GridOf:
@@ -291,7 +293,11 @@ def start(kernel: JITFunction, like: Tensor, grid: Grid, arguments: list[Any],
     with torch.cuda.device_of(like):
         if compiled is None:
             return kernel[grid](*arguments, **options, enable_fp_fusion=True)
-        compiled[grid](*arguments)
+        driver = triton.runtime.driver.active
+        stream = driver.get_current_stream(like.get_device())
+        # What `compiled[grid](*arguments)` does, without triton's hooks for profilers: 5 µs less.
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
+                     *arguments)
         return compiled
 
 

@@ -75,6 +75,7 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int,
     unread = list(range(len(rows)))             # rows whose text the cache does not hold
     cache: KVCache | None = None
     chosen = torch.empty(0)                     # the newest token of each row
+    ahead: Tensor | None = None                 # the next logits, if their step started early
     while True:
         # Logits of each row's next token: (B, V).
         for n in unread:
@@ -86,16 +87,24 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int,
                 # Rows become ragged once a waiting prompt enters: compile that program at once.
                 cache.make_ragged()
         else:
-            logits = decode_one_token(model, chosen, cache, compiled_step)
+            logits = (decode_one_token(model, chosen, cache, compiled_step) if ahead is None
+                      else ahead)
             if unread:
                 new_cache, logits[unread] = prefill(model, [rows[n] for n in unread], capacity)
                 cache.replace_rows(unread, new_cache)
 
         # The next token of each row.
-        draws = torch.from_numpy(np.array([next(row.random) for row in rows])).to(logits.device)
-        chosen = choose(logits[:, :n_vocab].float(), sampling, draws,
+        draws = torch.from_numpy(np.array([next(row.random) for row in rows]))
+        chosen = choose(logits[:, :n_vocab].float(), sampling,
+                        draws.to(logits.device, non_blocking=True),
                         [row.tokens for row in rows])                           # (B,)
-        next_tokens = chosen.tolist()
+        read_tokens = start_reading(chosen)
+        # A GPU starts the next step now, unless a row is certain to end or to be read anew.
+        ahead = None
+        if compiled_step and compiled_step.on_gpu and all(
+                row.ended or (row.n_new + 1 < max_tokens and row.n_held < n_ctx) for row in rows):
+            ahead = compiled_step(chosen[:, None], cache)[:, 0]
+        next_tokens = read_tokens()
         yield {row.number: token for row, token in zip(rows, next_tokens) if not row.ended}
 
         # Rows that end make room for waiting prompts; places that nobody takes are dropped.
@@ -109,6 +118,21 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_tokens: int,
             cache = cache.select_rows(active)
             unread = [active.index(n) for n in unread]
             rows, chosen = [rows[n] for n in active], chosen[active]
+
+
+def start_reading(tokens: Tensor) -> Callable[[], list[int]]:
+    """Start to copy tokens (B,) to the CPU; the returned function waits for them, and not for what
+    a GPU is given to do in between."""
+    if not tokens.is_cuda:
+        return tokens.tolist
+    copy, copied = tokens.to("cpu", non_blocking=True), torch.cuda.Event()
+    copied.record()
+
+    def wait() -> list[int]:
+        copied.synchronize()
+        return copy.tolist()
+
+    return wait
 
 
 def prefill(model: GPT, rows: Sequence["Row"], capacity: int,

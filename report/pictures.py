@@ -16,29 +16,38 @@ SMALLEST = 96           # pixels of a pattern's side
 AXES = "rows: queries, columns: keys; darker: more attention"
 
 
-def shade(pattern: np.ndarray) -> np.ndarray:
-    """A pattern (T, T) uint8 as colours (T, T, 3) uint8, by its square root: attention spread over
-    ten tokens stays visible."""
-    level = np.sqrt(pattern / 255.0) * (len(RAMP) - 1)
+def colours() -> np.ndarray:
+    """The colour of each weight 0 … 255, by its square root: attention spread over ten tokens stays
+    visible. (256, 3) uint8."""
+    level = np.sqrt(np.arange(256) / 255) * (len(RAMP) - 1)
     steps = np.arange(len(RAMP))
-    colour = np.stack([np.interp(level, steps, RAMP[:, c]) for c in range(3)], axis=-1)
-    colour[np.triu_indices(len(pattern), 1)] = FUTURE           # keys that the query does not see
-    return colour.astype(np.uint8)
+    return np.stack([np.interp(level, steps, RAMP[:, c]) for c in range(3)], -1).astype(np.uint8)
 
 
-def pattern_image(pattern: np.ndarray, side: int = SMALLEST) -> Image.Image:
-    """A pattern as an image of about `side` pixels, each entry a square of whole pixels; a pattern
-    with more entries than that keeps its own size."""
-    factor = max(1, round(side / len(pattern)))
-    size = factor * len(pattern)
-    return Image.fromarray(shade(pattern)).resize((size, size), Image.Resampling.NEAREST)
+COLOURS = colours()
+
+
+def shade(patterns: np.ndarray) -> np.ndarray:
+    """Patterns (…, T, T) uint8 as colours (…, T, T, 3) uint8."""
+    colour = COLOURS.take(patterns, axis=0)
+    colour[..., ~np.tri(patterns.shape[-1], dtype=bool), :] = FUTURE    # unseen by their queries
+    return colour
+
+
+def enlarged(colour: np.ndarray, side: int = SMALLEST) -> Image.Image:
+    """Colours (T, T, 3) as an image of about `side` pixels, each entry a square of whole pixels; a
+    pattern with more entries than that keeps its own size."""
+    factor = max(1, round(side / len(colour)))
+    size = factor * len(colour)
+    return Image.fromarray(colour).resize((size, size), Image.Resampling.NEAREST)
 
 
 def mosaic(patterns: np.ndarray) -> np.ndarray:
     """The patterns (L, H, T, T) uint8 of all heads with their names, one row per layer, layer 0 at
     the bottom: (height, width, 3) uint8."""
     L, H = patterns.shape[:2]
-    size, gap, label = pattern_image(patterns[0, 0]).width, 8, 16
+    shaded = shade(patterns)
+    size, gap, label = enlarged(shaded[0, 0]).width, 8, 16
     width, height = gap + H * (size + gap), gap + L * (size + label + gap) + label
     picture = Image.new("RGB", (max(300, width), height), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
@@ -47,14 +56,14 @@ def mosaic(patterns: np.ndarray) -> np.ndarray:
         for index in range(H):
             x, y = gap + index * (size + gap), gap + (L - 1 - layer) * (size + label + gap)
             draw.text((x, y), str(Head(layer, index)), INK, font)
-            picture.paste(pattern_image(patterns[layer, index]), (x, y + label))
+            picture.paste(enlarged(shaded[layer, index]), (x, y + label))
             draw.rectangle((x - 1, y + label - 1, x + size, y + label + size), outline=LINE)
     return np.asarray(picture)
 
 
 def portrait(pattern: np.ndarray, title: str, side: int = 320) -> np.ndarray:
     """One head's pattern with a line of text above: (height, width, 3) uint8."""
-    image = pattern_image(pattern, side)
+    image = enlarged(shade(pattern), side)
     picture = Image.new("RGB", (image.width + 24, image.height + 60), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((12, 10), title, INK, ImageFont.load_default(13))

@@ -15,7 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from errors import UserError, first_line
 
@@ -99,8 +99,9 @@ class PatternRecorder:
 
 def score_table(config: ModelConfig, measured: Measured) -> Table:
     """All scores as a table, one row per head."""
-    rows = [[str(head), *(round(values[head].item(), 4) for values in measured.scores.values())]
-            for head in heads_of(config)]
+    columns = [values.flatten().tolist() for values in measured.scores.values()]
+    rows = [[str(head), *(round(value, 4) for value in row)]
+            for head, *row in zip(heads_of(config), *columns)]
     return ["head", *measured.scores], rows
 
 
@@ -134,18 +135,17 @@ def read_passages(model: GPT, passages: list[Tensor],
 
     `document_start`: the token that begins a document, if documents must not see each other.
     """
-    readings = Readings([], [], [])
-    for passage in passages:
-        with taps(model, "L*.pattern") as acts:
-            final = model.hidden(passage[None],
-                                 segments=document_ids(passage[None], document_start))[0]
-        stacked = torch.stack([acts[f"L{layer}.pattern"][0]
-                               for layer in range(model.config.n_layers)])      # (L, H, T, T)
-        losses, right = predictions(model, final[:-1], passage[1:])
-        readings.patterns.append((stacked.float() * 255).round().byte().cpu().numpy())
-        readings.losses.append(losses.cpu().numpy())
-        readings.right.append(right.cpu().numpy())
-    return readings
+    if len({len(passage) for passage in passages}) > 1:
+        alone = [read_passages(model, [passage], document_start) for passage in passages]
+        return Readings(*([part for parts in same for part in parts] for same in zip(*alone)))
+    tokens = torch.stack(passages)                                              # (B, T)
+    with taps(model, "L*.pattern") as acts:
+        final = model.hidden(tokens, segments=document_ids(tokens, document_start))
+    patterns = torch.stack([acts[f"L{layer}.pattern"] for layer in range(model.config.n_layers)], 1)
+    losses, right = (values.view(len(tokens), -1).cpu().numpy() for values in predictions(
+        model, final[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()))
+    return Readings(list((patterns.float() * 255).round().byte().cpu().numpy()), list(losses),
+                    list(right))
 
 
 def spell(ids: Tensor, tokenizer: Tokenizer) -> list[str]:
@@ -174,12 +174,17 @@ class SnapshotFolder:
             json.dump(entries, file)
 
     def save(self, snapshot: PatternSnapshot) -> None:
-        arrays: dict[str, Any] = {f"pattern_{n}": lower_triangles(pattern)
-                                  for n, pattern in enumerate(snapshot.patterns)}
+        arrays = {"tokens": np.array(snapshot.tokens)}
+        arrays |= {f"pattern_{n}": lower_triangles(pattern)
+                   for n, pattern in enumerate(snapshot.patterns)}
         arrays |= {f"loss_{n}": losses for n, losses in enumerate(snapshot.losses or [])}
         arrays |= {f"right_{n}": right for n, right in enumerate(snapshot.right or [])}
-        with atomic_write(self.folder / f"{snapshot.step:06d}.npz") as file:
-            np.savez_compressed(file, tokens=snapshot.tokens, **arrays)
+        # Not `np.savez_compressed`: its level takes six times as long for 3 to 14% fewer bytes.
+        with (atomic_write(self.folder / f"{snapshot.step:06d}.npz") as file,
+              zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive):
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w") as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
 
     @property
     def passages(self) -> list[Passage]:

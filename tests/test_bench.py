@@ -124,6 +124,7 @@ def test_train(dry_run):
     row = json.loads((dry_run / "train.json").read_text())["rows"][0]
     ours, matrices = row["arms"]["ours, AdamW"], 4 * 12 * 128 ** 2 + 257 * 128
     assert row["flops"] == pytest.approx(6 * 768 * matrices, rel=0.05)      # the rest is attention
+    assert ours["in_a_row_ms"] == pytest.approx(ours["passes_ms"] + ours["update_ms"])      # a CPU
     assert row["products_ms"] > 0 and ours["passes_ms"] > 0 and ours["of_matrix_rate"] > 0
 
 

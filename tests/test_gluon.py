@@ -4,7 +4,7 @@ What the compiler makes of it, for which no GPU is needed, tests/test_ahead_of_t
 """
 
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import cycle
 
 import gluon_machine
@@ -45,6 +45,23 @@ def device(monkeypatch):
         monkeypatch.setitem(launch.forced, "forward_gluon", SMALL)
     elif gpu_family(torch.device(DEVICE, 0)) != "hopper":
         pytest.skip("needs a Hopper GPU")
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 100, 64), (1, 4, 100, 64), (1, 1, 1, 16)])
+def test_a_descriptor_is_what_gluon_makes_with_its_checks(shape):
+    B, H, T, D = shape
+    tensor = torch.zeros(B, T, H, D, dtype=torch.bfloat16, device=DEVICE).transpose(1, 2)
+    made = flash_gluon.described(tensor, 64, 128)
+    checked = flash_gluon.TensorDescriptor(tensor, made.shape, made.strides, [1, 1, 64, 128],
+                                           made.layout)
+    for field in fields(checked):
+        assert getattr(made, field.name) is getattr(checked, field.name) or (
+            list(getattr(made, field.name)) == list(getattr(checked, field.name)))
+    assert made.shape == tensor.shape
+    assert all(stride == own for n, stride, own in zip(shape, made.strides, tensor.stride())
+               if n > 1)
+    # Gluon takes 10 µs to work a layout out, and every call has three tensors.
+    assert flash_gluon.described(tensor, 64, 128).layout is made.layout
 
 
 def run(case: Case, q, k, v, tile: Tile | None = None) -> tuple[torch.Tensor, torch.Tensor]:

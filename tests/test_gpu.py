@@ -6,9 +6,10 @@ import pytest
 import torch
 from commands import command, succeeds
 from conftest import metrics
-from small_models import perturbed_model
+from small_models import perturbed_model, tokens_by_row
 
 from model.compiled import GRAIN, CompiledStep
+from model.generate import Sampling, generate, start_reading
 from model.kv_cache import KVCache
 
 pytestmark = [pytest.mark.gpu,
@@ -49,3 +50,40 @@ def test_replayed_steps_compute_what_the_model_computes():
             assert expected.std() > 0.1                     # a new model's logits are all zero
             assert (replayed - expected).abs().max() < 1e-3 * expected.std()
     assert len(step.graphs) == 2
+
+
+class WaitedFor:
+    """A compiled step as `generate` sees it on a CPU: it starts when the tokens have been read."""
+
+    on_gpu = False
+
+    def __init__(self, step: CompiledStep):
+        self.step, self.new_cache = step, step.new_cache
+
+    def __call__(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        return self.step(tokens, cache)
+
+
+def test_a_step_that_starts_early_changes_no_token():
+    """Rows end at different times, others take their places, and contexts overflow."""
+    model = perturbed_model(n_layers=2, d_model=128, n_ctx=32, vocab_size=257).cuda().pack()
+    prompts, step = [[1, 2, 3], [7], [4] * 9, [5, 6], [8, 3, 1]], CompiledStep(model)
+
+    def texts(compiled_step: CompiledStep | WaitedFor) -> list[list[int]]:
+        return tokens_by_row(generate(model, prompts, 40, Sampling(), seed=5, ends=range(8),
+                                      slide=True, batch_size=2, compiled_step=compiled_step), 5)
+
+    early = texts(step)
+    assert texts(WaitedFor(step)) == early
+    assert len({len(text) for text in early}) > 1
+
+
+def test_reading_tokens_does_not_wait_for_later_work():
+    tokens = torch.arange(5, device="cuda")
+    cycles = int(1.5e9)                                     # about a second
+    torch.cuda._sleep(1000)
+    torch.cuda.synchronize()
+    read = start_reading(tokens)
+    torch.cuda._sleep(cycles)
+    assert read() == [0, 1, 2, 3, 4]
+    assert not torch.cuda.current_stream().query()          # the work still runs

@@ -21,6 +21,8 @@ from small_models import (
 
 from data.byte_bpe import bytes_tokenizer
 from model.generate import Sampling, choose, generate
+from model.gpt import GPT
+from model.kv_cache import KVCache
 from sample import Continuation
 
 
@@ -206,6 +208,53 @@ def test_prompts_that_take_the_places_of_others_are_continued_as_if_alone(shape,
     expected = recomputed(model, slide)
     for batch_size in (1, 3, 8):
         assert generated(model, slide, batch_size) == expected, batch_size
+
+
+class StepOfGPU:
+    """A CompiledStep as `generate` sees it on a GPU: it starts steps before it reads tokens."""
+
+    on_gpu = True
+
+    def __init__(self, model: GPT):
+        self.model, self.order = model, []
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        return KVCache(self.model.config, batch, capacity)
+
+    def __call__(self, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        self.order.append("step")
+        return self.model(tokens, cache=cache)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("slide", [False, True])
+def test_a_step_that_starts_early_changes_no_token(shape, slide):
+    model = perturbed_model(n_ctx=16, **shape)
+    expected = recomputed(model, slide)
+    for batch_size in (1, 3, 8):
+        assert generated(model, slide, batch_size, StepOfGPU(model)) == expected, batch_size
+
+
+def test_nor_do_ends_and_draws():
+    model, prompts = perturbed_model(), [[1, 2, 3], [7], [4] * 9, [5, 6], [8, 3, 1]]
+
+    def texts(batch_size: int, step: StepOfGPU | None) -> list[list[int]]:
+        return tokens_by_row(generate(model, prompts, 12, Sampling(), seed=5, ends=[2, 9, 11],
+                                      batch_size=batch_size, compiled_step=step), 5)
+
+    for batch_size in (1, 2, 5):
+        expected = texts(batch_size, None)
+        assert len({len(text) for text in expected}) > 1            # they end at different times
+        assert texts(batch_size, StepOfGPU(model)) == expected
+
+
+def test_a_step_starts_before_tokens_are_read_but_not_after_the_last(monkeypatch):
+    model = perturbed_model()
+    step = StepOfGPU(model)
+    monkeypatch.setattr("model.generate.start_reading",
+                        lambda tokens: lambda: step.order.append("read") or tokens.tolist())
+    assert len(continue_one(model, [1, 2], 3, compiled_step=step)) == 3
+    assert step.order == ["step", "read", "step", "read", "read"]
 
 
 def test_a_waiting_rows_draws_depend_only_on_its_number():

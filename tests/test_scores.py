@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_probes import PROBE, SEGMENTED, V
 
-from induction.behaviour import behaviour, icl_score
+from induction.behaviour import behaviour, behaviour_of_both, icl_score
 from induction.probes import Probe, repeats, unrepeated
 from induction.scores import (
     SCORES,
@@ -16,7 +16,8 @@ from induction.scores import (
     composition,
     copying,
     copying_eigenvalues,
-    layer_scores,
+    counted_positions,
+    layer_sums,
     measure,
     qk_trace,
     visible_matches,
@@ -144,6 +145,14 @@ def test_visible_matches_are_counted(window):
             assert counts[b, i] == len(visible), (b, i)
 
 
+def test_layers_with_the_same_window_count_their_rows_once(monkeypatch):
+    windows = []
+    monkeypatch.setattr("induction.scores.visible_matches",
+                        lambda tokens, window: windows.append(window) or torch.ones_like(tokens))
+    attention_scores(make_model(n_layers=5, window=[8, None]), PROBE.tokens, PROBE.queries)
+    assert len(windows) == 2 and set(windows) == {8, None}
+
+
 def test_a_windowed_head_is_judged_on_what_it_sees():
     """Periods 8 … 24, a window of 16: a perfect head meets every target that it sees."""
     probe = repeats([8, 20, 24], 60, np.arange(99), 99, rows=3)
@@ -154,8 +163,9 @@ def test_a_windowed_head_is_judged_on_what_it_sees():
     q, k = wanted[:, None] * T ** 0.5, torch.eye(T).expand(len(x), 1, T, T)
     _, lse = attention(q, k, k, window=16, return_lse=True)
     rows = head_statistics(q, k, lse, x, window=16)
-    measured, _, visible = layer_scores(rows, x, probe.queries, probe.first_copy, 16)
-    scores = {name: score.mean.item() for name, score in measured.items()}
+    counted = counted_positions(x, probe.queries, probe.first_copy, 16)
+    sums, visible = layer_sums(rows, counted).sums, counted.visible
+    scores = {name: (sums[name].sum() / counted.counts[name].sum()).item() for name in sums}
     assert scores["prefix_matching"] == pytest.approx(visible.fraction, abs=1e-6)
     assert 0.3 < visible.fraction < 0.6
     assert scores["prefix_matching_visible"] == pytest.approx(1, abs=1e-5)
@@ -267,6 +277,16 @@ def test_behaviour_is_what_the_logits_say():
         assert found.loss_first == pytest.approx(np.mean(losses[False]), rel=1e-5)
         assert found.gain == pytest.approx(found.loss_first - found.loss_known)
         assert found.chance == pytest.approx(np.mean([1 / n for n in probe.blocks.tolist()]))
+
+
+def test_both_kinds_of_rows_are_read_in_one_pass(monkeypatch):
+    model, passes, hidden = make_model(seed=3, n_ctx=64), [], GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda *arguments, **options: (
+        passes.append(1) or hidden(*arguments, **options)))
+    found = behaviour_of_both(model, SEGMENTED.rows(slice(5)))
+    assert len(passes) == 1
+    for measured, probe in zip(found, SEGMENTED.rows(slice(5))):
+        assert measured[:5] == pytest.approx(behaviour(model, probe)[:5], rel=1e-6)
 
 
 def test_the_icl_score_is_late_minus_early():
