@@ -1,5 +1,7 @@
 """What a model predicts: its losses on a probe, how often it is right, its ICL score on text."""
 
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -44,16 +46,41 @@ def repeat_gain(first: np.ndarray | float, known: np.ndarray | float,
     return np.minimum(first, guessing) - known
 
 
-class Behaviour(NamedTuple):
-    """How well a model predicts the tokens of a probe that can be known."""
+@dataclass(frozen=True)
+class Behaviour:
+    """How well a model predicts the tokens of a probe that can be known. Intervals are computed
+    when they are asked for: the live measurement does without."""
 
-    accuracy: Estimate      # how often the likeliest token is the right one
-    loss_first: Estimate    # nats per token in the block
-    loss_known: Estimate
-    gain: Estimate          # the difference, in nats: what repeating is worth to the model
-    chance: float           # accuracy of a random token of the block
-    losses: ProbeLosses     # what these means are made of, row by row
-    right: RowSums
+    probe: Probe
+    losses: ProbeLosses         # of each row
+    right: RowSums              # how often the likeliest known token is the right one
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of a random token of the block."""
+        return self.probe.chance
+
+    @cached_property
+    def rows(self) -> Resampling:
+        return self.probe.resampling
+
+    @cached_property
+    def accuracy(self) -> Estimate:
+        return self.rows.mean(self.right, FRACTION)
+
+    @cached_property
+    def loss_first(self) -> Estimate:
+        """Nats per token in the block."""
+        return self.rows.mean(self.losses.first, LOSS)
+
+    @cached_property
+    def loss_known(self) -> Estimate:
+        return self.rows.mean(self.losses.known, LOSS)
+
+    @cached_property
+    def gain(self) -> Estimate:
+        """What repeating is worth to the model, in nats."""
+        return self.rows.difference(self.losses.first, self.losses.known)
 
 
 @torch.no_grad()
@@ -77,10 +104,7 @@ def behaviour_from(model: GPT, probe: Probe, final: Tensor) -> Behaviour:
     known, accuracy = by_row(losses, probe.known), by_row(right, probe.known)
     losses, _ = predictions(model, final[probe.unknown], targets[probe.unknown])
     first = by_row(losses, probe.unknown)
-    rows = probe.resampling
-    return Behaviour(rows.mean(accuracy, FRACTION), rows.mean(first, LOSS), rows.mean(known, LOSS),
-                     rows.difference(first, known), probe.chance, ProbeLosses(first, known),
-                     accuracy)
+    return Behaviour(probe, ProbeLosses(first, known), accuracy)
 
 
 def predictions(model: GPT, final: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

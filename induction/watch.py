@@ -49,8 +49,9 @@ class HeadWatch:
         self.history.append((tokens_seen, best))
         metrics = as_metrics(self.model_config, self.measured)
         begun, bare = behaviour_of_both(model, live_rows(self.probes, 2))
-        metrics |= {ACCURACY: begun.accuracy, ACCURACY_BARE: bare.accuracy,
-                    KNOWN_LOSS: (begun.loss_known + bare.loss_known) / 2}
+        known = (begun.losses.known.mean + bare.losses.known.mean) / 2
+        metrics |= {ACCURACY: begun.right.mean.item(), ACCURACY_BARE: bare.right.mean.item(),
+                    KNOWN_LOSS: known.item()}
         all_tokens, all_best = zip(*self.history)
         if rise := transition(all_tokens, all_best):
             metrics[ONSET_TOKENS] = round(rise.onset)
