@@ -51,7 +51,7 @@ PYTEST = "-m pytest -q -p no:cacheprovider"
 TESTED = ("tests/test_flash.py tests/test_decode.py tests/test_head_statistics.py "
           "tests/test_gluon.py tests/test_gpu_kernels.py")
 TESTING = ("pytest", "hypothesis")
-TRAINING = ("pydantic", "yaml", "safetensors", "tiktoken", "tokenizers", "tqdm")
+TRAINING = ("pydantic", "scipy", "yaml", "safetensors", "tiktoken", "tokenizers", "tqdm")
 SIDE_SECONDS = 150
 SIDE_BY_SIDE = (                    # 16 cores have room for them all
     Step("tests", SIDE_SECONDS, f"{PYTEST} -n 8 -m gpu -k 'not reaches' {TESTED}",

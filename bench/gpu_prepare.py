@@ -33,7 +33,7 @@ from kernels.statistics_triton import statistics
 # What the measurements import in addition to torch, triton and numpy, of which a GPU machine has
 # builds of its own.
 PACKAGES = ("pydantic", "pyyaml", "safetensors", "tiktoken", "tokenizers", "filelock", "matplotlib",
-            "pillow", "tqdm", "transformers", "pytest", "pytest-xdist", "pytest-timeout",
+            "pillow", "scipy", "tqdm", "transformers", "pytest", "pytest-xdist", "pytest-timeout",
             "hypothesis")
 NOT_TAKEN = ("torch", "triton", "numpy", "nvidia")
 

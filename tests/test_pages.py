@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import fails
 from conftest import read_records
 from test_heads import HEADS, heads
 
@@ -18,10 +19,15 @@ from model.taps import Head
 from report.figures import score_grids
 
 
-def page_data(page: Path) -> dict:
-    """Everything that a page of one run shows but its patterns."""
+def page_runs(page: Path) -> list[dict]:
+    """Everything that a page shows of each run but the patterns."""
     content = re.search('id="view"[^>]*>(.*?)</script>', page.read_text()).group(1)
-    [run] = json.loads(content)["runs"]
+    return json.loads(content)["runs"]
+
+
+def page_data(page: Path) -> dict:
+    """Of a page of one run."""
+    [run] = page_runs(page)
     return run
 
 
@@ -64,6 +70,20 @@ def test_the_page_of_a_text_shows_the_scores_of_that_text(run):
     data = page_data(run / "report-text.html")
     rows = re.fullmatch(r"all (\d+) rows of the given text", data["scored"]).group(1)
     assert data["passages"][0]["title"] == f"the given text, row 1 of {rows}"
+
+
+def test_several_runs_share_a_page(run):
+    """The whole way, by the command: two runs, one of them without snapshots of its training."""
+    shutil.copytree(run, run.parent / "other")
+    shutil.rmtree(run.parent / "other" / "heads")
+    done = heads("report", "runs/tiny", "runs/other", "--out", "page.html", cwd=run.parent.parent)
+    assert done.returncode == 0 and "page.html" in done.stdout, done.stderr
+    data = page_runs(run.parent.parent / "page.html")
+    assert [view["title"] for view in data] == ["tiny", "other"]
+    assert [len(view["snapshots"]) for view in data] == [3, 1]
+    answers = [view["evidence"]["answers"]["formed"] for view in data]
+    assert answers == ["no", "no"] and data[0]["evidence"]["heads"] == data[1]["evidence"]["heads"]
+    fails(heads("report", "runs/tiny", cwd=run.parent.parent), "--out")
 
 
 def test_a_page_shows_the_scores_of_its_own_steps(run):

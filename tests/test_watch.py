@@ -132,6 +132,25 @@ def test_wandb_holds_every_key_image_table_and_page(workplace):
     assert table["columns"] == ["head", *LOGGED] and [row[0] for row in table["data"]] == HEADS
 
 
+def test_wandb_and_the_console_end_with_the_verdict_that_heads_py_gives(workplace):
+    done = command("train.py", "tiny.yaml", "log.wandb=offline", env={"WANDB_MODE": "offline"})
+    assert done.returncode == 0, done.stderr
+    logged = {key: value for record in wandb_history(Path("runs/tiny"))
+              for key, value in record["history"]["item"].items() if key.startswith("verdict/")}
+    page = Path("runs/tiny/report.html").read_text()
+    assert command("heads.py", "runs/tiny", "--json", "r.json").returncode == 0
+    data = json.loads(Path("r.json").read_text())
+    for name, answer in data["answers"].items():
+        assert logged[f"verdict/{name}"] == answer, name
+    for name, kind in (("accuracy", "begun"), ("accuracy_without_begin", "bare")):
+        number = data["behaviour"][kind]["accuracy"]
+        found = [logged[f"verdict/{name}{end}"] for end in ("", "_low", "_high")]
+        assert found == pytest.approx(list(number.values()), abs=1e-6)
+    assert logged["verdict/summary"] == data["summary"]
+    assert f"verdict    {data['summary']}" in done.stdout
+    assert json.dumps(data["summary"], ensure_ascii=True)[1:-1] in page     # it needs no heads.py
+
+
 def test_tokens_are_spelled_so_that_each_can_be_seen():
     tokenizer = make_tokenizer(DataConfig(tokenizer="bytes").tokenizer, iter(()))
     ids = torch.tensor([256, 7, 65, 10, 200, 127])
