@@ -14,18 +14,14 @@ from tqdm import tqdm
 
 from console import stdout_is_the_result
 from files import atomic_write, explain_disk_errors, must_be_writable
-from induction.examine import (
-    examine_on_rows,
-    examine_run,
-    measure_checkpoints,
-)
+from induction.examine import Examination, examine_on_rows, examine_run, measure_checkpoints
 from induction.history import best_head_history, head_transitions
 from induction.token_rows import TokenRows, given_rows
 from report.activations import chosen_heads, write_activations
 from report.export import as_text, rows_as_json, run_as_json, runs_as_json
 from report.figures import write_figures
 from report.movie import movie_of, write_movie
-from report.page import Examined, pictures_at, probe_view, scores_on_rows, write_report
+from report.page import Examined, Steps, pictures_at, probe_view, scores_on_rows, write_report
 from report.snapshots import SnapshotFolder
 from report.text import describe_visible, findings, head_table, transitions
 from report.tidy import as_csv, history_rows, text_rows, tidy_rows
@@ -45,6 +41,7 @@ def main() -> None:
     records = run.records()
     movie = movie_of(run.folder, run.config, records) if args.movie else None
     rows = given_rows(run, text=args.text, file=args.file, tokens=args.tokens)
+    chosen_heads(args.heads, run.model)                 # a wrong name is said before the work
     with explain_disk_errors(f"writing into {run.folder}",
                              "make room, or copy the run to where you may write"):
         if rows is None:
@@ -58,8 +55,7 @@ def main() -> None:
 def show_probe(args: argparse.Namespace, run: LoadedRun, records: list[Record]) -> None:
     """Examine the heads on repeated random tokens: a table, findings, figures, a page."""
     examination = examine_run(run, progress)
-    verdict, table = examination.verdict, examination.table
-    probes = verdict.probes
+    table, probes = examination.table, examination.verdict.probes
     if args.all_steps:
         known = [tokens for tokens, _ in best_head_history(records)]    # measured during training
         records = sorted([*records, *measure_checkpoints(run, probes, known)],
@@ -79,21 +75,25 @@ def show_probe(args: argparse.Namespace, run: LoadedRun, records: list[Record]) 
         tokens = probes.scored.tokens
         export(args, run, tokens, torch.ones_like(tokens, dtype=torch.bool), probes.note)
 
+    paths, page = draw_run(args, run, records, examination)
+    print(f"\nplots    {', '.join(map(str, paths))}\nlook     {page} in a browser")
+
+
+def draw_run(args: argparse.Namespace, run: LoadedRun, records: list[Record],
+             examination: Examination) -> tuple[list[Path], Path]:
+    """Write figures and the page of a run: their paths."""
+    steps: Steps = "kept"
     name, figures, shown = "report.html", "figures", records
-    newest = run.checkpoint == run.checkpoints()[-1]
     if args.all_steps:
-        name = "report-all-steps.html"
-    elif args.step is not None or not newest:
-        name, figures = f"report-step-{run.step}.html", f"figures-step-{run.step}"
-    patterns: list[Path] | None = checkpoints(args, run)
-    if name == "report.html" and len(SnapshotFolder(run.folder / "heads")):
-        patterns = None         # those kept during training, which may be later than the checkpoint
+        steps, name = "all", "report-all-steps.html"
+    elif args.step is not None or run.checkpoint != run.checkpoints()[-1]:
+        steps, name, figures = "this", f"report-step-{run.step}.html", f"figures-step-{run.step}"
+    elif len(SnapshotFolder(run.folder / "heads")):     # which may be later than the checkpoint
         shown = read_metrics(run.folder / "metrics.jsonl")
-    view = probe_view(run, examination, shown, checkpoints=patterns, all_steps=args.all_steps)
-    if view:
-        write_viewer(run.folder / name, [view])
-    paths = write_figures(run.folder / figures, run.config, records, verdict.measured)
-    print(f"\nplots    {', '.join(map(str, paths))}\nlook     {run.folder / name} in a browser")
+    page = run.folder / name
+    write_viewer(page, [probe_view(run, examination, shown, steps)])
+    measured = examination.verdict.measured
+    return write_figures(run.folder / figures, run.config, records, measured), page
 
 
 def show_rows(args: argparse.Namespace, run: LoadedRun, rows: TokenRows) -> None:
@@ -169,13 +169,8 @@ def report(arguments: list[str]) -> None:
     add_device(parser)
     args = parser.parse_intermixed_args(arguments)
     must_be_writable(args.out, "--out")
-    views = []
-    for run in opened(args):
-        kept = len(SnapshotFolder(run.folder / "heads")) and run.checkpoint == run.checkpoints()[-1]
-        view = probe_view(run, examine_run(run), run.records(), runs_in_page=len(args.runs),
-                          checkpoints=None if kept else [run.checkpoint])
-        if view:
-            views.append(view)
+    views = [probe_view(run, examine_run(run), run.records(), runs_in_page=len(args.runs))
+             for run in opened(args)]
     with explain_disk_errors(f"--out {args.out}", "name a file in an existing folder"):
         write_viewer(Path(args.out), views)
     print(f"look     {args.out} in a browser")

@@ -259,9 +259,7 @@ def report_heads(run: Run, model: GPT, tokenizer: Tokenizer) -> Verdict | None:
 def report_finished(run: LoadedRun) -> Verdict:
     """Examine the heads of a finished run, and write report.html with the verdict."""
     examination = examine_run(run)
-    view = probe_view(run, examination, run.records())
-    assert view is not None, "a run that watched its heads has kept a snapshot of its last step"
-    write_viewer(run.folder / "report.html", [view])
+    write_viewer(run.folder / "report.html", [probe_view(run, examination, run.records())])
     return examination.verdict
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -72,24 +72,32 @@ def write_report(folder: Path, config: Config, records: list[Record],
     return folder / name
 
 
-def probe_view(run: LoadedRun, examination: Examination, records: list[Record], *,
-               checkpoints: list[Path] | None = None, all_steps: bool = False,
-               runs_in_page: int = 1) -> View | None:
-    """What a page shows of a run that was examined on the probe. None if there is no snapshot.
+Steps = Literal["kept", "this", "all"]
 
-    checkpoints     whose patterns are shown; None: what the run kept while it trained
-    all_steps       show the scores at all these checkpoints, which are in the records
+
+def probe_view(run: LoadedRun, examination: Examination, records: list[Record],
+               steps: Steps = "kept", runs_in_page: int = 1) -> View:
+    """What a page shows of a run that was examined on the probe.
+
+    steps       whose patterns: those kept during training (if there are any, and this is the newest
+                checkpoint), those of this checkpoint, or those of all checkpoints, at which
+                `records` has the scores
     """
     table, probe = examination.table, examination.verdict.probes.scored
     examined = Examined(PROBE, "second copy", run.step, table.ablated,
                         evidence=run_as_json(examination))
-    if checkpoints is None:
-        return run_view(run.folder, run.config, records, examined, runs_in_page=runs_in_page)
-    if not all_steps:
+    if steps == "kept" and run.checkpoint == run.checkpoints()[-1]:
+        view = run_view(run.folder, run.config, records, examined, runs_in_page=runs_in_page)
+        if view is not None:
+            return view
+    if steps != "all":
         examined = examined._replace(scores=as_curves({run.state["tokens"]: table.scores}))
+    checkpoints = run.checkpoints() if steps == "all" else [run.checkpoint]
     example, title = probe.example(run.config.model.n_ctx)
-    return run_view(run.folder, run.config, records, examined,
+    view = run_view(run.folder, run.config, records, examined,
                     pictures=pictures_at(run, checkpoints, example, title))
+    assert view is not None             # it has pictures
+    return view
 
 
 def run_view(folder: Path, config: Config, records: list[Record], examined: Examined | None = None,
