@@ -27,6 +27,8 @@ from report.figures import GREY, Axes, Figure, figure
 
 PAGES = ROOT / "docs" / "studies"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+CAPTION = ("Each line is a seed. The points above the lines are mean onsets, with 95% intervals over "
+           "seeds. Loss by position, if shown, is the mean over seeds with its 95% band.")
 
 
 def draw(results: Results) -> Figure:
@@ -57,7 +59,8 @@ def draw(results: Results) -> Figure:
     right.set(xlabel="million tokens seen", ylabel="second-copy loss, nats per token",
               ylim=(0, min(right.get_ylim()[1], 8)))
     if on_text:
-        rest[0].set(xlabel="position in held-out text", xscale="log",
+        rest[0].set(xlabel="position in held-out text", xscale="log", xticks=(1, 10, 100),
+                    xticklabels=("1", "10", "100"),
                     ylabel="loss minus that of the first token, nats")
     drawn.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=len(results),
                  frameon=False, fontsize=8)
@@ -89,7 +92,7 @@ def write_page(name: str, markdown: str, drawn: Figure) -> Path:
     PAGES.mkdir(parents=True, exist_ok=True)
     with atomic_write(PAGES / f"{name}.svg") as file:
         drawn.savefig(file, format="svg", metadata={"Date": None})
-    return renew_results(name, f"{markdown}\n\n![curves]({name}.svg)")
+    return renew_results(name, f"{markdown}\n\n![curves]({name}.svg)\n\n{CAPTION}")
 
 
 def renew_results(name: str, markdown: str) -> Path:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from bench.study_runs import Condition
 from induction.examine import judge_run
 from induction.history import icl_transition
-from induction.intervals import over_seeds
+from induction.intervals import FRACTION, LOSS, over_seeds
 from induction.metrics import ICL_SCORE
 from induction.phase import Transition
 from induction.verdict import Verdict
@@ -139,14 +141,22 @@ def removed_by_edges(o: Outcome) -> float | None:
     return None if knockouts is None else knockouts.begun.gain_removed
 
 
-MEANS: dict[str, tuple[Callable[[Outcome], float | None], Callable[[float], str]]] = {
-    "right with begin token": (lambda o: o.verdict.behaviour.begun.accuracy, percent),
-    "without": (lambda o: o.verdict.behaviour.bare.accuracy, percent),
-    "prefix matching": (lambda o: o.verdict.best, two_digits),
-    "onset, M tokens": (lambda o: o.verdict.transition and o.verdict.transition.onset / 1e6,
-                        two_digits),
-    "second copy": (lambda o: o.verdict.measured.loss_second, two_digits),
-    "without induction edges": (removed_by_edges, percent),
+class Mean(NamedTuple):
+    """A number of which the mean over seeds is shown."""
+
+    value: Callable[[Outcome], float | None]
+    form: Callable[[float], str]
+    limits: tuple[float, float]         # of what it can be
+
+
+MEANS = {
+    "right with begin token": Mean(lambda o: o.verdict.behaviour.begun.accuracy, percent, FRACTION),
+    "without": Mean(lambda o: o.verdict.behaviour.bare.accuracy, percent, FRACTION),
+    "prefix matching": Mean(lambda o: o.verdict.best, two_digits, FRACTION),
+    "onset, M tokens": Mean(lambda o: o.verdict.transition and o.verdict.transition.onset / 1e6,
+                            two_digits, LOSS),
+    "second copy": Mean(lambda o: o.verdict.measured.loss_second, two_digits, LOSS),
+    "without induction edges": Mean(removed_by_edges, percent, (-np.inf, 1.0)),
 }
 Results = dict[Condition, list[Outcome]]
 Column = dict[Condition, str]
@@ -164,19 +174,20 @@ def tables(results: Results) -> str:
     parts = [table(first | columns(results, FORMED)), table(columns(results, NEEDED))]
     if any(len(outcomes) > 1 for outcomes in results.values()):
         parts += ["Means over seeds, with 95% intervals (Student's t):",
-                  table({heading: {condition: mean_over_seeds([value(o) for o in outcomes], form)
+                  table({heading: {condition: mean_over_seeds(outcomes, mean)
                                    for condition, outcomes in results.items()}
-                         for heading, (value, form) in MEANS.items()})]
+                         for heading, mean in MEANS.items()})]
     return "\n\n".join(markdown for markdown in parts if markdown)
 
 
-def mean_over_seeds(values: Sequence[float | None], form: Callable[[float], str]) -> str:
+def mean_over_seeds(outcomes: Sequence[Outcome], mean: Mean) -> str:
     """0.86 (0.83 to 0.90), of the seeds that have a value; their number, if not all do."""
+    values = [mean.value(o) for o in outcomes]
     there = [value for value in values if value is not None]
     if not there:
         return ""
     few = "" if len(there) == len(values) else f", {len(there)} of {len(values)}"
-    return with_interval(over_seeds(there), form) + few
+    return with_interval(over_seeds(there, mean.limits), mean.form) + few
 
 
 def answers(outcomes: list[Outcome]) -> str:

@@ -191,12 +191,13 @@ def students_t(degrees: int) -> float:
     return float(stdtrit(degrees, (1 + LEVEL) / 2))
 
 
-def over_seeds(values: Sequence[float]) -> Estimate:
-    """The mean of one number per seed, and the interval of that mean by Student's t. It supposes
-    that seeds scatter about normally: of numbers near a limit, or that jump, look at each seed."""
+def over_seeds(values: Sequence[float], limits: tuple[float, float] = NO_LIMITS) -> Estimate:
+    """The mean of one number per seed, and the interval of that mean by Student's t, within the
+    limits of what it can be. It supposes that seeds scatter about normally: of numbers near a
+    limit, or that jump, look at each seed."""
     seeds = np.array([float(value) for value in values])
     mean = seeds.mean()
     if len(seeds) < 2:
         return Estimate(mean)
     half = students_t(len(seeds) - 1) * seeds.std(ddof=1) / len(seeds) ** 0.5
-    return Estimate(mean, mean - half, mean + half)
+    return Estimate(mean, *np.clip([mean - half, mean + half], *limits))

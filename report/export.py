@@ -59,8 +59,10 @@ def condition_as_json(condition: str, verdicts: Sequence[Verdict]) -> Json:
     onsets = [verdict.transition.onset for verdict in verdicts if verdict.transition]
     return {"condition": condition, "runs": [verdict.run for verdict in verdicts],
             "formed": [verdict.answer for verdict in verdicts],
-            "accuracy": number(over_seeds([verdict.behaviour.accuracy for verdict in verdicts])),
-            "prefix_matching": number(over_seeds([verdict.best for verdict in verdicts])),
+            "accuracy": number(over_seeds([verdict.behaviour.accuracy for verdict in verdicts],
+                                          FRACTION)),
+            "prefix_matching": number(over_seeds([verdict.best for verdict in verdicts],
+                                                 FRACTION)),
             "onset": number(over_seeds(onsets)) if onsets else None}
 
 

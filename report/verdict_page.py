@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from induction.ablation import INPUTS, Path
-from induction.intervals import over_seeds
+from induction.intervals import FRACTION, over_seeds
 from induction.mechanism import Peak
 from induction.phase import INDUCTION_HEAD, Transition
 from induction.verdict import (
@@ -163,7 +163,7 @@ def measured_accuracy(runs: list[Verdict]) -> str:
                 f"{with_interval(bare, percent)} without it, {chance:.0%} by chance")
     accuracies = [accuracy for run in runs
                   for accuracy in (run.behaviour.begun.accuracy, run.behaviour.bare.accuracy)]
-    mean = over_seeds([run.behaviour.accuracy for run in runs])
+    mean = over_seeds([run.behaviour.accuracy for run in runs], FRACTION)
     return (f"{spread(accuracies, percent)} of known tokens right, {chance:.0%} by chance; on the "
             f"worse kind of rows on average {with_interval(mean, percent)} over the seeds")
 

@@ -136,6 +136,8 @@ def test_seeds_have_students_interval():
     half = 3.182446 * np.std(values, ddof=1) / 2
     assert (mean, mean.low, mean.high) == pytest.approx((2, 2 - half, 2 + half))
     assert students_t(9) == pytest.approx(2.2622, abs=5e-5)
+    near_one = over_seeds([1.0, 0.99, 0.7], (0, 1))
+    assert near_one.low < 0.7 and near_one.high == 1
 
 
 def test_loss_by_position_is_the_mean_over_windows():
