@@ -27,8 +27,8 @@ from report.figures import GREY, Axes, Figure, figure
 
 PAGES = ROOT / "docs" / "studies"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
-CAPTION = ("Each line is a seed. The points above the lines are mean onsets, with 95% intervals over "
-           "seeds. Loss by position, if shown, is the mean over seeds with its 95% band.")
+CAPTION = ("Each line is a seed. The points above the lines are mean onsets, with 95% intervals "
+           "over seeds.\nLoss by position, if shown, is the mean over seeds with its 95% band.")
 
 
 def draw(results: Results) -> Figure:
