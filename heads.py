@@ -14,10 +14,17 @@ from tqdm import tqdm
 
 from console import stdout_is_the_result
 from files import atomic_write, explain_disk_errors, must_be_writable
-from induction.examine import Examination, examine_on_rows, examine_run, measure_checkpoints
+from induction.examine import (
+    Examination,
+    apart_if_unlike,
+    examine_on_rows,
+    examine_run,
+    measure_checkpoints,
+    probes_for,
+)
 from induction.history import best_head_history, head_transitions
 from induction.token_rows import TokenRows, given_rows
-from report.activations import chosen_heads, write_activations
+from report.activations import check_size, chosen_heads, write_activations
 from report.export import as_text, rows_as_json, run_as_json, runs_as_json
 from report.figures import write_figures
 from report.movie import movie_of, write_movie
@@ -27,6 +34,7 @@ from report.text import describe_visible, findings, head_table, transitions
 from report.tidy import as_csv, history_rows, text_rows, tidy_rows
 from report.verdict_page import verdict_page
 from report.viewer import write_viewer
+from training.checkpoint import find_checkpoint
 from training.device import choose_device
 from training.loaded_run import LoadedRun, load_run
 from training.logger import Record, read_metrics
@@ -41,7 +49,9 @@ def main() -> None:
     records = run.records()
     movie = movie_of(run.folder, run.config, records) if args.movie else None
     rows = given_rows(run, text=args.text, file=args.file, tokens=args.tokens)
-    chosen_heads(args.heads, run.model)                 # a wrong name is said before the work
+    if args.export:                                     # mistakes are said before the work
+        tokens = probes_for(run).scored.tokens if rows is None else rows.tokens
+        check_size(Path(args.export), run.model, chosen_heads(args.heads, run.model), tokens)
     with explain_disk_errors(f"writing into {run.folder}",
                              "make room, or copy the run to where you may write"):
         if rows is None:
@@ -104,8 +114,8 @@ def show_rows(args: argparse.Namespace, run: LoadedRun, rows: TokenRows) -> None
     print(head_table(text.table, title, {}))
     print(f"\n{describe_visible(text)}")
     if args.json:
-        write_text(args.json, "--json",
-                   as_text(rows_as_json(run.config, run.step, title, text)))
+        scores = rows_as_json(run.config, run.step, title, len(rows.tokens), text)
+        write_text(args.json, "--json", as_text(scores))
     if args.csv:
         write_text(args.csv, "--csv", as_csv(text_rows(run.config, run.step, text)))
     if args.export:
@@ -124,7 +134,8 @@ def show_rows(args: argparse.Namespace, run: LoadedRun, rows: TokenRows) -> None
 def export(args: argparse.Namespace, run: LoadedRun, tokens: torch.Tensor, real: torch.Tensor,
            rows: str) -> None:
     """Write what the heads compute on these rows."""
-    about = {"run": run.config.run, "step": str(run.step), "rows": rows}
+    about = {"run": run.config.run, "step": str(run.step), "rows": rows,
+             "scale": str(run.config.model.head_size ** -0.5)}
     with explain_disk_errors(f"--export {args.export}", "name a file where there is room"):
         write_activations(Path(args.export), run.model, tokens, real,
                           chosen_heads(args.heads, run.model), about)
@@ -144,11 +155,10 @@ def verdict(arguments: list[str]) -> None:
     parser.add_argument("--csv", metavar="FILE", help="also write them as tidy rows")
     add_device(parser)
     args = parser.parse_intermixed_args(arguments)
-    for option in ("out", "json", "csv"):
-        must_be_writable(getattr(args, option), f"--{option}")
+    different_files(args, ("out", "json", "csv"))
     if not args.out:
         stdout_is_the_result()
-    examinations = [examine_run(run) for run in opened(args)]
+    examinations = apart_if_unlike([examine_run(run) for run in opened(args)])
     page = verdict_page([examination.verdict for examination in examinations])
     print(page)
     if args.out:
@@ -177,10 +187,16 @@ def report(arguments: list[str]) -> None:
 
 
 def opened(args: argparse.Namespace) -> Iterator[LoadedRun]:
-    """Each of the runs in turn: only one model is held at a time."""
+    """Each of the runs in turn: only one model is held at a time. Raises UserError, before the
+    first, for a run that is not there or is named twice."""
     device = choose_device(args.device, "--device ")
-    for where in tqdm(args.runs, "examining", unit=" runs", delay=2, leave=False):
-        yield load_run(where, device=device)
+    found = [find_checkpoint(where) for where in args.runs]
+    for where, checkpoint in zip(args.runs, found):
+        if found.count(checkpoint) > 1:
+            raise UserError(f"{where} is named twice: a run is no seed beside itself\n"
+                            "  name each run once")
+    for checkpoint in tqdm(found, "examining", unit=" runs", delay=2, leave=False):
+        yield load_run(checkpoint, device=device)
 
 
 # --- pieces ---------------------------------------------------------------------------------------
@@ -207,8 +223,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(
         "python heads.py", description="Score every attention head of a run, ablate each, and "
         "write runs/NAME/report.html to look at their patterns.",
-        epilog="python heads.py verdict runs/A runs/B …   did induction heads form?   python "
-        "heads.py report runs/A runs/B … --out page.html   several runs in one page")
+        epilog="Of several runs: `python heads.py verdict runs/A runs/B …` says whether induction "
+        "heads formed, `python heads.py report runs/A runs/B … --out page.html` shows them in one "
+        "page.")
     add = parser.add_argument
     add("run", help="runs/NAME, or a checkpoint in it: runs/NAME/checkpoints/000500")
     add("--step", type=int, metavar="N", help="the checkpoint of step N (default: the newest), in "
@@ -223,8 +240,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--csv", metavar="F", help="write every score of every head as tidy rows; with --all-steps "
         "also those measured during training")
     add("--export", metavar="F", help="write q, k, v, z, lse and patterns to F, in safetensors")
-    add("--heads", nargs="+", metavar="HEAD", default=[], help="the heads to export: L1H3, or L1 "
-        "for a whole layer (default: all)")
+    add("--heads", metavar="HEADS", help="the heads to export, as L0H1,L1: a layer is all of "
+        "its heads (default: all)")
     add("--movie", action="store_true", help="write runs/NAME/heads.gif: the strongest head's "
         "pattern over training")
     add_device(parser)
@@ -235,9 +252,21 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError("--step and --all-steps exclude each other: name one")
     if args.heads and not args.export:
         raise UserError("--heads chooses what --export writes: name a file with --export")
-    for option in ("json", "csv", "export"):
-        must_be_writable(getattr(args, option), f"--{option}")
+    different_files(args, ("json", "csv", "export"))
     return args
+
+
+def different_files(args: argparse.Namespace, options: Iterable[str]) -> None:
+    """Raise UserError if one of these files cannot be written, or if two are the same."""
+    seen: dict[Path, str] = {}
+    for option in options:
+        name = getattr(args, option)
+        must_be_writable(name, f"--{option}")
+        if name is not None:
+            other = seen.setdefault(Path(name).absolute(), option)
+            if other != option:
+                raise UserError(f"--{other} and --{option} name the same file {name}\n"
+                                "  give each a file of its own")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

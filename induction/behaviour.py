@@ -16,6 +16,8 @@ from induction.probes import Pair, Probe
 from model.cross_entropy import chunk_rows, cross_entropies
 from model.gpt import GPT
 
+PASS_TOKENS = 2 ** 14       # in a forward pass over text
+
 
 class ProbeLosses(NamedTuple):
     """Losses on a probe, in nats, row by row."""
@@ -144,11 +146,19 @@ def text_loss(model: GPT, text: Batch, begin: int) -> TextLoss | None:
     if len(tokens) == 0:
         return None
     shifted = torch.cat([torch.full_like(tokens[:, :1], begin), tokens[:, :-1]], dim=1)
-    bare = all_targets(model.losses(tokens[:, :-2], tokens[:, 1:-1]))       # of tokens 1 … T − 2
-    begun = all_targets(model.losses(shifted[:, :-1], shifted[:, 1:])[:, 1:])   # of the same
+    # Of tokens 1 … T − 2, both times.
+    bare = all_targets(losses_in_parts(model, tokens[:, :-2], tokens[:, 1:-1]))
+    begun = all_targets(losses_in_parts(model, shifted[:, :-1], shifted[:, 1:])[:, 1:])
     windows = Resampling.of_rows(len(tokens))
     return TextLoss(windows.mean(begun, LOSS), windows.mean(bare, LOSS),
                     windows.difference(begun, bare))
+
+
+def losses_in_parts(model: GPT, tokens: Tensor, targets: Tensor) -> Tensor:
+    """The losses (B, T) of many windows, a few in each forward pass."""
+    rows = max(1, PASS_TOKENS // tokens.shape[1])
+    return torch.cat([model.losses(*part)
+                      for part in zip(tokens.split(rows), targets.split(rows))])
 
 
 def all_targets(losses: Tensor) -> RowSums:

@@ -116,6 +116,23 @@ def examine_run(run: LoadedRun, progress: ProgressBar = iter) -> Examination:
     return Examination(run.config, run.step, run.state["tokens"], table, verdict, composition)
 
 
+def apart_if_unlike(examinations: list[Examination]) -> list[Examination]:
+    """The same examinations, but runs whose names promise one condition form several if their
+    configs differ by more than the seed, or if they were examined at different steps: each run is
+    then a condition of its own."""
+    def settings(examination: Examination) -> str:
+        config = examination.config.model_dump_json(include={
+            "model": True, "data": True, "optimizer": True, "train": {"steps", "batch_tokens"}})
+        return f"{examination.step} {config}"
+
+    kinds: dict[str, set[str]] = {}
+    for examination in examinations:
+        kinds.setdefault(examination.verdict.condition, set()).add(settings(examination))
+    return [examination if len(kinds[examination.verdict.condition]) == 1
+            else examination._replace(verdict=examination.verdict._replace(
+                condition=examination.verdict.run)) for examination in examinations]
+
+
 def key_composition(model: GPT, head: Head) -> KeyComposition | None:
     """The earlier head that composes most with the keys of `head`; None in the first layer."""
     strengths: dict[Head, float] = {}
@@ -184,7 +201,9 @@ def judge_run(run: LoadedRun, progress: ProgressBar = iter) -> Verdict:
     if not finished:
         name += f" (at step {run.step:,} of {steps:,})"
     # Documents that must not see each other would need their own edges and their own begin tokens.
-    text = None if data.mask_documents else run.validation(64)
+    text = None
+    if not data.mask_documents:         # the windows of an evaluation: they give its ICL score
+        text = run.validation(max(1, run.config.eval.tokens // shape.n_ctx))
     # One layer cannot form induction heads, unless its keys are smeared; a single period can be
     # learned by position. An unfinished run shows nothing yet.
     control = shape.n_layers == 1 and not shape.smear and not fixed_period and finished

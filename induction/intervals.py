@@ -16,8 +16,9 @@ from torch import Tensor
 
 LEVEL = 0.95
 RESAMPLES = 1000
-SMALLEST_ERROR = 0.2    # of a draw, as a part of the estimate's own: if only one row fails, a draw
-                        # without it has none, and the interval would have no end
+LEAST_UNITS = 5         # fewer say too little: intervals would be too narrow
+SMALLEST_ERROR = 0.2    # least standard error of a draw, in those of the estimate: if only one row
+                        # fails, draws without it have none, and the interval would have no end
 Statistic = Callable[..., np.ndarray]       # of means (…), an array of the same shape
 NO_LIMITS, FRACTION, LOSS = (-np.inf, np.inf), (0.0, 1.0), (0.0, np.inf)
 
@@ -88,7 +89,7 @@ class Resampling:
         """units     (B,) which draw each row comes from: rows with the same blocks go together
         strata       (B,) the kind of each row
         """
-        self.draws = resampled(tuple(units), tuple(strata))
+        self.units, self.strata = np.array(units), np.array(strata)
 
     @classmethod
     def of_rows(cls, n: int) -> "Resampling":
@@ -98,43 +99,34 @@ class Resampling:
     def bounds(self, statistic: Statistic, *rows: RowSums,
                limits: tuple[float, float] = NO_LIMITS) -> Bounds:
         """The interval of a function of means over the same rows, within the limits of what it can
-        be; NaN if it is unknown."""
-        of_row = self.draws.unit_of_row
-        parts = [row.sums @ of_row for row in rows]
-        parts += [np.broadcast_to(row.counts, row.sums.shape) @ of_row for row in rows]
-        units = np.stack(parts, axis=-2)                                # (…, 2 · means, units)
-        if units.shape[-1] < 2:
-            unknown = np.full(units.shape[:-2], np.nan)
+        be; NaN if it is unknown. Rows in which nothing counts say nothing, and fewer than
+        LEAST_UNITS draws are too few."""
+        parts = [row.sums for row in rows]
+        parts += [np.broadcast_to(row.counts, row.sums.shape) for row in rows]
+        by_row = np.stack(parts, axis=-2)                               # (…, 2 · means, B)
+        counts = by_row[..., len(rows):, :]
+        counting = (counts > 0).any(tuple(range(counts.ndim - 1)))
+        draws = resampled(tuple(self.units[counting]), tuple(self.strata[counting]))
+        if draws.weights.shape[1] < LEAST_UNITS:
+            unknown = np.full(by_row.shape[:-2], np.nan)
             return Bounds(unknown, unknown)
+        units = by_row[..., counting] @ draws.unit_of_row               # (…, 2 · means, units)
         once = np.ones((1, units.shape[-1]))
         with np.errstate(divide="ignore", invalid="ignore"):
-            estimate, error = self.with_error(statistic, units, once)               # (…, 1)
-            drawn, errors = self.with_error(statistic, units, self.draws.weights)   # (…, RESAMPLES)
+            estimate, error = with_error(statistic, units, draws.members, once)         # (…, 1)
+            drawn, errors = with_error(statistic, units, draws.members, draws.weights)
             t = (drawn - estimate) / np.maximum(errors, SMALLEST_ERROR * error)
             t = np.where(error == 0, 0, t)                              # all rows are alike
-            below, above = np.quantile(t, [(1 + LEVEL) / 2, (1 - LEVEL) / 2], axis=-1)
-            estimate, error = estimate[..., 0], error[..., 0]
-            return Bounds(np.clip(estimate - below * error, *limits),
-                          np.clip(estimate - above * error, *limits))
-
-    def with_error(self, statistic: Statistic, units: np.ndarray,
-                   weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(the number, its standard error) for each row of `weights` (R, units): (…, R) each."""
-        totals = np.moveaxis(units @ weights.T, -2, 0)                  # (2 · means, …, R)
-        sums, counts = np.split(totals, 2)
-        means = sums / counts
-        slopes = np.stack([slope(statistic, means, k) for k in range(len(means))])
-        # How much one more of each sum, and of each count, changes the number: (…, R, 2 · means).
-        influence = np.moveaxis(np.concatenate([slopes / counts, -slopes * means / counts]), 0, -1)
-        products = units[..., :, None, :] * units[..., None, :, :]
-        variance = np.zeros(totals.shape[1:])
-        for members in self.draws.members:
-            n, weight = len(members), weights[:, members].T             # (n, R)
-            first = np.einsum("...rk,...kr->...r", influence, units[..., members] @ weight)
-            second = np.einsum("...rk,...rl,...klr->...r", influence, influence,
-                               products[..., members] @ weight)
-            variance += n / (n - 1) * np.maximum(second - first ** 2 / n, 0)
-        return statistic(*means), np.sqrt(variance)
+            below, above = np.nanquantile(t, [(1 + LEVEL) / 2, (1 - LEVEL) / 2], axis=-1)
+        estimate, error = estimate[..., 0], error[..., 0]
+        low = np.clip(estimate - below * error, *limits)
+        high = np.clip(estimate - above * error, *limits)
+        if limits == FRACTION:
+            # Nothing failed, or everything: what fails less often than this may not have been seen.
+            seldom = 1 - ((1 - LEVEL) / 2) ** (1 / np.maximum(counts[..., 0, :].sum(-1), 1))
+            low = np.where((error == 0) & (estimate == 1), 1 - seldom, low)
+            high = np.where((error == 0) & (estimate == 0), seldom, high)
+        return Bounds(low, high)
 
     def estimate(self, statistic: Statistic, *rows: RowSums,
                  limits: tuple[float, float] = NO_LIMITS) -> Estimate:
@@ -154,6 +146,28 @@ def identity(mean: np.ndarray) -> np.ndarray:
     return mean
 
 
+def with_error(statistic: Statistic, units: np.ndarray, members: list[np.ndarray],
+               weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(a function of means, its standard error) for each row of `weights` (R, units): (…, R) each.
+    `units` (…, 2 · means, units): the sums, then the counts, of each unit; `members`: the units of
+    each kind."""
+    totals = np.moveaxis(units @ weights.T, -2, 0)                      # (2 · means, …, R)
+    sums, counts = np.split(totals, 2)
+    means = sums / counts
+    slopes = np.stack([slope(statistic, means, k) for k in range(len(means))])
+    # How much one more of each sum, and of each count, changes the number: (…, R, 2 · means).
+    influence = np.moveaxis(np.concatenate([slopes / counts, -slopes * means / counts]), 0, -1)
+    products = units[..., :, None, :] * units[..., None, :, :]
+    variance = np.zeros(totals.shape[1:])
+    for kind in members:
+        n, weight = len(kind), weights[:, kind].T                       # (n, R)
+        first = np.einsum("...rk,...kr->...r", influence, units[..., kind] @ weight)
+        second = np.einsum("...rk,...rl,...klr->...r", influence, influence,
+                           products[..., kind] @ weight)
+        variance += n / (n - 1) * np.maximum(second - first ** 2 / n, 0)
+    return statistic(*means), np.sqrt(variance)
+
+
 def slope(statistic: Statistic, means: np.ndarray, k: int) -> np.ndarray:
     """The derivative of a function of means (K, …) by the mean k."""
     step = np.zeros_like(means)
@@ -171,6 +185,8 @@ class Draws(NamedTuple):
 def resampled(units: tuple[int, ...], strata: tuple[int, ...]) -> Draws:
     """Draws from a fixed seed."""
     draw = np.random.default_rng(0)
+    if not units:
+        return Draws(np.zeros((0, 0)), [], np.zeros((RESAMPLES, 0)))
     names, unit_of_row = np.unique(units, return_inverse=True)
     stratum = np.empty(len(names), int)
     stratum[unit_of_row] = strata

@@ -15,7 +15,7 @@ from induction.ablation import (
     path_matrix,
     path_patch,
 )
-from induction.intervals import FRACTION, Estimate, row_sums
+from induction.intervals import FRACTION, LEAST_UNITS, Estimate, row_sums
 from induction.knockout import KnockoutPair, knock_out_each
 from induction.probe_set import Probes
 from induction.probes import Probe
@@ -111,7 +111,7 @@ def mechanism_evidence(model: GPT, probes: Probes, copying: torch.Tensor, eigenv
     if not attending:
         return MechanismEvidence([], uniform, highest_peak(profile), None, everywhere, None, None,
                                  [])
-    n_rows = max(2, PATH_TOKENS // probe.tokens.shape[1])
+    n_rows = max(LEAST_UNITS, PATH_TOKENS // probe.tokens.shape[1])
     few = probes.aperiodic.rows(slice(n_rows)).both
     alone = ablate_each_head(model, few.batch, few.known, few.resampling, progress)
     matching = attention.rows["prefix_matching"]

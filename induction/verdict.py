@@ -21,6 +21,7 @@ from induction.behaviour import (
     TextLoss,
     behaviour,
     in_context_learning,
+    losses_in_parts,
     repeat_gain,
     text_loss,
 )
@@ -42,6 +43,7 @@ MAX_CHANCE = 0.15       # accuracy of a random token of the block above which a 
                         # for the aperiodic probe: some look-backs meet it
 MIN_REMOVED = 0.5       # fraction of the repeat gain that removing the induction edges must remove,
                         # and reading other tokens over them too
+KNOCKOUT_TOKENS = 2 ** 15       # of held-out text, whose edges are removed
 MAX_RANDOM = 0.25       # fraction that removing as many random edges may remove
 
 
@@ -91,6 +93,7 @@ class TransferFinding(NamedTuple):
     text: TextKnockout | None           # the induction edges on held-out text
     text_loss: TextLoss | None          # with the begin token in front of it, and without
     icl: InContextLearning | None       # loss by position on held-out text
+    windows: int                        # of held-out text, on which the losses are
 
 
 class RepeatLosses(NamedTuple):
@@ -263,8 +266,9 @@ def find_transfer(model: GPT, probes: Probes, finding: BehaviourFinding, heads: 
             tokens = "yes" if there and kept else "no"
     on_text, loss, icl = None, None, None
     if text is not None:
-        on_text = knock_out_on_text(model, heads, text)
-        icl = in_context_learning(model.losses(*text))
+        few = max(1, KNOCKOUT_TOKENS // text.tokens.shape[1])       # it makes patterns: slow
+        on_text = knock_out_on_text(model, heads, Batch(text.tokens[:few], text.targets[:few]))
+        icl = in_context_learning(losses_in_parts(model, *text[:2]))
         loss = text_loss(model, text, begin=int(probes.scored.tokens[0, 0]))
     return TransferFinding(periods, by_period, trained, tokens, unseen, on_text, loss,
-                           icl)
+                           icl, 0 if text is None else len(text.tokens))

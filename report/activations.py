@@ -2,14 +2,13 @@
 
     tokens           (B, T) int64
     real             (B, T) bool: False for padding
-    loss             (B, T − 1) float32, nats for each next token
+    loss             (B, T − 1) float32, nats for each next token; NaN for padding
     L1H3.q .k .v .z  (B, T, D) float32: q and k after position encoding, z before W_O
     L1H3.lse         (B, T) float32, the natural log of each row's softmax denominator
     L1H3.pattern     (B, T, T) float32
 """
 
 import re
-from collections.abc import Collection
 from pathlib import Path
 
 from errors import UserError
@@ -28,41 +27,46 @@ BATCH = 16                  # rows in one forward pass
 MOST_BYTES = 4 * 10 ** 9    # a file is made in memory
 
 
-def chosen_heads(names: Collection[str], model: GPT) -> list[Head]:
-    """The heads that names such as L1H3, or L1 for a whole layer, choose; all without names.
+def chosen_heads(names: str | None, model: GPT) -> list[Head]:
+    """The heads that names such as L0H1,L1 choose (L1: the whole layer); all without names.
 
     Raises UserError for a name that the model does not have.
     """
     every = heads_of(model.config)
-    if not names:
+    if names is None:
         return every
     chosen: list[Head] = []
-    for name in names:
+    for name in names.replace(",", " ").split() or [names]:
         match = re.fullmatch(r"L(\d+)(?:H(\d+))?", name)
         heads = [head for head in every if match and head.layer == int(match[1])
                  and match[2] in (None, str(head.index))]
         if not heads:
-            raise UserError(f"--heads {name}: the model has the heads {every[0]} to {every[-1]} "
-                            "(L1H3, or L1 for all heads of layer 1)")
+            raise UserError(f"--heads {name}: the model has the heads {every[0]} to {every[-1]}\n"
+                            "  name some of them, as L0H1,L1 (L1: all heads of layer 1)")
         chosen += [head for head in heads if head not in chosen]
     return chosen
 
 
-@torch.no_grad()
-def write_activations(path: Path, model: GPT, tokens: Tensor, real: Tensor, heads: list[Head],
-                      about: dict[str, str]) -> None:
-    """Write what `heads` compute on tokens (B, T), `real` (B, T) bool; `about` goes into the
-    file's metadata. Raises UserError if the file would have more than MOST_BYTES."""
+def check_size(path: Path, model: GPT, heads: list[Head], tokens: Tensor) -> None:
+    """Raise UserError if what `heads` compute on tokens (B, T) has more than MOST_BYTES."""
     B, T = tokens.shape
     size = 4 * len(heads) * B * T * (4 * model.config.head_size + T + 1)
     if size > MOST_BYTES:
         raise UserError(f"--export {path}: {len(heads)} heads on {B} rows of {T} tokens are "
                         f"{size / 1e9:.1f} GB, at most {MOST_BYTES / 1e9:.0f} are written\n"
                         "  choose heads: --heads L1H3")
+
+
+@torch.no_grad()
+def write_activations(path: Path, model: GPT, tokens: Tensor, real: Tensor, heads: list[Head],
+                      about: dict[str, str]) -> None:
+    """Write what `heads` compute on tokens (B, T), `real` (B, T) bool; `about` goes into the
+    file's metadata. Losses of padding are NaN."""
     parts: dict[str, list[Tensor]] = {"loss": []}
     for rows in tokens.to(model.embed.weight.device).split(BATCH):
         add_rows(parts, model, rows, heads)
     tensors = {name: torch.cat(part) for name, part in parts.items()}
+    tensors["loss"] = tensors["loss"].masked_fill(~real[:, 1:].cpu(), torch.nan)
     content = save({"tokens": tokens.cpu(), "real": real.cpu()} | tensors, about)
     with atomic_write(path) as file:
         file.write(content)

@@ -50,14 +50,16 @@ def runs_as_json(examinations: Sequence[Examination]) -> Json:
     return {"schema": SCHEMA, "versions": versions(),
             "runs": [run_as_json(examination) for examination in examinations],
             "conditions": [condition_as_json(condition, [
-                examination.verdict for examination in examinations
+                examination for examination in examinations
                 if examination.verdict.condition == condition]) for condition in conditions]}
 
 
-def condition_as_json(condition: str, verdicts: Sequence[Verdict]) -> Json:
+def condition_as_json(condition: str, examinations: Sequence[Examination]) -> Json:
     """Runs that differ only by their seed: means with Student's interval over seeds."""
+    verdicts = [examination.verdict for examination in examinations]
     onsets = [verdict.transition.onset for verdict in verdicts if verdict.transition]
-    return {"condition": condition, "runs": [verdict.run for verdict in verdicts],
+    return {"condition": condition,
+            "runs": [examination.config.run for examination in examinations],
             "formed": [verdict.answer for verdict in verdicts],
             "accuracy": number(over_seeds([verdict.behaviour.accuracy for verdict in verdicts],
                                           FRACTION)),
@@ -93,11 +95,12 @@ def run_as_json(examination: Examination) -> Json:
         "rows": [*periodic_rows(verdict), *aperiodic_rows(verdict)]}
 
 
-def rows_as_json(config: Config, step: int, title: str, text: TextScores) -> Json:
+def rows_as_json(config: Config, step: int, title: str, n_rows: int, text: TextScores) -> Json:
     """Of `heads.py RUN --text T --json`, and likewise --file and --tokens."""
     return {"schema": SCHEMA, "run": config.run, "condition": condition_of(config),
             "seed": config.seed, "step": step, "versions": versions(),
-            "model": model_as_json(config), "measured_on": title, **heads_as_json(text.table),
+            "model": model_as_json(config), "measured_on": title, "rows_given": n_rows,
+            **heads_as_json(text.table),
             "visible": [visible_as_json(layer) for layer in text.visible]}
 
 
@@ -244,7 +247,8 @@ def transfer_as_json(transfer: TransferFinding) -> Json:
         "text_loss": None if loss is None else {
             "begun": number(loss.begun), "bare": number(loss.bare),
             "difference": number(loss.difference)},
-        "icl": None if transfer.icl is None else icl_as_json(transfer.icl)}
+        "icl": None if transfer.icl is None else icl_as_json(transfer.icl),
+        "windows": transfer.windows}
 
 
 def icl_as_json(icl: InContextLearning) -> Json:

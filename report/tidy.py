@@ -9,6 +9,7 @@ from typing import Any
 from induction.examine import Examination, HeadScores, TextScores
 from induction.history import score_curves
 from induction.intervals import Estimate
+from induction.knockout import KnockoutPair
 from induction.scores import SCORES
 from model.taps import heads_of
 from training.config import Config
@@ -33,21 +34,27 @@ def tidy_rows(examination: Examination) -> Iterable[Row]:
     config, verdict = examination.config, examination.verdict
     start = (config.run, config.seed, examination.step)
     yield from score_rows(start, examination.table)
-    for kind, behaviour in (("", verdict.behaviour.begun), ("_without_begin",
-                                                            verdict.behaviour.bare)):
+    for kind, behaviour in (("begun", verdict.behaviour.begun), ("bare", verdict.behaviour.bare)):
         for name in ("accuracy", "loss_first", "loss_known", "gain"):
-            yield (*start, "", f"aperiodic/{name}{kind}", *cells(getattr(behaviour, name)))
+            yield (*start, "", f"behaviour/{kind}/{name}", *cells(getattr(behaviour, name)))
     for name, value in verdict.repeat_losses._asdict().items():
-        yield (*start, "", f"repeat/{name}", *cells(value))
-    knockout = verdict.mechanism.evidence.knockout or verdict.mechanism.evidence.everywhere
-    for kind, part in (("", knockout.begun), ("_without_begin", knockout.bare)):
-        for name in ("gain_removed", "by_random", "by_misreading"):
-            if (value := getattr(part, name)) is not None:
-                yield (*start, "", f"knockout/{name}{kind}", *cells(value))
-    for path in verdict.mechanism.evidence.paths:
-        yield (*start, f"{path.sender}>{path.receiver}", f"path/{path.into}", *cells(path.rise))
+        yield (*start, "", f"losses/{name}", *cells(value))
+    evidence = verdict.mechanism.evidence
+    if evidence.knockout:
+        yield from knockout_rows(start, "knockout", evidence.knockout)
+    yield from knockout_rows(start, "knockout_all_heads", evidence.everywhere)
+    for path in evidence.paths:
+        yield (*start, f"{path.sender}>{path.receiver}", f"paths/{path.into}", *cells(path.rise))
     if verdict.transition:
-        yield (*start, "", "onset_tokens", *cells(verdict.transition.onset))
+        yield (*start, "", "transition/onset", *cells(verdict.transition.onset))
+
+
+def knockout_rows(start: tuple, name: str, pair: KnockoutPair) -> Iterable[Row]:
+    for kind, knockout in (("begun", pair.begun), ("bare", pair.bare)):
+        for part in ("gain", "gain_removed", "by_random", "by_misreading", "known"):
+            value = getattr(knockout, part)
+            if value is not None:
+                yield (*start, "", f"{name}/{kind}/{part}", *cells(value))
 
 
 def text_rows(config: Config, step: int, text: TextScores) -> Iterable[Row]:

@@ -61,7 +61,7 @@ def test_looking_at_heads_goes_on_without_a_console(trained, tmp_path):
     scores = tmp_path / "scores.json"
     run = shutil.copytree(trained, tmp_path / "run", symlinks=True)
     succeeds(shell(">&- 2>/dev/full", "heads.py", run, "--text", "abcabc", "--json", scores))
-    assert "L0H0" in json.loads(scores.read_text()) and (run / "report-text.html").exists()
+    assert "L0H0" in json.loads(scores.read_text())["heads"] and (run / "report-text.html").exists()
     verdict = shell(">/dev/full", "heads.py", "verdict", trained)
     fails(verdict, "standard output cannot be written (No space left on device)")
 

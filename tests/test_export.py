@@ -18,7 +18,13 @@ from bench.fooling_models import GALLERY
 from bench.hand_built import DATA, probes
 from induction.ablation import ablate_each_head
 from induction.behaviour import in_context_learning
-from induction.examine import Examination, HeadScores, KeyComposition, probes_for
+from induction.examine import (
+    Examination,
+    HeadScores,
+    KeyComposition,
+    apart_if_unlike,
+    probes_for,
+)
 from induction.phase import transition
 from induction.scores import score_bounds
 from induction.verdict import judge
@@ -124,8 +130,10 @@ def test_a_runs_json_is_what_was_measured(run):
     assert data["losses"]["second"]["value"] == pytest.approx(second, abs=1e-5)
     bare = [row for row in data["rows"] if row["probe"] == "aperiodic" and not row["begin"]]
     assert len(bare) == data["probes"]["aperiodic"]["rows"] == 64
-    text = opened.validation(64)
+    text = opened.validation(1024 // 32)
     icl = in_context_learning(opened.model.losses(*text))
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").open()][-1]["icl/score"]
+    assert logged == pytest.approx(icl.score, abs=1e-5)             # as training measured it
     assert data["transfer"]["icl"]["score"]["value"] == pytest.approx(icl.score, abs=1e-6)
     by_period = pandas.DataFrame(data["by_period"])
     weights = [sum(row["block"] == int(period) for row in periodic) for period in by_period]
@@ -161,11 +169,11 @@ def test_tidy_rows_hold_the_same_numbers(examined, tmp_path):
             assert rows.loc[name, ["low", "high"]].tolist() == pytest.approx(interval)
     whole = mine[mine["head"].isna()].set_index("score")
     behaviour = data["behaviour"]["bare"]["accuracy"]
-    assert whole.loc["aperiodic/accuracy_without_begin", ["value", "low", "high"]].tolist() == (
+    assert whole.loc["behaviour/bare/accuracy", ["value", "low", "high"]].tolist() == (
         pytest.approx(list(behaviour.values())))
     knockout = data["mechanism"]["knockout"]["begun"]["gain_removed"]
-    assert whole.loc["knockout/gain_removed"].value == pytest.approx(knockout["value"])
-    paths = mine[mine.score == "path/k"].set_index("head").value.to_dict()
+    assert whole.loc["knockout/begun/gain_removed"].value == pytest.approx(knockout["value"])
+    paths = mine[mine.score == "paths/k"].set_index("head").value.to_dict()
     assert paths == pytest.approx({
         f"{path['sender']}>{path['receiver']}": path["rise"]["value"]
         for path in data["mechanism"]["paths"] if path["into"] == "k"})
@@ -190,7 +198,7 @@ def test_a_history_has_every_measured_step(run):
 def test_exported_activations_are_those_of_the_model(run):
     """Read by numpy: the pattern is the softmax of q and k, z is the pattern's mean of v, and the
     losses are the model's."""
-    done = heads(run, "--export", run / "a.safetensors", "--heads", "L1H2", "L0")
+    done = heads(run, "--export", run / "a.safetensors", "--heads", "L1H2,L0")
     assert done.returncode == 0 and "a.safetensors" in done.stdout, done.stderr
     acts, opened = load_file(run / "a.safetensors"), load_run(run)
     with safe_open(run / "a.safetensors", "np") as file:
@@ -224,13 +232,31 @@ def test_the_users_own_rows_are_exported_with_their_padding(run):
     acts, table = load_file(run / "a.safetensors"), pandas.read_csv(run / "t.csv")
     assert acts["tokens"].tolist() == [[1, 2, 3, 1, 2, 3], [4, 5, 4, 0, 0, 0]]
     assert acts["real"].sum(1).tolist() == [6, 3] and "L1H3.q" in acts
+    assert np.isnan(acts["loss"]).tolist() == [[False] * 5, [False] * 2 + [True] * 3]
     assert set(table["head"]) == set(HEADS) and "prefix_matching_visible" in set(table.score)
 
 
 def test_mistakes_of_an_export_are_said_before_the_work(run):
-    fails(heads(run, "--export", run / "a", "--heads", "L2H0"), "--heads L2H0", "L0H0 to L1H3")
-    fails(heads(run, "--export", run / "a", "--heads", "first"), "--heads first", "L1H3, or L1")
-    fails(heads(run, "--heads", "L0"), "--heads", "--export")
-    late = heads(run, "--csv", run / "no" / "such.csv")
-    fails(late, "--csv")
-    assert not late.stdout
+    for wrong, named in ((("--export", run / "a", "--heads", "L2H0"), "--heads L2H0"),
+                         (("--export", run / "a", "--heads", "L0,first"), "--heads first"),
+                         (("--export", run / "a", "--heads", ""), "L0H0 to L1H3"),
+                         (("--heads", "L0"), "--export"),
+                         (("--csv", run / "no" / "such.csv"), "--csv"),
+                         (("--csv", run / "a", "--json", run / "a"), "the same file")):
+        done = heads(run, *wrong)
+        fails(done, named)
+        assert not done.stdout
+    fails(heads("verdict", run, run / "checkpoints" / "000012"), "named twice", "once")
+    missing = heads("verdict", run, run.parent / "no")
+    fails(missing, "no such run")
+    assert not missing.stdout
+
+
+def test_runs_that_are_no_seeds_of_each_other_form_no_condition(examined):
+    other = examined[1]._replace(config=examined[1].config.model_copy(update={
+        "train": TrainConfig(batch_tokens=4080, steps=7)}))
+    conditions = runs_as_json(apart_if_unlike([examined[0], other]))["conditions"]
+    assert [condition["condition"] for condition in conditions] == ["honest-s0", "honest-s1"]
+    early = examined[1]._replace(step=50)
+    assert len(runs_as_json(apart_if_unlike([examined[0], early]))["conditions"]) == 2
+    assert apart_if_unlike(examined) == examined

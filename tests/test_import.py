@@ -201,7 +201,7 @@ def test_imported_models_are_sampled_measured_and_judged(hf_models, tmp_path):
         assert '"prompt": "the quick", "text": "' in sampled.stdout
         measured = succeeds(command("heads.py", run, "--json", f"{name}.json", cwd=tmp_path))
         assert f"{run} at step 0, on random tokens" in measured.stdout
-        assert len(json.loads((tmp_path / f"{name}.json").read_text())) == 12
+        assert len(json.loads((tmp_path / f"{name}.json").read_text())["heads"]) == 12
     verdict = succeeds(command("heads.py", "verdict", *(f"runs/{name}" for name in names),
                                cwd=tmp_path))
     assert "Did induction heads form?" in verdict.stdout

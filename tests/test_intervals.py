@@ -103,16 +103,41 @@ def test_periods_are_no_chance():
     by_period = Resampling(range(6), [8, 8, 8, 11, 11, 11]).mean(levels)
     assert (by_period.low, by_period, by_period.high) == (3, 3, 3)
     assert Resampling.of_rows(6).mean(levels).high > 4
-    single = Resampling(range(3), [8, 9, 9]).mean(levels.of(np.arange(6) < 3))   # no row to compare
-    assert single.has_interval
+    single = Resampling(range(6), [8, 9, 9, 9, 9, 9]).mean(levels)      # 8 has no row to compare
+    assert single.has_interval and single.high > 4
 
 
 def test_what_cannot_be_known_is_said_to_be_unknown():
     one = Resampling.of_rows(1).mean(RowSums(np.array([3.0]), np.array([2])))
     assert one == 1.5 and not one.has_interval
     assert not over_seeds([0.5]).has_interval and over_seeds([0.5]) == 0.5
-    alike = Resampling.of_rows(4).mean(RowSums(np.full(4, 2.0), np.full(4, 2)))
+    assert not Resampling.of_rows(4).mean(some_rows(0, 4)).has_interval
+    alike = Resampling.of_rows(5).mean(RowSums(np.full(5, 2.0), np.full(5, 2)))
     assert (alike, alike.low, alike.high) == (1, 1, 1)
+
+
+def test_rows_in_which_nothing_counts_change_nothing():
+    """Of a user's rows many have no token that occurred before."""
+    rows, empty = some_rows(0, 8), np.zeros(3)
+    padded = RowSums(np.append(rows.sums, empty), np.append(rows.counts, empty))
+    alone, beside = Resampling.of_rows(8).mean(rows), Resampling.of_rows(11).mean(padded)
+    assert (beside, beside.low, beside.high) == (alone, alone.low, alone.high)
+    single = RowSums(np.array([3.0, 0, 0, 0, 0, 0]), np.array([5, 0, 0, 0, 0, 0]))
+    assert not Resampling.of_rows(6).mean(single, (0, 1)).has_interval      # one row decides
+
+
+@pytest.mark.parametrize("right", [0.9999, 0.999, 0.98])
+def test_never_to_have_failed_is_no_certainty(right):
+    """16 rows of 40 tokens: of a model that fails once in a thousand tokens most probes see
+    nothing."""
+    draw, rows, held = np.random.default_rng(0), Resampling.of_rows(16), 0
+    for _ in range(DRAWS):
+        accuracy = rows.mean(RowSums(draw.binomial(40, right, 16).astype(float), np.full(16, 40)),
+                             (0, 1))
+        held += accuracy.low <= right <= accuracy.high
+    assert held >= 0.92 * DRAWS
+    never = rows.mean(RowSums(np.zeros(16), np.full(16, 40)), (0, 1))
+    assert never.low == 0 and never.high == pytest.approx(1 - 0.025 ** (1 / 640))
 
 
 def test_one_failure_among_many_rows_has_an_end():

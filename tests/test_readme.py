@@ -59,6 +59,7 @@ RUNS = {                        # page → overrides of the quickstart runs that
     # A movie needs two snapshots.
     "docs/heads.md": [[f"run={name}", "heads.every=1"]
                       for name in ("quickstart", "a", "b", "control")],
+    "docs/exports.md": [[f"run={name}"] for name in ("quickstart", "a-s0", "a-s1", "control-s0")],
     "docs/runs.md": [["run=quickstart"]],
 }
 # Modules that import Gluon, which the fork server's Triton, an interpreter, cannot.
