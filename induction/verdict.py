@@ -43,7 +43,7 @@ MAX_CHANCE = 0.15       # accuracy of a random token of the block above which a 
                         # for the aperiodic probe: some look-backs meet it
 MIN_REMOVED = 0.5       # fraction of the repeat gain that removing the induction edges must remove,
                         # and reading other tokens over them too
-KNOCKOUT_TOKENS = 2 ** 15       # of held-out text, whose edges are removed
+TEXT_TOKENS = 2 ** 14   # of held-out text on which edges are removed, and the begin token is tried
 MAX_RANDOM = 0.25       # fraction that removing as many random edges may remove
 
 
@@ -93,7 +93,7 @@ class TransferFinding(NamedTuple):
     text: TextKnockout | None           # the induction edges on held-out text
     text_loss: TextLoss | None          # with the begin token in front of it, and without
     icl: InContextLearning | None       # loss by position on held-out text
-    windows: int                        # of held-out text, on which the losses are
+    windows: int                        # of held-out text, on which the last is
 
 
 class RepeatLosses(NamedTuple):
@@ -264,11 +264,13 @@ def find_transfer(model: GPT, probes: Probes, finding: BehaviourFinding, heads: 
         if unseen is not None and unseen.answer != "not shown":
             kept = all(new for new, old in zip(unseen.on, finding.on) if old)
             tokens = "yes" if there and kept else "no"
-    on_text, loss, icl = None, None, None
+    on_text, loss, icl, windows = None, None, None, 0
     if text is not None:
-        few = max(1, KNOCKOUT_TOKENS // text.tokens.shape[1])       # it makes patterns: slow
-        on_text = knock_out_on_text(model, heads, Batch(text.tokens[:few], text.targets[:few]))
+        windows, length = text.tokens.shape
         icl = in_context_learning(losses_in_parts(model, *text[:2]))
-        loss = text_loss(model, text, begin=int(probes.scored.tokens[0, 0]))
+        few = max(64, TEXT_TOKENS // length)
+        some_text = Batch(text.tokens[:few], text.targets[:few])
+        on_text = knock_out_on_text(model, heads, some_text)
+        loss = text_loss(model, some_text, begin=int(probes.scored.tokens[0, 0]))
     return TransferFinding(periods, by_period, trained, tokens, unseen, on_text, loss,
-                           icl, 0 if text is None else len(text.tokens))
+                           icl, windows)

@@ -86,12 +86,17 @@ def probe_view(run: LoadedRun, examination: Examination, records: list[Record],
     table, probe = examination.table, examination.verdict.probes.scored
     examined = Examined(PROBE, "second copy", run.step, table.ablated,
                         evidence=run_as_json(examination))
+    now = as_curves({run.state["tokens"]: table.scores})
     if steps == "kept" and run.checkpoint == run.checkpoints()[-1]:
-        view = run_view(run.folder, run.config, records, examined, runs_in_page=runs_in_page)
+        logged = {score: score_curves(records, score, run.config.model) for score in now}
+        # Earlier versions logged fewer scores: then a score is shown at this step only.
+        scores = {score: curve or now[score] for score, curve in logged.items()}
+        view = run_view(run.folder, run.config, records, examined._replace(scores=scores),
+                        runs_in_page=runs_in_page)
         if view is not None:
             return view
     if steps != "all":
-        examined = examined._replace(scores=as_curves({run.state["tokens"]: table.scores}))
+        examined = examined._replace(scores=now)
     checkpoints = run.checkpoints() if steps == "all" else [run.checkpoint]
     example, title = probe.example(run.config.model.n_ctx)
     view = run_view(run.folder, run.config, records, examined,

@@ -86,9 +86,16 @@ def test_paths_are_blue_if_they_help_and_orange_if_they_harm(show):
 def test_bars_are_as_long_as_the_gain_that_is_lost(show):
     page = show(example(evidence=evidence()))
     names = [name for name in page.locator("#bars .name").all_inner_texts() if name]
-    assert names == ["induction edges of these heads", "as many random edges",
-                     "the right tokens over these edges", "induction edges of all heads",
-                     "these heads (mean-ablated)"]
+    assert names == ["without these heads' induction edges", "without as many random edges",
+                     "reading other tokens over them", "without all heads' induction edges",
+                     "these heads mean-ablated"]
+    gains = [evidence()["mechanism"]["knockout"][kind]["gain"]["value"]
+             for kind in ("begun", "bare")]
+    assert page.locator("#bars p").all_inner_texts()[-1] == (
+        f"of a gain of {gains[0]:.2f} nats behind the begin token, {gains[1]:.2f} nats without it")
+    step = evidence()["step"]
+    assert page.locator("#how .examined").all_inner_texts() == [f"at step {step:,}"] * 2
+    assert "faint" not in (page.get_attribute("#bars", "class") or "")
     assert page.locator("#bars .number").all_inner_texts() == [
         "93% (90–96)", "50% (40–60)", "−1% (−4 to 2)", "7%", "102% (98–106)", "97% (94–100)",
         "97% (94–100)", "150% (140–160)"]
@@ -109,6 +116,12 @@ def test_bars_are_as_long_as_the_gain_that_is_lost(show):
     assert "L1H2 attends most 2 tokens before it (0.75)" in findings
     assert any(line.startswith("Previous-token heads L0H3 mean-ablated: +6.10 nats")
                for line in findings)
+
+
+def test_what_is_lost_of_hardly_any_gain_is_faint(show):
+    found = copy.deepcopy(evidence())
+    found["answers"]["behaviour"] = "no"
+    assert "faint" in show(example(evidence=found)).get_attribute("#bars", "class")
 
 
 def test_what_rounds_to_zero_has_no_sign(show):

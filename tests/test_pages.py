@@ -35,7 +35,7 @@ def page_scores(data: dict, snapshot: int = -1) -> dict:
     """The scores beside the patterns of a snapshot, as --json writes them."""
     tokens = data["snapshots"][snapshot]["tokens"]
     at = {name: score["values"][score["tokens"].index(tokens)]
-          for name, score in data["scores"].items()}
+          for name, score in data["scores"].items() if tokens in score["tokens"]}
     return {str(head): {name: values[head.layer][head.index] for name, values in at.items()}
             for head in map(Head._make, np.ndindex(2, 4))}
 

@@ -18,6 +18,9 @@ function buildHow() {
   state.path = paths.reduce((best, path) =>
     !best || Math.abs(path.rise.value) > Math.abs(best.rise.value) ? path : best, null);
   if (!mechanism) return;
+  for (const part of document.querySelectorAll(".examined"))
+    part.textContent = view.evidence.step == null ? ""
+      : `at step ${view.evidence.step.toLocaleString("en")}`;
   buildPaths(paths);
   buildBars(mechanism);
   $("findings").replaceChildren(...findings(mechanism).map(text => make("li", {}, text)));
@@ -110,12 +113,12 @@ function drawPair() {
  *  begin token and without it, or on both kinds of rows together. */
 function removals({ knockout, knockout_all_heads: everywhere, ablation }) {
   const each = (pair, what) => pair && KINDS.map(([kind]) => pair[kind]?.[what] ?? null);
-  return [["induction edges of these heads", each(knockout, "gain_removed")],
-          ["as many random edges", each(knockout, "by_random")],
-          ["the right tokens over these edges", each(knockout, "by_misreading")],
-          ["induction edges of all heads", each(everywhere, "gain_removed")],
-          ...knockout ? [] : [["as many random edges", each(everywhere, "by_random")]],
-          ["these heads (mean-ablated)", ablation && [ablation.gain_removed ?? null]]]
+  return [["without these heads' induction edges", each(knockout, "gain_removed")],
+          ["without as many random edges", each(knockout, "by_random")],
+          ["reading other tokens over them", each(knockout, "by_misreading")],
+          ["without all heads' induction edges", each(everywhere, "gain_removed")],
+          ...knockout ? [] : [["without as many random edges", each(everywhere, "by_random")]],
+          ["these heads mean-ablated", ablation && [ablation.gain_removed ?? null]]]
     .filter(([, values]) => values?.some(n => n?.value != null));
 }
 
@@ -147,6 +150,14 @@ function buildBars(mechanism) {
     .filter(([kind]) => $("bars").querySelector(`.${kind}`))
     .map(([kind, name]) => make("span", {}, make("i", { class: `swatch ${kind}` }), name));
   $("bars").append(make("p", { class: "caption" }, ...legend));
+  const { knockout, knockout_all_heads: everywhere } = mechanism;
+  const gains = KINDS.filter(([kind]) => (knockout ?? everywhere)?.[kind]?.gain)
+    .map(([kind, name]) => `${fixed((knockout ?? everywhere)[kind].gain.value)} nats ${name}`);
+  if (gains.length)
+    $("bars").append(make("p", { class: "caption" }, `of a gain of ${gains.join(", ")}`));
+  // Little is lost of a gain that is hardly there.
+  const answer = view.evidence.answers?.behaviour;
+  $("bars").classList.toggle("faint", ["no", "weak", "not shown"].includes(answer));
   $("bars").hidden = !rows.length;
 }
 
