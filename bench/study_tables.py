@@ -88,7 +88,7 @@ def on_text_edges(field: str) -> Cell:
         text = o.verdict.transfer.text
         if text is None or not o.verdict.mechanism.evidence.roles:
             return None
-        return f"{getattr(text, field):+.3f}"
+        return f"{getattr(text, field):+z.3f}"
     return cell
 
 
@@ -99,7 +99,7 @@ def previous_token(effect: str, into: str | None = None) -> Cell:
         if heads is None:
             return None
         value = getattr(heads, effect)
-        return f"{value if into is None else value[into]:+.2f}"
+        return f"{value if into is None else value[into]:+z.2f}"
     return cell
 
 

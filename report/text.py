@@ -175,7 +175,7 @@ def on_each_kind(knockouts: KnockoutPair, field: str) -> str:
 
 
 def describe_ablation(effect: Effect) -> str:
-    text = f"{rises(effect.known)}, of the first copy by {effect.first_copy:+.2f}"
+    text = f"{rises(effect.known)} and changes that of the first copy by {effect.first_copy:+z.2f}"
     if effect.gain_removed is not None:
         text += f": {with_interval(effect.gain_removed, percent)} of the repeat gain"
     return text
@@ -193,22 +193,22 @@ def rises(nats: float) -> str:
 def describe_previous_token(heads: PreviousTokenHeads) -> str:
     into = heads.into
     return (f"Mean-ablating {listed(heads.heads)} (previous token ≥ {PREVIOUS_TOKEN_HEAD}) "
-            f"{rises(heads.total)}; with all attention patterns fixed: {heads.patterns_kept:+.2f}; "
-            f"only on the direct path into the induction heads' keys: {into['k']:+.2f}, "
-            f"queries: {into['q']:+.2f}, values: {into['v']:+.2f}.")
+            f"{rises(heads.total)}; with all attention patterns fixed: "
+            f"{heads.patterns_kept:+z.2f}; only on the direct path into the induction heads' keys: "
+            f"{into['k']:+z.2f}, queries: {into['q']:+z.2f}, values: {into['v']:+z.2f}.")
 
 
 def strongest_paths(paths: list[Path], most: int = 5) -> str:
     """L0H2 → keys of L1H3 +2.41, …; only those of at least 0.1 nats."""
     strong = sorted((path for path in paths if path.rise >= 0.1), key=lambda path: -path.rise)
     return ", ".join(f"{path.sender} → {INPUT_NAMES[path.into]} of {path.receiver} "
-                     f"{path.rise:+.2f}" for path in strong[:most])
+                     f"{path.rise:+z.2f}" for path in strong[:most])
 
 
 def describe_composition(composition: KeyComposition) -> str:
     head, earlier = composition.head, composition.earlier
     return (f"By the weights, the keys of {head} read the output of {earlier} most (K-composition "
-            f"{composition.k:+.2f} relative to chance). Its queries match their own token, as "
+            f"{composition.k:+z.2f} relative to chance). Its queries match their own token, as "
             f"{earlier} copies it to a key, {composition.qk_trace:.1f} standard deviations more "
             "than other tokens (at distance 0).")
 

@@ -86,7 +86,7 @@ def headline(condition: str, runs: list[Verdict], failing: list[Verdict]) -> str
     if onsets:
         sentence += f" Prefix matching rises from {spread(onsets)} M tokens on"
         if len(onsets) > 1:
-            sentence += f", on average from {with_interval(over_seeds(onsets))}"
+            sentence += f" (mean {with_interval(over_seeds(onsets))})"
         sentence += "."
     return f"{sentence} {transfer_sentence(runs)}"
 
@@ -267,11 +267,11 @@ def mechanism_rows(verdict: Verdict) -> list[Row]:
                          f"{listed(evidence.suppressing)} lower the token they attend to", ""))
     if evidence.previous_token:
         heads = evidence.previous_token
-        into = ", ".join(f"{INPUT_NAMES[part]} {rise:+.2f}" for part, rise in heads.into.items())
+        into = ", ".join(f"{INPUT_NAMES[part]} {rise:+z.2f}" for part, rise in heads.into.items())
         table.append(Row("Are they driven by previous-token heads?",
                          f"mean-ablating {listed(heads.heads)} {rises(heads.total)}; with all "
-                         f"attention patterns fixed {heads.patterns_kept:+.2f}; only on the direct "
-                         f"path into their {into}", ""))
+                         f"attention patterns fixed {heads.patterns_kept:+z.2f}; only on the "
+                         f"direct path into their {into}", ""))
     if paths := strongest_paths(evidence.paths):
         table.append(Row("Which single paths from lower heads matter most?", paths, ""))
     return table
@@ -291,7 +291,7 @@ def path_table(paths: list[Path]) -> list[str]:
         cells = []
         for receiver in receivers:
             rises = [rise.get((sender, receiver, into)) for into in INPUTS]
-            cells.append(" / ".join("–" if value is None else f"{value:+.2f}" for value in rises))
+            cells.append(" / ".join("–" if value is None else f"{value:+z.2f}" for value in rises))
         lines.append(f"| {sender} | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -347,7 +347,7 @@ def text_rows(transfer: TransferFinding) -> list[Row]:
 
 def thousandths(nats: float) -> str:
     """+0.123"""
-    return f"{nats:+.3f}"
+    return f"{nats:+z.3f}"
 
 
 def plural(n: int, noun: str) -> str:

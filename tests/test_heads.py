@@ -80,8 +80,8 @@ def test_sentences_say_what_was_measured():
     two, one = [Head(1, 3), Head(1, 0)], [Head(0, 2)]
     effect = Effect(2.104, 0.25, 0.938)
     assert describe_ablation(effect) == (
-        "raises the loss of known tokens by 2.10 nats, of the first copy by +0.25: 94% of the "
-        "repeat gain")
+        "raises the loss of known tokens by 2.10 nats and changes that of the first copy by +0.25: "
+        "94% of the repeat gain")
     nothing = describe_ablation(effect._replace(known=-0.5, gain_removed=None))
     assert "lowers the loss of known tokens by 0.50 nats" in nothing and "%" not in nothing
     begun = Knockout(two, 6.0, 0.97, 0.02, 0.9, 6.5)
