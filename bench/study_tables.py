@@ -11,7 +11,7 @@ import numpy as np
 from bench.study_runs import Condition
 from induction.examine import judge_run
 from induction.history import icl_transition
-from induction.intervals import FRACTION, LOSS, over_seeds
+from induction.intervals import FRACTION, NONNEGATIVE, over_seeds
 from induction.metrics import ICL_SCORE
 from induction.phase import Transition
 from induction.verdict import Verdict
@@ -154,8 +154,8 @@ MEANS = {
     "without": Mean(lambda o: o.verdict.behaviour.bare.accuracy, percent, FRACTION),
     "prefix matching": Mean(lambda o: o.verdict.best, two_digits, FRACTION),
     "onset, M tokens": Mean(lambda o: o.verdict.transition and o.verdict.transition.onset / 1e6,
-                            two_digits, LOSS),
-    "second copy": Mean(lambda o: o.verdict.measured.loss_second, two_digits, LOSS),
+                            two_digits, NONNEGATIVE),
+    "second copy": Mean(lambda o: o.verdict.measured.loss_second, two_digits, NONNEGATIVE),
     "without induction edges": Mean(removed_by_edges, percent, (-np.inf, 1.0)),
 }
 Results = dict[Condition, list[Outcome]]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.batches import Batch
-from induction.intervals import FRACTION, LOSS, Estimate, Resampling, RowSums, row_sums
+from induction.intervals import FRACTION, NONNEGATIVE, Estimate, Resampling, RowSums, row_sums
 from induction.probes import Pair, Probe
 from model.cross_entropy import chunk_rows, cross_entropies
 from model.gpt import GPT
@@ -73,11 +73,11 @@ class Behaviour:
     @cached_property
     def loss_first(self) -> Estimate:
         """Nats per token in the block."""
-        return self.rows.mean(self.losses.first, LOSS)
+        return self.rows.mean(self.losses.first, NONNEGATIVE)
 
     @cached_property
     def loss_known(self) -> Estimate:
-        return self.rows.mean(self.losses.known, LOSS)
+        return self.rows.mean(self.losses.known, NONNEGATIVE)
 
     @cached_property
     def gain(self) -> Estimate:
@@ -150,7 +150,7 @@ def text_loss(model: GPT, text: Batch, begin: int) -> TextLoss | None:
     bare = all_targets(losses_in_parts(model, tokens[:, :-2], tokens[:, 1:-1]))
     begun = all_targets(losses_in_parts(model, shifted[:, :-1], shifted[:, 1:])[:, 1:])
     windows = Resampling.of_rows(len(tokens))
-    return TextLoss(windows.mean(begun, LOSS), windows.mean(bare, LOSS),
+    return TextLoss(windows.mean(begun, NONNEGATIVE), windows.mean(bare, NONNEGATIVE),
                     windows.difference(begun, bare))
 
 
@@ -197,7 +197,7 @@ def in_context_learning(losses: Tensor) -> InContextLearning:
     positions, first = [], between(edges[0], edges[1])
     for start, stop in pairwise(edges):
         rows = between(start, stop)
-        positions.append(PositionLoss(start, stop, windows.mean(rows, LOSS),
+        positions.append(PositionLoss(start, stop, windows.mean(rows, NONNEGATIVE),
                                       windows.difference(rows, first)))
     score = None
     if spans := icl_spans(T):

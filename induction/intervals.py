@@ -6,6 +6,7 @@ nothing about other seeds of training: only several runs do (`over_seeds`).
 `python -m bench.coverage` checks this on models small enough to know the truth.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -20,7 +21,7 @@ LEAST_UNITS = 5         # fewer say too little: intervals would be too narrow
 SMALLEST_ERROR = 0.2    # least standard error of a draw, in those of the estimate: if only one row
                         # fails, draws without it have none, and the interval would have no end
 Statistic = Callable[..., np.ndarray]       # of means (…), an array of the same shape
-NO_LIMITS, FRACTION, LOSS = (-np.inf, np.inf), (0.0, 1.0), (0.0, np.inf)
+NO_LIMITS, FRACTION, NONNEGATIVE = (-np.inf, np.inf), (0.0, 1.0), (0.0, np.inf)
 
 
 class Estimate(float):
@@ -112,7 +113,8 @@ class Resampling:
             return Bounds(unknown, unknown)
         units = by_row[..., counting] @ draws.unit_of_row               # (…, 2 · means, units)
         once = np.ones((1, units.shape[-1]))
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)             # losses that are not finite
             estimate, error = with_error(statistic, units, draws.members, once)         # (…, 1)
             drawn, errors = with_error(statistic, units, draws.members, draws.weights)
             t = (drawn - estimate) / np.maximum(errors, SMALLEST_ERROR * error)

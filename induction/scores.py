@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from induction.behaviour import ProbeLosses, probe_losses
-from induction.intervals import FRACTION, LOSS, Bounds, Resampling, RowSums, identity
+from induction.intervals import FRACTION, NONNEGATIVE, Bounds, Resampling, RowSums, identity
 from induction.probes import Probe
 from kernels.planes import REACH
 from kernels.statistics import HeadStatistics, head_statistics
@@ -224,7 +224,7 @@ def score_bounds(measured: Measured, probe: Probe) -> dict[str, Bounds]:
 
 def bounds_of(score: str, rows: RowSums, resampling: Resampling) -> Bounds:
     """The interval of one score of all heads: (L, H) each."""
-    limits = {"copying": (-1.0, 1.0), "distance": LOSS}.get(score, FRACTION)
+    limits = {"copying": (-1.0, 1.0), "distance": NONNEGATIVE}.get(score, FRACTION)
     return resampling.bounds(identity, rows, limits=limits)
 
 

@@ -25,7 +25,7 @@ from induction.behaviour import (
     repeat_gain,
     text_loss,
 )
-from induction.intervals import LOSS, Estimate
+from induction.intervals import NONNEGATIVE, Estimate
 from induction.knockout import Knockout, TextKnockout, knock_out_on_text
 from induction.mechanism import MechanismEvidence, mechanism_evidence
 from induction.phase import INDUCTION_HEAD, Transition
@@ -135,7 +135,7 @@ class Verdict(NamedTuple):
     def repeat_losses(self) -> RepeatLosses:
         """Of both copies of the periodic probe, behind the begin token."""
         (first, second), rows = self.measured.losses, self.probes.scored.resampling
-        return RepeatLosses(rows.mean(first, LOSS), rows.mean(second, LOSS),
+        return RepeatLosses(rows.mean(first, NONNEGATIVE), rows.mean(second, NONNEGATIVE),
                             rows.difference(first, second))
 
     @property

@@ -149,6 +149,14 @@ def test_one_failure_among_many_rows_has_an_end():
     assert right.low < 0.93 < right.high <= 1
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_model_that_overflows_has_no_interval():
+    rows = some_rows(0, 8)
+    rows.sums[3] = np.nan
+    estimate = Resampling.of_rows(8).difference(rows, some_rows(1, 8))
+    assert np.isnan(estimate) and not estimate.has_interval
+
+
 def test_an_estimate_is_a_number():
     estimate = Estimate(0.5, 0.25, 0.75)
     assert estimate == 0.5 and f"{estimate:.0%}" == "50%" and max(estimate, 0.25) is estimate
