@@ -244,16 +244,19 @@ def head_watch(run: Run, model: GPT, data: Dataset,
 def report_heads(run: Run, model: GPT, tokenizer: Tokenizer) -> Verdict | None:
     """Write report.html, and log it; if the run is finished with its verdict, which is returned."""
     checkpoints = list_checkpoints(run.checkpoints)
-    if run.step < run.config.train.steps or not checkpoints:
-        page = write_report(run.folder, run.config, run.metrics.read())
-        if page:
-            run.log_media(lambda: {"heads/report": page})
-        return None
-    newest = checkpoints[-1]
-    verdict = report_finished(LoadedRun(run.folder, newest, read_state(newest), run.config, model,
-                                        tokenizer))
-    run.log_media(lambda: headline(verdict) | {"heads/report": run.folder / "report.html"})
-    return verdict
+    if run.step == run.config.train.steps and checkpoints:
+        newest = checkpoints[-1]
+        try:
+            verdict = report_finished(LoadedRun(run.folder, newest, read_state(newest), run.config,
+                                                model, tokenizer))
+            run.log_media(lambda: headline(verdict) | {"heads/report": run.folder / "report.html"})
+            return verdict
+        except UserError as error:                  # such as text that has been deleted meanwhile
+            run.say(f"note       no verdict: {error}")
+    page = write_report(run.folder, run.config, run.metrics.read())
+    if page:
+        run.log_media(lambda: {"heads/report": page})
+    return None
 
 
 def report_finished(run: LoadedRun) -> Verdict:

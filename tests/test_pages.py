@@ -5,6 +5,9 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+
+from errors import UserError
 
 import numpy as np
 import pytest
@@ -17,6 +20,8 @@ from induction.scores import Measured
 from model.config import ModelConfig
 from model.taps import Head
 from report.figures import score_grids
+from train import report_heads
+from training.loaded_run import LoadedRun, load_run
 
 
 def page_runs(page: Path) -> list[dict]:
@@ -84,6 +89,23 @@ def test_several_runs_share_a_page(run):
     answers = [view["evidence"]["answers"]["formed"] for view in data]
     assert answers == ["no", "no"] and data[0]["evidence"]["heads"] == data[1]["evidence"]["heads"]
     fails(heads("report", "runs/tiny", cwd=run.parent.parent), "--out")
+
+
+def test_a_verdict_that_cannot_be_given_ends_no_training(run, monkeypatch):
+    """Training is over and saved when the text of the verdict turns out to be deleted."""
+    def deleted(*_):
+        raise UserError("prepared/x: is gone")
+
+    monkeypatch.setattr(LoadedRun, "validation", deleted)
+    opened, said, logged = load_run(run), [], []
+    (run / "report.html").unlink()
+    at_its_end = SimpleNamespace(
+        step=12, config=opened.config, folder=run, checkpoints=run / "checkpoints", say=said.append,
+        metrics=SimpleNamespace(read=opened.records), log_media=lambda make: logged.append(make()))
+    assert report_heads(at_its_end, opened.model, opened.tokenizer) is None
+    assert said == ["note       no verdict: prepared/x: is gone"]
+    assert logged == [{"heads/report": run / "report.html"}]
+    assert page_data(run / "report.html")["evidence"] is None
 
 
 def test_a_page_shows_the_scores_of_its_own_steps(run):
