@@ -50,7 +50,7 @@ def small_model() -> GPT:
 
 
 def population() -> Probe:
-    """Every row that `drawn` can draw; as many of each period, as a probe has."""
+    """Every row that a probe of PERIODS can draw; as many of each period, as a probe has."""
     blocks = {period: [np.array(block) for block in permutations(VOCABULARY, period)]
               for period in PERIODS}
     most = max(map(len, blocks.values()))
@@ -129,7 +129,7 @@ def main() -> None:
     parser = ArgumentParser("python -m bench.coverage", description="How often 95% intervals hold "
                             "the truth, where it is known.")
     parser.add_argument("--draws", type=int, default=1000, metavar="N",
-                        help="probes drawn of each size (default 1000: two minutes)")
+                        help="probes drawn of each size (default 1000: four minutes)")
     args = parser.parse_args()
     rows = all_coverages(args.draws)
     columns = list({column: None for row in rows.values() for column in row})

@@ -68,11 +68,15 @@ def text_loss(o: Outcome, field: str) -> str | None:
     return None if loss is None else f"{getattr(loss, field):.3f}"
 
 
-def edges_removed(field: str) -> Cell:
+def of_edges(o: Outcome, field: str) -> float | None:
     """A field of the knockout of the induction edges, behind the begin token."""
+    knockouts = o.verdict.mechanism.evidence.knockout
+    return None if knockouts is None else getattr(knockouts.begun, field)
+
+
+def edges_removed(field: str) -> Cell:
     def cell(o: Outcome) -> str | None:
-        knockouts = o.verdict.mechanism.evidence.knockout
-        value = None if knockouts is None else getattr(knockouts.begun, field)
+        value = of_edges(o, field)
         return None if value is None else percent(value)
     return cell
 
@@ -135,12 +139,6 @@ NEEDED: dict[str, Cell] = {
     "random edges": on_text_edges("by_random"),
 }
 
-def removed_by_edges(o: Outcome) -> float | None:
-    """Behind the begin token."""
-    knockouts = o.verdict.mechanism.evidence.knockout
-    return None if knockouts is None else knockouts.begun.gain_removed
-
-
 class Mean(NamedTuple):
     """A number of which the mean over seeds is shown."""
 
@@ -156,7 +154,8 @@ MEANS = {
     "onset, M tokens": Mean(lambda o: o.verdict.transition and o.verdict.transition.onset / 1e6,
                             two_digits, NONNEGATIVE),
     "second copy": Mean(lambda o: o.verdict.measured.loss_second, two_digits, NONNEGATIVE),
-    "without induction edges": Mean(removed_by_edges, percent, (-np.inf, 1.0)),
+    "without induction edges": Mean(lambda o: of_edges(o, "gain_removed"), percent,
+                                    (-np.inf, 1.0)),
 }
 Results = dict[Condition, list[Outcome]]
 Column = dict[Condition, str]

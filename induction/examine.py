@@ -21,7 +21,6 @@ from induction.scores import (
     attention_scores,
     bounds_of,
     composition,
-    copying_eigenvalues,
     means,
     measure,
     qk_trace,
@@ -109,7 +108,7 @@ def examine_run(run: LoadedRun, progress: ProgressBar = iter) -> Examination:
     probe, measured = verdict.probes.scored, verdict.measured
     evidence = verdict.mechanism.evidence
     table = HeadScores(
-        measured.scores | {"copying_eigenvalues": copying_eigenvalues(run.model)},
+        measured.scores | {"copying_eigenvalues": verdict.eigenvalues},
         score_bounds(measured, probe),
         ablate_each_head(run.model, probe.batch, probe.known, probe.resampling, progress))
     composition = key_composition(run.model, evidence.attending[0]) if evidence.roles else None

@@ -13,6 +13,8 @@ evidence on heads, report/verdict_page.py puts a verdict into words.
 from math import log
 from typing import Literal, NamedTuple
 
+from torch import Tensor
+
 from data.batches import Batch
 from induction.ablation import ProgressBar
 from induction.behaviour import (
@@ -110,6 +112,7 @@ class Verdict(NamedTuple):
     control: bool               # one layer, trained to its end, that cannot form induction heads
     probes: Probes
     measured: Measured          # on the periodic probe, behind the begin token
+    eigenvalues: Tensor         # (L, H) Σ Re λ / Σ |λ| of each head's OV circuit
     behaviour: BehaviourFinding
     mechanism: MechanismFinding
     transfer: TransferFinding
@@ -163,12 +166,13 @@ def judge(run: str, condition: str, control: bool, model: GPT, probes: Probes,
     """The verdict on one model; `transition` is that of its run, `text` held-out text."""
     measured = measure(model, probes.scored, probes.unrepeated)
     behaviour_finding = find_behaviour(model, probes.aperiodic, probes.vocabulary)
-    evidence = mechanism_evidence(model, probes, measured.scores["copying"],
-                                  copying_eigenvalues(model), progress)
+    eigenvalues = copying_eigenvalues(model)
+    evidence = mechanism_evidence(model, probes, measured.scores["copying"], eigenvalues, progress)
     answer = mechanism_answer(behaviour_finding, evidence)
     heads = evidence.attending or heads_of(model.config)
     return Verdict(
         run=run, condition=condition, control=control, probes=probes, measured=measured,
+        eigenvalues=eigenvalues,
         behaviour=behaviour_finding, mechanism=MechanismFinding(answer, evidence),
         transfer=find_transfer(model, probes, behaviour_finding, heads, text),
         transition=transition)

@@ -33,8 +33,18 @@ Json = dict[str, Any]
 
 
 def as_text(content: Json) -> str:
-    """Strict JSON: what is not finite has become null."""
-    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """Strict JSON: what is not finite becomes null."""
+    return json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The same dicts and lists, with null for numbers that are not finite: a loss may be NaN, and
+    JSON has none."""
+    if isinstance(value, dict):
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def versions() -> Json:
@@ -139,27 +149,22 @@ def headline(verdict: Verdict) -> dict[str, str | float]:
 def number(value: float) -> Json:
     """A number with its interval."""
     low, high = (value.low, value.high) if isinstance(value, Estimate) else (np.nan, np.nan)
-    return {"value": finite(value), "low": finite(low), "high": finite(high)}
+    return {"value": float(value), "low": low, "high": high}
 
 
 def optional(value: float | None) -> Json | None:
     return None if value is None else number(value)
 
 
-def finite(value: float) -> float | None:
-    """JSON has no NaN."""
-    return float(value) if isfinite(value) else None
-
-
 def heads_as_json(table: HeadScores) -> Json:
     """{"heads": {"L0H0": {"prefix_matching": 0.1, …}}, "intervals": {"L0H0": {…: [low, high]}}}"""
     heads, intervals = {}, {}
     for head, rise in table.ablated.items():
-        scores = {name: finite(values[head].item()) for name, values in table.scores.items()}
-        heads[str(head)] = scores | {"alone": finite(rise)}
-        bounds = {name: [finite(ends.low[head]), finite(ends.high[head])]
+        scores = {name: values[head].item() for name, values in table.scores.items()}
+        heads[str(head)] = scores | {"alone": float(rise)}
+        bounds = {name: [float(ends.low[head]), float(ends.high[head])]
                   for name, ends in table.bounds.items()}
-        intervals[str(head)] = bounds | {"alone": [finite(rise.low), finite(rise.high)]}
+        intervals[str(head)] = bounds | {"alone": [rise.low, rise.high]}
     return {"heads": heads, "intervals": intervals}
 
 
@@ -178,8 +183,7 @@ def by_period_as_json(verdict: Verdict) -> Json:
 def profiles_as_json(verdict: Verdict) -> Json:
     profile = verdict.measured.offset_profile
     return {"offsets": list(range(-REACH, REACH + 1)),
-            "heads": {str(head): [finite(weight) for weight in profile[head].tolist()]
-                      for head in verdict.heads}}
+            "heads": {str(head): profile[head].tolist() for head in verdict.heads}}
 
 
 def finding_as_json(finding: BehaviourFinding) -> Json:
@@ -317,4 +321,4 @@ def losses_of_row(losses: ProbeLosses, n: int) -> Json:
 
 def of_row(rows: RowSums, n: int) -> float | None:
     """The mean of row n; None if nothing in it counts."""
-    return finite(rows.sums[n] / rows.counts[n]) if rows.counts[n] else None
+    return float(rows.sums[n] / rows.counts[n]) if rows.counts[n] else None

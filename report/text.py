@@ -1,7 +1,7 @@
 """What heads.py prints: tables and sentences, as strings."""
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -267,3 +267,19 @@ def percent(fraction: float) -> str:
 
 def listed(heads: list[Head]) -> str:
     return ", ".join(map(str, heads))
+
+
+def thousandths(nats: float) -> str:
+    """+0.123"""
+    return f"{nats:+z.3f}"
+
+
+def plural(n: int, noun: str) -> str:
+    """1 run, 2 runs."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def spread(values: Sequence[float], form: Callable[[float], str] = two_digits) -> str:
+    """Their range, 0.91 to 0.95, or one number if both ends are equal as printed."""
+    low, high = form(min(values)), form(max(values))
+    return low if low == high else f"{low} to {high}"

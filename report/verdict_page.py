@@ -1,6 +1,5 @@
 """The page of `heads.py verdict`: for each run the answers and the evidence, in Markdown."""
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from induction.ablation import INPUTS, Path
@@ -25,9 +24,11 @@ from report.text import (
     describe_roles,
     listed,
     percent,
+    plural,
     rises,
+    spread,
     strongest_paths,
-    two_digits,
+    thousandths,
     with_interval,
 )
 
@@ -343,19 +344,3 @@ def text_rows(transfer: TransferFinding) -> list[Row]:
                         f"{last.start + 1} to {last.stop}; ICL score "
                         f"{with_interval(icl.score, thousandths)}", ""))
     return rows
-
-
-def thousandths(nats: float) -> str:
-    """+0.123"""
-    return f"{nats:+z.3f}"
-
-
-def plural(n: int, noun: str) -> str:
-    """1 run, 2 runs."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-def spread(values: Sequence[float], form: Callable[[float], str] = two_digits) -> str:
-    """Their range, 0.91 to 0.95, or one number if both ends are equal as printed."""
-    low, high = form(min(values)), form(max(values))
-    return low if low == high else f"{low} to {high}"

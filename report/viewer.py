@@ -12,14 +12,14 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable
-from math import isfinite
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from files import atomic_write
 from induction.history import Curve
+from report.export import finite
 from report.text import EXPLANATIONS
 
 BROWSER = Path(__file__).with_name("browser")       # what runs there
@@ -194,12 +194,3 @@ def series(tokens: np.ndarray, values: np.ndarray) -> dict[str, list]:
     rounded = np.round(np.asarray(values, dtype=np.float64), 4)
     return {"tokens": np.asarray(tokens).tolist(),
             "values": np.where(np.isfinite(rounded), rounded, np.array(None)).tolist()}
-
-
-def finite(value: Any) -> Any:
-    """The same lists and dicts, with null for numbers that are not finite: a loss may be NaN."""
-    if isinstance(value, dict):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not isfinite(value) else value

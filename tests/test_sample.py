@@ -204,10 +204,13 @@ def test_sliding_forgets_all_but_the_newest_half():
 @pytest.mark.parametrize("slide", [False, True])
 def test_prompts_that_take_the_places_of_others_are_continued_as_if_alone(shape, slide):
     """Rows end at different times, at n_ctx or because no more tokens are wanted."""
-    model = perturbed_model(n_ctx=16, **shape)
+    assert_continued_as_if_alone(perturbed_model(n_ctx=16, **shape), slide)
+
+
+def assert_continued_as_if_alone(model: GPT, slide: bool, *step) -> None:
     expected = recomputed(model, slide)
     for batch_size in (1, 3, 8):
-        assert generated(model, slide, batch_size) == expected, batch_size
+        assert generated(model, slide, batch_size, *step) == expected, batch_size
 
 
 class StepOfGPU:
@@ -230,9 +233,7 @@ class StepOfGPU:
 @pytest.mark.parametrize("slide", [False, True])
 def test_a_step_that_starts_early_changes_no_token(shape, slide):
     model = perturbed_model(n_ctx=16, **shape)
-    expected = recomputed(model, slide)
-    for batch_size in (1, 3, 8):
-        assert generated(model, slide, batch_size, StepOfGPU(model)) == expected, batch_size
+    assert_continued_as_if_alone(model, slide, StepOfGPU(model))
 
 
 def test_nor_do_ends_and_draws():
