@@ -37,8 +37,8 @@ def check(checkpoint: Path, reference: Reference) -> dict[str, Any]:
     d_head = reference.facts["d_head"]
     with model.trace(reference.prompt):
         first_z = module(layers[0], readout).input.save()                   # (1, T, H D)
-        last_z = module(layers[-1], readout).input.save()
         residual = layers[0].output.save()
+        last_z = module(layers[-1], readout).input.save()
         logits = model.output.logits.save()
     with model.trace(reference.prompt):
         module(layers[0], readout).input[:, :, -d_head:] = 0                # the last head

@@ -62,7 +62,7 @@ def run_client(name: str, client: Client, pairs: Sequence[tuple[Path, Path]]
     with tempfile.TemporaryDirectory() as elsewhere:
         done = subprocess.run(
             [python, HERE / client.script, *(path for pair in pairs for path in pair)],
-            cwd=elsewhere, env=environment, capture_output=True, text=True)
+            cwd=elsewhere, env=environment | {"HF_HOME": elsewhere}, capture_output=True, text=True)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"client"')]
     return lines, (done.stdout + done.stderr)[-6000:] if done.returncode else ""
 
