@@ -202,8 +202,8 @@ def announce(run: Run, model: GPT, data: Dataset, micro_batch: int,
         run.say(f"changed    {listed(changes)} (from step {run.step + 1})")
     nearest, to_change = nearest_family(model.config)
     if to_change:
-        run.say("note       transformers has no model of this shape: these checkpoints load only in "
-                f"this project\n           a {nearest} model, which other programs open, takes "
+        run.say("note       transformers has no model of this shape: these checkpoints load only "
+                f"in this project\n           other programs open a {nearest} model: "
                 f"{' '.join(to_change)}")
     if config.data.begin_tells_kind:
         begin = data.tokenizer.token_text(data.begin)

@@ -33,7 +33,7 @@ def describe(config: ModelConfig, model_type: str) -> Settings:
         value = getattr(config, key)
         settings |= next((theirs for ours, theirs in rows if ours == value), {})
     if model_type == "gpt2":
-        settings["n_ctx"] = config.n_ctx        # transformers ignores it, llama.cpp and mlx-lm do not
+        settings["n_ctx"] = config.n_ctx            # read by llama.cpp and mlx-lm
     if model_type == "gpt_neox":
         settings["rotary_emb_base"] = config.rope_base
         settings["rotary_pct"] = _share(config.rope_size, config.head_size)

@@ -87,7 +87,7 @@ def zeros_for(config: ModelConfig, architecture: Family) -> dict[str, Tensor]:
     """
     if architecture is OWN:
         return {}
-    E, shapes = config.d_model, {}
+    E, shapes = config.d_model, dict[str, tuple[int, ...]]()
     if config.mlp == "none":
         shapes |= {"post_attention_layernorm.weight": (E,), "mlp.gate_proj.weight": (1, E),
                    "mlp.up_proj.weight": (1, E), "mlp.down_proj.weight": (E, 1)}
