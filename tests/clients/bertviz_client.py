@@ -10,11 +10,8 @@ import numpy as np
 import torch
 import transformers
 from bertviz import head_view, model_view
-from client import Reference, difference, refused, run
-from transformers import AutoModel, AutoTokenizer
-
-OWN = ("bertviz shows transformers' models, which have none of this shape. `heads.py` writes a "
-       "page of patterns")
+from client import Reference, difference, open_tokenizer, refused_type, run
+from transformers import AutoModel
 
 
 @torch.no_grad()
@@ -23,9 +20,9 @@ def check(checkpoint: Path, reference: Reference) -> dict[str, Any]:
         return AutoModel.from_pretrained(str(checkpoint), attn_implementation="eager")
 
     if reference.model_type == "induction_gpt":
-        refused(load, "induction_gpt", "Transformers does not recognize this architecture")
-        return {"limit": OWN}
-    model, tokenizer = load(), AutoTokenizer.from_pretrained(str(checkpoint))
+        return refused_type(load)
+    tokenizer, limit = open_tokenizer(checkpoint, reference)
+    model = load()
     inputs = tokenizer(reference.prompt, return_tensors="pt")
     attentions = model(**inputs, output_attentions=True).attentions
     tokens = tokenizer.convert_ids_to_tokens(inputs.input_ids[0])
@@ -37,7 +34,7 @@ def check(checkpoint: Path, reference: Reference) -> dict[str, Any]:
         assert shown.shape == reference.patterns.shape
         assert np.abs(shown - reference.patterns).max() < 1e-3          # rounded to three digits
         checks[view.__name__] = "works"
-    return {"checks": checks}
+    return {"checks": checks, "limit": limit}
 
 
 def shown_patterns(page: str) -> np.ndarray:

@@ -6,11 +6,9 @@ from typing import Any
 import nnsight
 import torch
 import transformers
-from client import Reference, difference, equal, refused, run, same_ids
+from client import Reference, difference, equal, open_tokenizer, refused_type, run, same_ids
 from nnsight import LanguageModel
 
-OWN = ("nnsight runs transformers' models, which have none of this shape. Use `model.taps` of this "
-       "project")
 # model_type → the modules of a layer: the list of layers, and the module that reads all heads' z.
 PLACES = {"gpt2": ("transformer.h", "attn.c_proj"),
           "gpt_neox": ("gpt_neox.layers", "attention.dense")}
@@ -27,25 +25,26 @@ def module(parent: Any, path: str) -> Any:
 @torch.no_grad()
 def check(checkpoint: Path, reference: Reference) -> dict[str, Any]:
     if reference.model_type == "induction_gpt":
-        refused(lambda: LanguageModel(str(checkpoint), device_map="cpu", dispatch=True),
-                "induction_gpt", "Transformers does not recognize this architecture")
-        return {"limit": OWN}
+        return refused_type(
+            lambda: LanguageModel(str(checkpoint), device_map="cpu", dispatch=True))
+    tokenizer, limit = open_tokenizer(checkpoint, reference)
+    options = {"tokenizer": tokenizer} if limit else {}
     model = LanguageModel(str(checkpoint), device_map="cpu", dispatch=True,
-                          attn_implementation="eager")
+                          attn_implementation="eager", **options)
     layers_path, readout = PLACES.get(reference.model_type, LLAMA)
     layers, n_heads = module(model, layers_path), reference.facts["n_heads"]
     d_head = reference.facts["d_head"]
     with model.trace(reference.prompt):
-        first_z = module(layers[0], readout).input.save()                   # (1, T, H D)
-        residual = layers[0].output.save()
-        last_z = module(layers[-1], readout).input.save()
+        inputs = nnsight.save([module(layer, readout).input for layer in layers])   # (1, T, H D)
         logits = model.output.logits.save()
+    with model.trace(reference.prompt):
+        residual = layers[0].output.save()
     with model.trace(reference.prompt):
         module(layers[0], readout).input[:, :, -d_head:] = 0                # the last head
         silenced = model.output.logits.save()
     with model.trace(reference.prompt, output_attentions=True):
         attentions = model.output.attentions.save()
-    z = torch.stack([first_z[0], last_z[0]]).unflatten(-1, (n_heads, -1)).transpose(1, 2)
+    z = torch.cat(inputs).unflatten(-1, (n_heads, -1)).transpose(1, 2)
     assert (residual[0] if isinstance(residual, tuple) else residual).shape[-1] == (
         reference.facts["d_model"])
     with model.generate(reference.prompt, max_new_tokens=20, do_sample=False):
@@ -59,7 +58,7 @@ def check(checkpoint: Path, reference: Reference) -> dict[str, Any]:
         "greedy": equal(continued[0, len(reference.ids):].tolist(), reference.greedy),
         "batch": check_batch(model, reference),
     }
-    return {"checks": checks}
+    return {"checks": checks, "limit": limit}
 
 
 def check_batch(model: Any, reference: Reference) -> float:

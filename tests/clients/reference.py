@@ -21,7 +21,8 @@ from model.taps import taps
 from training.checkpoint import load_model
 
 TEXTS = {                       # those of which tokenizers make different things
-    "plain": "def f(x):\n    return x", "emoji": "a🙂b 👩‍👩‍👧 ✨", "composed": "é", "decomposed": "e\u0301",
+    "plain": "def f(x):\n    return x", "emoji": "a🙂b 👩‍👩‍👧 ✨",
+    "composed": "é", "decomposed": "e\u0301",
     "digits": "year 20251 x=12345", "CRLF": "a\r\nb\r\n\r\nc", "NUL": "a\0b", "leading": "   lead",
     "trailing": "trail   ", "tabs": "\t\tx", "wide spaces": "a\u00a0b\u3000c",
     "contractions": "don't WE'LL I'd", "controls": "\x01\x7f\x1b[0m",
@@ -88,12 +89,13 @@ def choose_prompt(model: GPT, tokenizer: Tokenizer) -> tuple[str, list[int], flo
         ids = encode(tokenizer, prompt)
         if len(ids) + N_GREEDY > model.config.n_ctx:
             continue
-        rows = generate(model, [ids], N_GREEDY, Sampling(temperature=0), n_vocab=tokenizer.n_vocab)
+        rows = generate(model, [ids], N_GREEDY, Sampling(temperature=0))
         greedy = [row[0] for row in rows]
         logits = model(torch.tensor([ids + greedy]))[0, len(ids) - 1:-1]        # (20, V)
         best = logits.topk(2).values
         margin = float((best[:, 0] - best[:, 1]).min())
-        if margin > MARGIN and not set(greedy) & set(tokenizer.special.values()):
+        if (margin > MARGIN and max(greedy) < tokenizer.n_vocab
+                and not set(greedy) & set(tokenizer.special.values())):
             return prompt, greedy, margin
     raise SystemExit("no prompt has 20 certain greedy tokens: add some to PROMPTS")
 

@@ -12,9 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from client import read_reference
 from reference import write_reference
 from shapes import ROOT, SHAPES, checkpoint_of, store
+
+from training.checkpoint import load_model
+from training.import_model import import_model
 
 HERE, PAGE = Path(__file__).resolve().parent, ROOT / "docs" / "import.md"
 BEGIN, END = "<!-- written by make test-clients -->", "<!-- end of what it writes -->"
@@ -22,7 +27,7 @@ HEADER = ("| client | version | model types | same as ours | limits, and what to
           "|---|---|---|---|---|\n")
 # The largest differences from our float32. `logprobs` are natural logarithms.
 BOUNDS = {"logits": 1e-4, "logprobs": 1e-4, "intervention": 1e-4, "patterns": 1e-5, "z": 1e-5,
-          "bits_per_byte": 1e-4, "batch": 1e-4, "merged": 1e-3}
+          "bits_per_byte": 1e-4, "batch": 1e-4, "imported again": 1e-4}
 
 
 class Client(NamedTuple):
@@ -91,6 +96,25 @@ def mistakes(client: Client, shapes: Sequence[str], lines: Iterable[Line], outpu
     if output and not wrong:
         wrong.append("the script has failed")
     return wrong
+
+
+def check_imports(name: str, lines: Iterable[Line], pairs: Mapping[str, tuple[Path, Path]]
+                  ) -> None:
+    """Import what a client has saved of each shape, and add our logits of it to the shape's
+    checks."""
+    for line in lines:
+        reference = read_reference(pairs[line["shape"]][1])
+        for saved in reference.folder.glob("saved by *"):
+            if saved.name != f"saved by {CLIENTS[name].title}":
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                run = Path(folder) / "run"
+                import_model(saved, run, [])
+                model, tokenizer = load_model(run / "checkpoints" / "latest")
+                ids = tokenizer.encode_prompt(reference.prompt)
+                logits = model(torch.tensor([ids]))[0].detach().numpy()
+            assert ids == reference.ids, f"{saved}: imported, it gives other ids"
+            line["checks"]["imported again"] = float(np.abs(logits - reference.logits).max())
 
 
 # --- the table --------------------------------------------------------------------------------
@@ -167,6 +191,7 @@ def main() -> None:
         client = CLIENTS[name]
         wanted = [shape for shape in shapes if shape in client.shapes]
         lines, output = run_client(name, client, [pairs[shape] for shape in wanted])
+        check_imports(name, [line for line in lines if "error" not in line], pairs)
         wrong = mistakes(client, wanted, lines, output)
         for line in lines:
             print(f"{name:<11}{json.dumps(line)}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from client import Reference, difference, refused, run
+from client import Reference, difference, open_tokenizer, refused, refused_type, run
 from datasets import Dataset
 from sae_lens import (
     LanguageModelSAERunnerConfig,
@@ -19,8 +19,8 @@ from sae_lens import (
 from sae_lens.load_model import load_model
 from transformer_lens.model_bridge import TransformerBridge
 
-OWN = ("SAELens needs transformers' models, which have none of this shape. Activations of such a "
-       "model come from `model.taps`")
+WINDOWS = ("TransformerLens has no such model. Give SAELens "
+           "`model_class_name=\"AutoModelForCausalLM\"` and the name of transformers' module")
 # The module whose output is the residual stream after layer 0.
 LAYER = {"gpt2": "transformer.h.0", "gpt_neox": "gpt_neox.layers.0"}
 
@@ -30,21 +30,27 @@ def check(checkpoint: Path, reference: Reference) -> dict[str, Any]:
         return load_model("AutoModelForCausalLM", str(checkpoint), device="cpu")
 
     if reference.model_type == "induction_gpt":
-        refused(load, "induction_gpt", "Transformers does not recognize this architecture")
-        return {"limit": OWN}
+        return refused_type(load)
     ids = torch.tensor([reference.ids])
-    bridge = TransformerBridge.boot_transformers(str(checkpoint), device="cpu",
-                                                 dtype=torch.float32)
+    hook = LAYER.get(reference.model_type, "model.layers.0")
+    _, limit = open_tokenizer(checkpoint, reference)
+    train(checkpoint, reference, hook, None)
+    if reference.model_type == "ministral":
+        refused(lambda: boot(checkpoint), "Could not determine supported architecture")
+        return {"checks": {"training on transformers": "works"}, "limit": WINDOWS}
+    bridge = boot(checkpoint)
     with torch.no_grad():
         logits = difference(bridge(ids)[0], reference.logits)
-        hook = LAYER.get(reference.model_type, "model.layers.0")
         _, cache = load().run_with_cache(ids, names_filter=[hook])
         through_bridge = bridge.run_with_cache(ids)[1]["blocks.0.hook_resid_post"]
         assert (cache[hook] - through_bridge).abs().max() < 1e-4
-    train(checkpoint, reference, hook, None)
     train(checkpoint, reference, "blocks.0.hook_resid_post", bridge)
     return {"checks": {"logits": logits, "training on transformers": "works",
-                       "training on TransformerLens": "works"}}
+                       "training on TransformerLens": "works"}, "limit": limit}
+
+
+def boot(checkpoint: Path) -> Any:
+    return TransformerBridge.boot_transformers(str(checkpoint), device="cpu", dtype=torch.float32)
 
 
 def train(checkpoint: Path, reference: Reference, hook: str, model: Any) -> None:

@@ -21,11 +21,14 @@ ROOT = Path(__file__).resolve().parents[2]
 STORE = ROOT / ".clients"
 CODE = ("model", "kernels", "data", "training", "settings")
 CONFIG = ROOT / "configs" / "shakespeare_char.yaml"
+GPT2_CONFIG = ROOT / "configs" / "gpt2_small.yaml"
 BPE = "data.tokenizer={kind: bpe, vocab_size: 512}"
 # zero_init=false: after thirty steps, projections that began at zero would do too little.
-RUN = (str(CONFIG), "data.files=[corpus.txt]", "train.steps=30", "model.n_layers=2",
-       "model.zero_init=false", "checkpoint.every=30", "eval.every=0", "heads.every=0",
-       "log.wandb=disabled")
+RUN = ("data.files=[corpus.txt]", "train.steps=30", "model.n_layers=2", "model.zero_init=false",
+       "checkpoint.every=30", "eval.every=0", "heads.every=0", "log.wandb=disabled")
+GPT2_RUN = ("data.corpus=files", "data.hub=null", "model.n_heads=4", "model.d_model=128",
+            "model.n_ctx=64", "train.batch_tokens=768", "optimizer.warmup_steps=1",
+            "optimizer.adam_lr=0.01")
 GPT2 = ("model.position=learned", "model.norm=layernorm", "model.bias=all", "model.mlp=gelu_tanh")
 
 TRAINED = {                     # shape → what its run changes
@@ -36,11 +39,12 @@ TRAINED = {                     # shape → what its run changes
     "llama-attention-only": (BPE, "model.mlp=none"),
     "llama-qkv-bias": (BPE, "model.bias=qkv"),
     "llama-sharded": (BPE, "distributed=fsdp"),          # two files of weights
-    "mistral": (BPE, "model.window=16"),
-    "ministral": (BPE, "model.window=[16,null]"),
-    "qwen2-windows": (BPE, "model.bias=qkv", "model.window=[16,null]"),
+    # A window shorter than the prompts of reference.py.
+    "mistral": (BPE, "model.window=8"),
+    "ministral": (BPE, "model.window=[8,null]"),
+    "qwen2-windows": (BPE, "model.bias=qkv", "model.window=[8,null]"),
     "qwen3": (BPE, "model.qk_norm=true", "model.n_kv_heads=2"),
-    "gpt2": (BPE, *GPT2, "model.tied_embeddings=true"),
+    "gpt2": (BPE, *GPT2_RUN, "model.vocab_size=576"),       # more than the tokenizer's, as there
     "gpt2-bytes-untied": GPT2,
     "gpt_neox": (BPE, "model.norm=layernorm", "model.bias=all", "model.mlp=gelu",
                  "model.parallel=true", "model.rope_dims=8"),
@@ -59,7 +63,8 @@ def store() -> Path:
     """The folder of the shapes that this code trains; those of other versions are deleted."""
     digest = hashlib.sha256()
     files = [path for package in CODE for path in (ROOT / package).rglob("*.py")]
-    for path in sorted([*files, ROOT / "train.py", ROOT / "tests" / "theirs.py", CONFIG]):
+    files += [ROOT / "train.py", ROOT / "tests" / "theirs.py", CONFIG, GPT2_CONFIG]
+    for path in sorted(files):
         digest.update(path.read_bytes())
     folder = STORE / f"shapes-{digest.hexdigest()[:12]}"
     for other in STORE.glob("shapes-*"):
@@ -76,14 +81,15 @@ def checkpoint_of(shape: str, folder: Path) -> Path:
     if shape in IMPORTED:
         arguments = ["-m", "training.import_model", f"sources/{shape}", f"runs/{shape}"]
     else:
-        arguments = [str(ROOT / "train.py"), *RUN, *TRAINED[shape], f"run={shape}"]
+        config = GPT2_CONFIG if shape == "gpt2" else CONFIG
+        arguments = [str(ROOT / "train.py"), str(config), *RUN, *TRAINED[shape], f"run={shape}"]
         if shape == "llama-sharded":
-            arguments = [*"-m torch.distributed.run --standalone --nproc-per-node=2".split(),
+            arguments = [*["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
                          *arguments]
     if not made_by.exists() or made_by.read_text() != " ".join(arguments):
         shutil.rmtree(run, ignore_errors=True)
         if shape in IMPORTED:
-            save_hf_model(IMPORTED[shape], folder / "sources" / shape, max_shard_size="100KB")
+            save_for_import(IMPORTED[shape], folder / "sources" / shape)
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
                                     "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment,
@@ -92,6 +98,17 @@ def checkpoint_of(shape: str, folder: Path) -> Path:
             sys.exit(f"error: {shape}: {' '.join(arguments)}\n{done.stdout}{done.stderr}")
         made_by.write_text(" ".join(arguments))
     return run / "checkpoints" / "latest"
+
+
+def save_for_import(name: str, folder: Path) -> None:
+    """Save a random model of transformers in several files, with as many embeddings as its
+    tokenizer has tokens: a trained model predicts no others."""
+    from transformers import PreTrainedTokenizerFast
+    model = save_hf_model(name, folder)
+    model.resize_token_embeddings(len(PreTrainedTokenizerFast.from_pretrained(str(folder))))
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="100KB")
+    (folder / "generation_config.json").unlink(missing_ok=True)
 
 
 def write_texts(folder: Path) -> None:
