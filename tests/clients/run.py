@@ -35,41 +35,74 @@ class Client(NamedTuple):
 
     title: str                          # in the table
     script: str
+    package: str                        # what the first line of its snippets in the docs names
     shapes: Sequence[str] = SHAPES      # none: it opens no checkpoint
 
 
 CLIENTS = {                             # name of the environment → the program
-    "transformers5": Client("transformers 5", "transformers_client.py"),
-    "transformers4": Client("transformers 4", "transformers_client.py"),
-    "lm_eval": Client("lm-eval", "lm_eval_client.py"),
-    "nnsight": Client("nnsight", "nnsight_client.py"),
-    "transformer_lens": Client("TransformerLens", "transformer_lens_client.py"),
-    "sae_lens": Client("SAELens", "sae_lens_client.py"),
-    "bertviz": Client("bertviz", "bertviz_client.py"),
+    "transformers5": Client("transformers 5", "transformers_client.py", "transformers"),
+    "transformers4": Client("transformers 4", "transformers_client.py", "transformers"),
+    "lm_eval": Client("lm-eval", "lm_eval_client.py", "lm-eval"),
+    "nnsight": Client("nnsight", "nnsight_client.py", "nnsight"),
+    "transformer_lens": Client("TransformerLens", "transformer_lens_client.py", "transformer-lens"),
+    "sae_lens": Client("SAELens", "sae_lens_client.py", "sae-lens"),
+    "bertviz": Client("bertviz", "bertviz_client.py", "bertviz"),
 }
+DOCUMENTED = "llama-attention-only"     # the shape that snippets open as runs/quickstart
 Line = Mapping[str, Any]                # what a script prints of a shape
 
 
 # --- running ----------------------------------------------------------------------------------
 
-def run_client(name: str, client: Client, pairs: Sequence[tuple[Path, Path]]
-               ) -> tuple[list[Line], str]:
-    """The lines that a client's script prints for pairs of a checkpoint and a reference, and the
-    end of its other output if it failed."""
+def run_script(name: str, *arguments: str | Path, runs: Path | None = None
+               ) -> subprocess.CompletedProcess[str]:
+    """Run a script with the Python of a client's environment, in an empty folder that holds at most
+    a link to `runs`. Its packages see no network and none of our code."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1",
-                    "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false",
-                    "PROJECT": str(ROOT)}
     python = ROOT / ".venv-clients" / name / "bin" / "python"
     if not python.exists():
         sys.exit(f"error: {python} does not exist\n  make it with: make test-clients "
                  f"CLIENTS={name}")
     with tempfile.TemporaryDirectory() as elsewhere:
-        done = subprocess.run(
-            [python, HERE / client.script, *(path for pair in pairs for path in pair)],
-            cwd=elsewhere, env=environment | {"HF_HOME": elsewhere}, capture_output=True, text=True)
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": elsewhere, "WANDB_MODE": "disabled",
+                        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+                        "TOKENIZERS_PARALLELISM": "false", "PROJECT": str(ROOT)}
+        if runs:
+            (Path(elsewhere) / "runs").symlink_to(runs)
+        return subprocess.run([python, *arguments], cwd=elsewhere, env=environment,
+                              capture_output=True, text=True)
+
+
+def run_client(name: str, client: Client, pairs: Sequence[tuple[Path, Path]]
+               ) -> tuple[list[Line], str]:
+    """The lines that a client's script prints for pairs of a checkpoint and a reference, and the
+    end of its other output if it failed."""
+    done = run_script(name, HERE / client.script, *(path for pair in pairs for path in pair))
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"client"')]
     return lines, (done.stdout + done.stderr)[-6000:] if done.returncode else ""
+
+
+def snippets(package: str) -> list[str]:
+    """The Python blocks of the README and of docs/import.md for a package: their first line names
+    it."""
+    blocks = [block for page in (ROOT / "README.md", PAGE)
+              for block in re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"),
+                                      re.MULTILINE | re.DOTALL)]
+    return [block for block in blocks
+            if re.match(rf"# needs {package}\b|from {package} import", block)]
+
+
+def run_snippets(name: str, client: Client, checkpoint: Path) -> str:
+    """Run a client's snippets as they stand; the output of the first that fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs, script = Path(folder), Path(folder) / "snippet.py"
+        (runs / "quickstart").symlink_to(checkpoint.parent.parent)
+        for block in snippets(client.package):
+            script.write_text(block, "utf-8")
+            done = run_script(name, script, runs=runs)
+            if done.returncode:
+                return f"{block}\n{done.stdout}{done.stderr}"[-4000:]
+    return ""
 
 
 def mistakes(client: Client, shapes: Sequence[str], lines: Iterable[Line], output: str
@@ -195,6 +228,8 @@ def main() -> None:
         wrong = mistakes(client, wanted, lines, output)
         for line in lines:
             print(f"{name:<11}{json.dumps(line)}")
+        if DOCUMENTED in wanted and (failure := run_snippets(name, client, pairs[DOCUMENTED][0])):
+            wrong.append(f"a snippet of the documentation fails:\n{failure}")
         if wrong:
             failed.append(name)
             print("\n".join([output, *(f"FAILED     {name}: {line}" for line in wrong)]))
