@@ -13,6 +13,14 @@ import numpy as np
 Result = str | float            # "equal", "works", or the largest difference from our numbers
 
 
+# Limits that several clients share.
+OTHER_TYPE = ("the program opens the types that transformers has. Training prints the nearest "
+              "change of the config; to look at such a model, use this project")
+QWEN2 = ("`AutoTokenizer` of transformers 5 cuts text by Qwen2's rules, whatever tokenizer.json "
+         "says. Give the program `PreTrainedTokenizerFast.from_pretrained(DIR)`, or train without "
+         "windows (such a model is saved as Llama)")
+
+
 class Reference(NamedTuple):
     """What our own code says of a checkpoint. Letters as in CONTRIBUTING.md."""
 
@@ -102,6 +110,24 @@ def same_ids(reference: Reference, encode: Callable[[str], list[int]],
         if name not in skip:
             equal(list(encode(text["text"])), text["ids"], f"ids of {name}:")
     return "equal"
+
+
+def open_tokenizer(checkpoint: Path, reference: Reference) -> tuple[Any, str | None]:
+    """transformers' tokenizer of a checkpoint, and the limit that keeps AutoTokenizer from opening
+    it."""
+    import transformers
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(checkpoint))
+    if reference.model_type != "qwen2" or transformers.__version__ < "5":
+        return tokenizer, None
+    refused(lambda: same_ids(reference, lambda text: tokenizer(text).input_ids), "ids of plain")
+    return transformers.PreTrainedTokenizerFast.from_pretrained(str(checkpoint)), QWEN2
+
+
+def refused_type(attempt: Callable[[], Any]) -> dict[str, Any]:
+    """The result for a model_type that transformers does not know: `attempt` must fail with
+    transformers' sentence that names it."""
+    refused(attempt, "induction_gpt", "Transformers does not recognize this architecture")
+    return {"limit": OTHER_TYPE}
 
 
 def refused(attempt: Callable[[], Any], *words: str) -> str:
