@@ -1,5 +1,7 @@
-"""mlx-lm, on the CPU: MLX runs on Apple's GPUs, and on Linux with mlx[cpu]."""
+"""mlx-lm on the CPU. MLX is made for Apple's GPUs; mlx[cpu] also runs on Linux."""
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -7,20 +9,59 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import transformers
-from client import Reference, difference, equal, run, same_ids
+from client import OTHER_TYPE, Reference, difference, equal, refused, run, same_ids
 from mlx_lm.generate import generate_step
+
+NO_WINDOWS = ("mlx-lm ignores the windows of Mistral and Qwen2 without a warning, and has no "
+              "Ministral. Train with `model.window=null`")
+NEOX = ("mlx-lm's GPT-NeoX has MLPs of 4 × d_model: train with `model.d_mlp=null`, "
+        "`model.bias=all`, `model.tied_embeddings=false`")
+GPT2_NAMES = ("mlx-lm wants GPT-2's tensors without `transformer.` in their names; the snippet "
+              "below renames them")
+TIED = "mlx-lm's GPT-2 has tied embeddings and MLPs of 4 × d_model only"
 
 mx.set_default_device(mx.cpu)
 
 
 def check(checkpoint: Path, reference: Reference) -> dict[str, Any]:
-    model, tokenizer = mlx_lm.load(str(checkpoint))
-    logits = np.array(model(mx.array([reference.ids]))[0])
+    def checks_of(folder: Path = checkpoint) -> dict[str, Any]:
+        return checks(folder, reference)
+
+    def refusal(limit: str, *words: str) -> dict[str, Any]:
+        refused(checks_of, *words)
+        return {"limit": limit}
+
+    match reference.model_type:
+        case "induction_gpt":
+            return refusal(OTHER_TYPE, "Model type induction_gpt not supported")
+        case "ministral":
+            return refusal(NO_WINDOWS, "Model type ministral not supported")
+        case "mistral" | "qwen2":
+            return refusal(NO_WINDOWS, "greedy tokens")
+        case "gpt_neox":
+            return refusal(NEOX, "mlp.dense_h_to_4h.weight")
+        case "gpt2" if not reference.facts["tied"]:
+            return refusal(TIED, "lm_head.weight")
+        case "gpt2":
+            refused(checks_of, "transformer.h.0.attn.c_attn.weight")
+            with tempfile.TemporaryDirectory() as folder:
+                renamed = Path(folder, "model")
+                shutil.copytree(checkpoint, renamed)
+                for file in renamed.glob("model*.safetensors"):
+                    tensors = {name.removeprefix("transformer."): tensor
+                               for name, tensor in mx.load(str(file)).items()}
+                    mx.save_safetensors(str(file), tensors, {"format": "pt"})
+                return {"checks": checks_of(renamed), "limit": GPT2_NAMES}
+    return {"checks": checks_of()}
+
+
+def checks(folder: Path, reference: Reference) -> dict[str, Any]:
+    model, tokenizer = mlx_lm.load(str(folder))
     steps = generate_step(mx.array(reference.ids), model, max_tokens=20)
-    return {"checks": {
-        "ids": same_ids(reference, tokenizer.encode),
-        "logits": difference(logits, reference.logits),
-        "greedy": equal([int(token) for token, _ in steps], reference.greedy)}}
+    greedy = equal([int(token) for token, _ in steps], reference.greedy, "greedy tokens:")
+    logits = np.array(model(mx.array([reference.ids]))[0])
+    return {"ids": same_ids(reference, tokenizer.encode), "greedy": greedy,
+            "logits": difference(logits, reference.logits)}
 
 
 if __name__ == "__main__":
