@@ -14,8 +14,7 @@ Result = str | float            # "equal", "works", or the largest difference fr
 
 
 # Limits that several clients share.
-OTHER_TYPE = ("the program opens the types that transformers has. Training prints the nearest "
-              "change of the config; to look at such a model, use this project")
+OTHER_TYPE = "not opened; training prints the nearest change of the config that avoids this type"
 QWEN2 = ("`AutoTokenizer` of transformers 5 cuts text by Qwen2's rules, whatever tokenizer.json "
          "says. Give the program `PreTrainedTokenizerFast.from_pretrained(DIR)`, or train without "
          "windows (such a model is saved as Llama)")
