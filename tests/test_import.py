@@ -279,7 +279,7 @@ def test_a_run_appears_complete_or_not_at_all(hf_models, workplace, monkeypatch)
     def full_disk(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("training.checkpoint.os.fsync", full_disk)
+    monkeypatch.setattr("training.save_checkpoint.os.fsync", full_disk)
     with pytest.raises(UserError, match=r"into runs/x: .*No space left.*\n.*import again"):
         import_model(hf_models / "gpt2", Path("runs/x"))
     assert not list(Path("runs").iterdir())

@@ -26,8 +26,9 @@ from model.hf_config import read_description
 from model.huggingface import by_their_name, load_hf_state, to_theirs, zeros_for
 from settings.validate import validate
 from settings.yaml12 import override
-from training.checkpoint import checkpoint_contents, is_published, save_checkpoint, verify
+from training.checkpoint import is_published, verify
 from training.config import Config, TrainConfig, dump_config
+from training.save_checkpoint import checkpoint_contents, save_checkpoint
 
 LONGEST = 2 ** 22           # positions: more would make position tables of gigabytes
 # Tensors in older files that are no parameters: causal masks and RoPE's frequencies.

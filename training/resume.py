@@ -23,13 +23,12 @@ from training.checkpoint import (
     list_checkpoints,
     load_optimizer,
     load_weights,
-    point_latest_at_newest,
-    prune,
     read_state,
 )
 from training.config import Change, Config, differences, load_config, named_after
 from training.optimizer import Optimizer
 from training.parallel import Parallel
+from training.save_checkpoint import point_latest_at_newest, prune
 
 # Keys, with all keys below them, whose values must not change when a run is continued: before its
 # first step (an imported model), and later.

@@ -21,19 +21,14 @@ from files import atomic_write, explain_disk_errors
 from model.budget import flops_per_token
 from model.config import ModelConfig
 from model.gpt import GPT
-from training.checkpoint import (
-    Contents,
-    checkpoint_contents,
-    list_checkpoints,
-    prune,
-    save_checkpoint,
-)
+from training.checkpoint import list_checkpoints
 from training.config import Config, dump_config
 from training.device import Hardware, peak_memory_gb
 from training.logger import Console, Metrics, Record, Wandb, short
 from training.optimizer import Optimizer
 from training.parallel import Parallel
 from training.resume import Progress, only_trainer
+from training.save_checkpoint import Contents, checkpoint_contents, prune, save_checkpoint
 
 Value = TypeVar("Value")
 PEAK_FLOPS = {                      # dense 16-bit matrix products, from the makers' data sheets
