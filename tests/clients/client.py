@@ -13,12 +13,9 @@ import numpy as np
 Result = str | float            # "equal", "works", or the largest difference from our numbers
 
 
-# Limits that several clients share.
-OTHER_TYPE = ("the program opens the types that transformers has. Training prints the nearest "
-              "change of the config; to look at such a model, use this project")
-QWEN2 = ("`AutoTokenizer` of transformers 5 cuts text by Qwen2's rules, whatever tokenizer.json "
-         "says. Give the program `PreTrainedTokenizerFast.from_pretrained(DIR)`, or train without "
-         "windows (such a model is saved as Llama)")
+# Limits that several clients share; the notes below the table in docs/import.md say more.
+OTHER_TYPE = "not opened"
+QWEN2 = "`AutoTokenizer` gives other ids: see the notes"
 
 
 class Reference(NamedTuple):

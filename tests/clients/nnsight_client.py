@@ -7,7 +7,7 @@ import nnsight
 import torch
 import transformers
 from client import Reference, difference, equal, open_tokenizer, refused_type, run, same_ids
-from nnsight import LanguageModel
+from nnsight import TransformersModel
 
 # model_type → the modules of a layer: the list of layers, and the module that reads all heads' z.
 PLACES = {"gpt2": ("transformer.h", "attn.c_proj"),
@@ -25,12 +25,12 @@ def module(parent: Any, path: str) -> Any:
 @torch.no_grad()
 def check(checkpoint: Path, reference: Reference) -> dict[str, Any]:
     if reference.model_type == "induction_gpt":
-        return refused_type(
-            lambda: LanguageModel(str(checkpoint), device_map="cpu", dispatch=True))
+        return refused_type(lambda: TransformersModel(
+            str(checkpoint), task="text-generation", device_map="cpu", dispatch=True))
     tokenizer, limit = open_tokenizer(checkpoint, reference)
     options = {"tokenizer": tokenizer} if limit else {}
-    model = LanguageModel(str(checkpoint), device_map="cpu", dispatch=True,
-                          attn_implementation="eager", **options)
+    model = TransformersModel(str(checkpoint), task="text-generation", device_map="cpu",
+                              dispatch=True, attn_implementation="eager", **options)
     layers_path, readout = PLACES.get(reference.model_type, LLAMA)
     layers, n_heads = module(model, layers_path), reference.facts["n_heads"]
     d_head = reference.facts["d_head"]
@@ -47,8 +47,8 @@ def check(checkpoint: Path, reference: Reference) -> dict[str, Any]:
     z = torch.cat(inputs).unflatten(-1, (n_heads, -1)).transpose(1, 2)
     assert (residual[0] if isinstance(residual, tuple) else residual).shape[-1] == (
         reference.facts["d_model"])
-    with model.generate(reference.prompt, max_new_tokens=20, do_sample=False):
-        continued = model.generator.output.save()
+    with model.generate(reference.prompt, max_new_tokens=20, do_sample=False) as tracer:
+        continued = tracer.result.save()
     checks = {
         "ids": same_ids(reference, lambda text: model.tokenizer(text).input_ids),
         "logits": difference(logits[0], reference.logits),
@@ -63,7 +63,7 @@ def check(checkpoint: Path, reference: Reference) -> dict[str, Any]:
 
 def check_batch(model: Any, reference: Reference) -> float:
     """Two prompts of different lengths in one trace: the shorter is as if alone."""
-    longer = reference.prompt + reference.facts["greedy_text"]
+    longer = f"{reference.prompt} = 1, 2"
     with model.trace() as tracer:
         with tracer.invoke(reference.prompt):
             short = model.output.logits[:, -1].save()

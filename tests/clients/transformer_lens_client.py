@@ -18,8 +18,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 WINDOWS = ("TransformerLens has no model with full and windowed layers but Qwen2 and Qwen3. Train "
            "with one window for all layers (saved as Mistral), or use nnsight")
-QWEN2_IDS = ("texts are cut by Qwen2's rules, whatever tokenizer.json says. Pass ids from "
-             "`PreTrainedTokenizerFast.from_pretrained(DIR)`. Also, ")
+QWEN2_IDS = "texts get other ids, as from `AutoTokenizer`: pass ids (see the notes). Also, "
 NO_BEGIN = ("a text gets no begin token in front, though texts of the other types do. Say "
             "`prepend_bos=True` or `False`, or pass ids")
 

@@ -50,7 +50,8 @@ def check(checkpoint: Path, reference: Reference) -> dict[str, Any]:
             **check_numbers(model, tokenizer, reference),
             "batch": check_batch(model, tokenizer, reference),
             **check_generation(model, tokenizer, checkpoint, reference),
-            "save_pretrained": check_saving(model, tokenizer, reference),
+            "saved again": check_saving(model, tokenizer, reference),
+            "added token": check_added_token(checkpoint, reference),
         }
         with torch.enable_grad():
             checks["Trainer"] = check_trainer(checkpoint, tokenizer, reference, folder)
@@ -83,8 +84,9 @@ def check_numbers(model: Any, tokenizer: Any, reference: Reference) -> dict[str,
 
 def check_batch(model: Any, tokenizer: Any, reference: Reference) -> float:
     """Texts of different lengths in one batch, without setting anything: each as if alone."""
-    prompts = [reference.prompt, "x", "import os"]
+    prompts = [reference.prompt, "x", f"{reference.prompt} = 1, 2"]
     batch = tokenizer(prompts, padding=True, return_tensors="pt")
+    assert not batch.attention_mask[0].all(), "the prompt is not padded"
     continued = model.generate(**batch, max_new_tokens=8, do_sample=False)
     equal(continued[0, -8:].tolist(), reference.greedy[:8], "a row of a batch:")
     positions = (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -118,7 +120,7 @@ def check_generation(model: Any, tokenizer: Any, checkpoint: Path, reference: Re
     assert half.dtype == torch.bfloat16 and half(**given).logits.isfinite().all()
     given = {"tokenizer": tokenizer} if reference.model_type == "qwen2" else {}
     generator = pipeline("text-generation", model=str(checkpoint), device="cpu", **given)
-    prompts = [reference.prompt, "import os", "x"]
+    prompts = [reference.prompt, f"{reference.prompt} = 1, 2", "x"]
     options = {"max_new_tokens": 20, "do_sample": False, "return_full_text": False}
     alone = generator(reference.prompt, **options)[0]["generated_text"]
     batch = [row[0]["generated_text"] for row in generator(prompts, batch_size=3, **options)]
@@ -139,6 +141,19 @@ def check_saving(model: Any, tokenizer: Any, reference: Reference) -> str:
         assert torch.equal(parameter, model.get_parameter(name)), name
     tokenizer_again, _ = open_tokenizer(folder, reference)
     return same_ids(reference, lambda text: tokenizer_again(text).input_ids)
+
+
+def check_added_token(checkpoint: Path, reference: Reference) -> str:
+    """A token of the user's own, on the device that accelerate chooses."""
+    model = AutoModelForCausalLM.from_pretrained(str(checkpoint), device_map="auto")
+    tokenizer, _ = open_tokenizer(checkpoint, reference)
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|mine|>"]})
+    equal(tokenizer("<|mine|>x").input_ids[-2], size, "the id of a new token:")
+    model.resize_token_embeddings(len(tokenizer))
+    logits = model(torch.tensor([reference.ids])).logits[0, :, :size]
+    assert difference(logits, reference.logits[:, :size]) < 1e-4
+    return "works"
 
 
 def texts(reference: Reference) -> list[str]:
