@@ -110,9 +110,10 @@ class Server:
 
     def logprobs(self, ids: list[int], n_vocab: int) -> np.ndarray:
         """Natural logarithms of the probabilities of each token after `ids`: (V,)."""
-        # A token that ends the text would have no probabilities; ignoring it changes no others.
+        # The server says none for an answer that ends the text or an incomplete character, so the
+        # answer is forced to be "a". The probabilities are those before that.
         answer = self.ask("completion", prompt=ids, n_predict=1, n_probs=n_vocab, temperature=0,
-                          cache_prompt=False, ignore_eos=True)
+                          cache_prompt=False, logit_bias=[[self.ids("a")[0], 1000]])
         row = np.full(n_vocab, np.nan)
         for token in answer["completion_probabilities"][0]["top_logprobs"]:
             row[token["id"]] = token["logprob"]
