@@ -23,7 +23,13 @@ from model.config import ModelConfig
 from model.families import FAMILIES, OWN_TYPE, architecture_of, family
 from model.gpt import GPT
 from model.hf_config import read_description
-from model.huggingface import by_their_name, load_hf_state, to_theirs, zeros_for
+from model.huggingface import (
+    by_their_name,
+    load_hf_state,
+    to_theirs,
+    without_first_word,
+    zeros_for,
+)
 from settings.validate import validate
 from settings.yaml12 import override
 from training.checkpoint import is_published, verify
@@ -75,7 +81,7 @@ class Weights(Mapping[str, Tensor]):
             remaining -= set(heads)
         matches: dict[str, str] = {}
         for name in expected:
-            for candidate in (name, name.partition(".")[2], heads.get(name)):
+            for candidate in (name, without_first_word(name), heads.get(name)):
                 if candidate in remaining:
                     matches[name] = candidate
                     break
@@ -91,6 +97,9 @@ class Weights(Mapping[str, Tensor]):
                             "  quantised models are not supported; save it as float32, float16 or "
                             "bfloat16")
         return value[:self.rows.get(name)].float()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names               # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
