@@ -8,15 +8,14 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from own_modules import OUR_MODULES
+
 from console import bytes_of, guard_console
 
 # Set here, at the first import of every command, because OpenMP reads it when PyTorch is loaded.
 # By default its threads wait for each other by spinning, for so long that two commands on the same
 # cores take 10 times as long as one after the other.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-
-OUR_MODULES = {"model", "kernels", "data", "training", "induction", "report", "settings", "files",
-               "errors", "console"}
 
 
 class UserError(Exception):

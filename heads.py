@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import own_modules  # noqa: F401   first: it says what is in the way of the others
 from errors import ArgumentParser, UserError, run_command
 
 import torch

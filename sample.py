@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import own_modules  # noqa: F401   first: it says what is in the way of the others
 from errors import ArgumentParser, UserError, first_line, run_command
 
 from tqdm import tqdm

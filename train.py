@@ -8,6 +8,7 @@ from collections.abc import Callable
 from math import log
 from pathlib import Path
 
+import own_modules  # noqa: F401   first: it says what is in the way of the others
 from errors import ArgumentParser, UserError, run_command
 
 import torch
