@@ -184,7 +184,7 @@ def _write(path: Path, content: FileContent) -> None:
             raise OSError(errno.ENOSPC if disk_full else errno.EIO, str(error)) from None
     else:
         path.write_bytes(content)
-    with open(path, "rb") as file:
+    with open(path, "r+b") as file:                 # Windows flushes only what may be written
         sync(file.fileno())
 
 
@@ -279,11 +279,12 @@ def prune(folder: Path, keep: int, listed: list[int]) -> None:
         (folder / "best").unlink(missing_ok=True)
     for path in checkpoints[:-keep]:
         if path != best and int(path.name) not in listed:
-            # Renamed first: it is no checkpoint any more before its first file goes.
+            # Renamed first: it is no checkpoint any more before its first file goes. NFS and
+            # Windows keep a file that somebody reads: it is left to the next time.
             doomed = path.with_name(f".partial-{path.name}")
-            os.rename(path, doomed)
-            # NFS and Windows keep a file that somebody reads. The next start deletes the rest.
-            shutil.rmtree(doomed, ignore_errors=True)
+            with contextlib.suppress(PermissionError):
+                os.rename(path, doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
 
 
 # --- reading ----------------------------------------------------------------------------------

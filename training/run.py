@@ -312,7 +312,7 @@ def git_revision() -> str | None:
     """The commit of this code, with + if it was changed since; None outside a repository."""
     def git(*args: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *args]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60,
+        return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=60,
                               check=True).stdout.strip()
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
