@@ -24,7 +24,7 @@ from induction.metrics import ICL_SCORE
 from induction.probe_set import probes_of
 from induction.verdict import Verdict
 from induction.watch import HeadWatch, knockout_metrics
-from model.families import obstacles
+from model.families import nearest_family
 from model.gpt import GPT
 from report.export import headline, summary
 from report.page import probe_view, write_report
@@ -201,9 +201,11 @@ def announce(run: Run, model: GPT, data: Dataset, micro_batch: int,
             f"{processes}{passes} × {micro_batch} windows a step of {source}")
     if changes:
         run.say(f"changed    {listed(changes)} (from step {run.step + 1})")
-    if reasons := obstacles(model.config):
-        run.say(f"note       transformers has no model of this shape ({'; '.join(reasons)}): "
-                "these checkpoints load only in this project")
+    nearest, to_change = nearest_family(model.config)
+    if to_change:
+        run.say("note       transformers has no model of this shape: these checkpoints load only "
+                f"in this project\n           other programs open a {nearest} model: "
+                f"{' '.join(to_change)}")
     if config.data.begin_tells_kind:
         begin = data.tokenizer.token_text(data.begin)
         run.say(f"note       rows of repeats begin with {begin} and text rows do not: a model can "

@@ -10,9 +10,12 @@ import pytest
 import torch
 from small_models import checkpoint_of, continue_one, perturbed_model
 
-from model.families import OWN_TYPE, family, obstacles
+from model.families import OWN_TYPE, family, nearest_family
 from model.huggingface import load_hf_state
+from settings.validate import validate
+from settings.yaml12 import override
 from training.checkpoint import find_checkpoint, load_model
+from training.config import Config
 
 SHAPES = {                  # the first word is the family
     "llama": {}, "llama mha": {"n_kv_heads": 4}, "llama tied": {"tied_embeddings": True},
@@ -24,7 +27,8 @@ SHAPES = {                  # the first word is the family
     "llama scaled rope": {
         "rope_scaling": {"kind": "llama3", "factor": 4.0, "original_n_ctx": 32},
         "bias": "attention"},
-    "qwen2": {"bias": "qkv", "window": [None, 6]},
+    "llama qkv biases": {"bias": "qkv"}, "qwen2": {"bias": "qkv", "window": [None, 6]},
+    "llama qkv biases, attention only": {"bias": "qkv", "mlp": "none"},
     "gpt2": {"norm": "layernorm", "bias": "all", "mlp": "gelu_tanh", "position": "learned",
              "n_kv_heads": 4, "tied_embeddings": True},
     "gpt_neox": {"norm": "layernorm", "bias": "all", "mlp": "gelu", "parallel": True,
@@ -86,7 +90,13 @@ def test_no_code_of_ours_is_needed(trained, tmp_path):
 @torch.no_grad()
 def test_shapes_that_transformers_lacks_are_saved_the_same_way(shape, tmp_path):
     model = perturbed_model(**shape)
-    assert family(model.config) == OWN_TYPE and obstacles(model.config)
+    assert family(model.config) == OWN_TYPE
+    # The changes that training names make it a model that other programs open.
+    tree = {"model": model.config.model_dump()}
+    nearest, changes = nearest_family(model.config)
+    override(tree, changes)
+    changed = validate(Config, tree, "a test").model
+    assert changes and (family(changed), nearest_family(changed)) == (nearest, (nearest, []))
     path = checkpoint_of(model, tmp_path)
     assert json.loads((path / "config.json").read_text())["model_type"] == OWN_TYPE
     again, _ = load_model(path)

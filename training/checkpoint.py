@@ -8,6 +8,8 @@ ever unpickled.
       manifest.json                     the SHA-256 of every file above, written last
     runs/NAME/checkpoints/latest → 000500,  best → …
 
+`training_state/` is only for training: a checkpoint is published without it, and still opens.
+
 Processes that share a model each write some of its tensors: model-00001-of-00004.safetensors …,
 with Hugging Face's index beside them, and likewise the optimizer's. Any number of processes can
 read what any number wrote.
@@ -42,6 +44,8 @@ from settings.validate import validate
 from training.parallel import ONE_PROCESS, Parallel, full_tensor
 
 FileContent = bytes | dict[str, Tensor]
+STATE = "training_state/"
+TRAINED = "gpt_trained"         # in config.json: the step, and the tokens trained on
 
 # --- writing ----------------------------------------------------------------------------------
 
@@ -141,8 +145,10 @@ def _files_of(contents: Contents, parallel: Parallel) -> dict[str, FileContent]:
     files: dict[str, FileContent] = {}
     if parallel.world.first:
         tokenizer, model_config = contents.tokenizer, contents.model_config
+        trained = {key: contents.state.get(key, 0) for key in ("step", "tokens")}
         files = {
-            "config.json": _json(hf_config(model_config, tokenizer.begin, tokenizer.ends)),
+            "config.json": _json(hf_config(model_config, tokenizer.begin, tokenizer.ends)
+                                 | {TRAINED: trained}),
             "generation_config.json": _json({
                 "eos_token_id": one_or_all(tokenizer.ends), "bos_token_id": tokenizer.begin,
                 "pad_token_id": tokenizer.ends[0], "do_sample": True}
@@ -222,6 +228,9 @@ def find_checkpoint(where: str | Path) -> Path:
         raise UserError(f"{where}: no such run or checkpoint{hint}")
     folder = path if path.name == "checkpoints" else path / "checkpoints"
     checkpoints = list_checkpoints(folder)
+    if not checkpoints and (path / "config.json").exists():
+        raise UserError(f"{where} is a Hugging Face model directory: make it a run first\n"
+                        f"  python -m training.import_model {where} runs/NAME")
     if not checkpoints:
         problem = "is a file, not a run" if path.is_file() else "holds no checkpoint"
         raise UserError(f"{str(where) or repr('')}: {problem} (train first, or name runs/NAME or "
@@ -289,8 +298,16 @@ def prune(folder: Path, keep: int, listed: list[int]) -> None:
 
 # --- reading ----------------------------------------------------------------------------------
 
+def is_published(checkpoint: Path) -> bool:
+    """Whether a checkpoint has no training_state/, as one would publish it. It can be sampled,
+    looked at and imported, but not continued."""
+    return not (checkpoint / STATE).exists()
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """step, tokens, seconds, data, history, val_loss …: the notes saved with the checkpoint."""
+    if is_published(checkpoint):
+        return _published_state(checkpoint)
     name = "training_state/state.json"
     verify(checkpoint, [name])
     with _explain_damage(checkpoint, name):
@@ -301,6 +318,18 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
                 if isinstance(folder, str) and isinstance(history, list):
                     return state
         raise ValueError("it does not contain step, tokens, seconds, data and history")
+
+
+def _published_state(checkpoint: Path) -> dict[str, Any]:
+    """What config.json says of the training; its data and history are unknown."""
+    verify(checkpoint, ["config.json"])
+    with _explain_damage(checkpoint, "config.json"):
+        described = json.loads((checkpoint / "config.json").read_text("utf-8"))
+        trained = described.get(TRAINED, {"step": 0, "tokens": 0})      # earlier versions lack it
+        if not all(isinstance(trained[key], int) for key in ("step", "tokens")):
+            raise ValueError(f"{TRAINED} holds no step and tokens")
+        return trained | {"seconds": 0.0, "data": {"hash": ""}, "history": [
+            {"unknown": f"{checkpoint} was published without its history"}]}
 
 
 def load_model(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer]:
@@ -373,6 +402,9 @@ def verify(checkpoint: Path, names: Sequence[str] = (), parallel: Parallel = ONE
             raise ValueError(f"it does not list {', '.join(sorted(missing))}")
         if not _tensor_files(manifest, "model"):
             raise ValueError("it does not list model.safetensors")
+        if is_published(checkpoint):
+            manifest = {name: entry for name, entry in manifest.items()
+                        if not name.startswith(STATE)}
         for name in list(names or manifest)[world.rank::world.size]:
             path, expected = checkpoint / name, manifest[name]
             if ".." in Path(name).parts or Path(name).is_absolute():

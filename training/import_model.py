@@ -15,16 +15,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.companions import GENERATION, read_dict
-from data.hf_tokenizer import HuggingFaceTokenizer, read_hf_tokenizer
+from data.hf_tokenizer import read_hf_tokenizer
+from data.load_tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer
 from files import explain_disk_errors
 from model.config import ModelConfig
-from model.families import FAMILIES, family
+from model.families import FAMILIES, OWN_TYPE, architecture_of, family
 from model.gpt import GPT
 from model.hf_config import read_description
-from model.huggingface import by_their_name, load_hf_state, to_theirs
+from model.huggingface import by_their_name, load_hf_state, to_theirs, zeros_for
 from settings.validate import validate
 from settings.yaml12 import override
-from training.checkpoint import checkpoint_contents, save_checkpoint
+from training.checkpoint import checkpoint_contents, is_published, save_checkpoint, verify
 from training.config import Config, TrainConfig, dump_config
 
 LONGEST = 2 ** 22           # positions: more would make position tables of gigabytes
@@ -38,7 +40,7 @@ class ImportedModel(NamedTuple):
 
     config: Config
     model: GPT
-    tokenizer: HuggingFaceTokenizer
+    tokenizer: Tokenizer
 
 
 class Weights(Mapping[str, Tensor]):
@@ -143,7 +145,7 @@ def read_model(folder: Path, config: ModelConfig, model_type: str, weights: Weig
     except (RuntimeError, OverflowError) as error:
         raise UserError(f"{folder}/config.json: a model of that size cannot be made "
                         f"({first_line(error)})") from None
-    architecture, parameters = FAMILIES[model_type], dict(model.named_parameters())
+    architecture, parameters = architecture_of(model_type), dict(model.named_parameters())
     tensors = by_their_name(parameters, architecture)
     weights.match_names(list(tensors), config.tied_embeddings)
     for name, ours in tensors.items():
@@ -166,15 +168,19 @@ def import_model(source: Path, target: Path, overrides: Sequence[str] = ()) -> I
     `target`/checkpoints/000000, complete or not at all. A UserError says what is not supported."""
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} is there already (import under another name, or delete it)")
-    if (source / "manifest.json").exists():
+    if (source / "manifest.json").exists() and not is_published(source):
         raise UserError(f"{source} is a checkpoint of this project already\n"
                         f"  use it as it is: python sample.py {source}   or: init_from={source}")
     described, weights = _read_json(source / "config.json"), Weights(source)
     config = _config_of(source, described, weights, target, overrides)
-    tokenizer = read_hf_tokenizer(source, described)
+    if (source / "manifest.json").exists():
+        verify(source)
+        tokenizer = load_tokenizer(source / "tokenizer.json")
+    else:
+        tokenizer = read_hf_tokenizer(source, described)
     assert config.model.vocab_size is not None          # every config.json has one
     if tokenizer.n_vocab > config.model.vocab_size:
-        last = tokenizer.library.id_to_token(tokenizer.n_vocab - 1)
+        last = tokenizer.token_text(tokenizer.n_vocab - 1)
         raise UserError(f"{source}: its tokenizer has {tokenizer.n_vocab} tokens, its model "
                         f"{config.model.vocab_size}: a text can become {last!r}, which has no "
                         "embedding\n  they do not belong together, or the model needs "
@@ -215,15 +221,29 @@ def _generation(source: Path, described: dict[str, Any]) -> dict[str, Any]:
             and key not in ("bos_token_id", "eos_token_id", "transformers_version")}
 
 
-def _config_of(source: Path, described: dict[str, Any], weights: Weights, target: Path,
-               overrides: Sequence[str]) -> Config:
-    """The run's config: the model that config.json describes, and settings for fine-tuning it."""
-    path = str(source / "config.json")
+def _model_of(described: dict[str, Any], weights: Weights, path: str) -> dict[str, Any]:
+    """ModelConfig's keys for the model that the config.json at `path` describes."""
+    if described.get("model_type") == OWN_TYPE:         # published without training_state/
+        return validate(ModelConfig, described.get("gpt", {}), path).model_dump()
     largest = max((size for shape in weights.shapes.values() for size in shape), default=0)
     try:
         model = read_description(described, path, len(weights), largest)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: cannot be understood ({first_line(error)})") from None
+    # An attention-only model was saved with MLPs of zeros, which never learn: left out again.
+    if model["d_mlp"] == 1:
+        without = validate(ModelConfig, model | {"mlp": "none", "d_mlp": None}, path)
+        zeros = zeros_for(without, FAMILIES[described["model_type"]])
+        if all(name in weights and not weights[name].any() for name in zeros):
+            return without.model_dump()
+    return model
+
+
+def _config_of(source: Path, described: dict[str, Any], weights: Weights, target: Path,
+               overrides: Sequence[str]) -> Config:
+    """The run's config: the model that config.json describes, and settings for fine-tuning it."""
+    path = str(source / "config.json")
+    model = _model_of(described, weights, path)
     tree: dict[str, Any] = {
         "run": target.name, "model": dict(model),
         "data": {"tokenizer": f"{target}/checkpoints/latest"},

@@ -19,6 +19,7 @@ from model.gpt import GPT
 from training.ancestry import Entry, history_from, history_of
 from training.checkpoint import (
     find_checkpoint,
+    is_published,
     list_checkpoints,
     load_optimizer,
     load_weights,
@@ -104,9 +105,17 @@ def is_below(key: str, parents: tuple[str, ...]) -> bool:
 
 
 def newest_progress(folder: Path) -> Progress:
-    """How far the newest checkpoint of a run had come."""
+    """How far the newest checkpoint of a run had come. Raises UserError if it has no training
+    state."""
     checkpoints = list_checkpoints(folder / "checkpoints")
-    return _progress(read_state(checkpoints[-1])) if checkpoints else Progress()
+    if not checkpoints:
+        return Progress()
+    newest = checkpoints[-1]
+    if is_published(newest):
+        raise UserError(f"{newest} has no training_state/, so {folder} cannot be continued\n"
+                        "  start a run from its weights: python train.py CONFIG run=NEW "
+                        f"init_from={newest} data.tokenizer={newest}")
+    return _progress(read_state(newest))
 
 
 def _progress(state: dict[str, Any]) -> Progress:
