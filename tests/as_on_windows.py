@@ -113,24 +113,14 @@ if __name__ == "__main__":
     # What our modules and their packages import, with this system's parts of them.
     import asyncio  # noqa: F401
     import fcntl as posix_fcntl
-    import multiprocessing.popen_spawn_posix
     import subprocess  # noqa: F401
 
-    from filelock import FileLock, SoftFileLock  # noqa: F401
-    import matplotlib.backends.backend_agg
-    import matplotlib.figure
     import numpy as np  # noqa: F401
-    import PIL.ImageDraw
-    import PIL.ImageFont
-    import pydantic.types
-    import safetensors.torch
     import scipy.stats  # noqa: F401
     import tiktoken  # noqa: F401
-    import torch._dynamo
-    import torch.distributed.tensor
-    import torch.nn.attention.flex_attention
     import tqdm  # noqa: F401
     import yaml  # noqa: F401
+    from filelock import FileLock, SoftFileLock  # noqa: F401
 
     os_open, fsync, rename = os.open, os.fsync, os.rename
     change_files()
