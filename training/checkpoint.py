@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from errors import UserError
+from errors import UserError, command
 
 import torch
 from safetensors import SafetensorError
@@ -103,7 +103,7 @@ def save_checkpoint(folder: Path, contents: Contents, parallel: Parallel = ONE_P
     temporary = folder / f".partial-{path.name}"
     checkpoints = list_checkpoints(folder)
     newest = f"{checkpoints[-1]} is intact" if checkpoints else "there is no earlier checkpoint"
-    advice = f"{newest}; make room, then continue with: python train.py {folder.parent}"
+    advice = f"{newest}; make room, then continue with: {command('train.py')} {folder.parent}"
 
     @contextlib.contextmanager
     def all_or_nothing() -> Iterator[None]:

@@ -164,5 +164,5 @@ class Sampler:
         if cut:
             newline = "\n" if show else ""
             print(f"{newline}note: the context of {self.model.config.n_ctx} tokens is full; "
-                  "--slide (slide=True) goes on", file=sys.stderr)
+                  "--slide goes on (in Python: slide=True)", file=sys.stderr)
         return rows

@@ -8,7 +8,7 @@ from contextlib import suppress
 from math import inf, nan
 from typing import Literal, NamedTuple
 
-from errors import UserError
+from errors import UserError, command
 
 import torch
 from torch import Tensor
@@ -185,8 +185,8 @@ def check_memory(model: GPT, device: torch.device, world: World = ONE_PROCESS.wo
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * machines
     if needed > available:
         raise UserError(f"{count:,} parameters need {needed / 1e9:,.0f} GB to train, {device} has "
-                        f"{available / 1e9:,.0f} GB\n  make the model smaller; python -m "
-                        "training.plan CONFIG shows what needs the memory")
+                        f"{available / 1e9:,.0f} GB\n  make the model smaller; "
+                        f"{command('-m training.plan')} CONFIG shows what needs the memory")
 
 
 def training_loss(model: GPT, compile: bool | Literal["auto"],
