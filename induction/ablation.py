@@ -198,11 +198,12 @@ class Ablation(NamedTuple):
     gain_removed: Estimate | None   # of the repeat gain (Effect)
 
     def __repr__(self) -> str:
-        part = "" if self.gain_removed is None else (f", {self.gain_removed:.0%} of the repeat "
-                                                     "gain removed")
+        part = ""
+        if self.gain_removed is not None:
+            part = f", {self.gain_removed:.0%} of the repeat gain removed"
         return (f"Ablation({self.kind} of {', '.join(map(str, self.heads)) or 'no heads'}: loss in "
-                f"the second copy {self.second:.3f} → {self.second_ablated:.3f} nats, in the first "
-                f"{self.first:.3f} → {self.first_ablated:.3f}{part})")
+                f"the second copy {self.second:.3f} → {self.second_ablated:.3f},\n"
+                f"  in the first {self.first:.3f} → {self.first_ablated:.3f} nats{part})")
 
 
 def ablate(model: GPT, heads: Collection[Head], probe: Probe, kind: Method = "mean") -> Ablation:

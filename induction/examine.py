@@ -1,5 +1,6 @@
 """Measures the heads of a run on disk, for heads.py and for studies of several runs."""
 
+import textwrap
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -95,9 +96,9 @@ class Scores(dict[str, dict[str, float]]):
 
     def __repr__(self) -> str:
         best = max(self, key=lambda head: self[head]["prefix_matching"])
-        return (f"Scores of {len(self)} heads, {next(iter(self))} to {list(self)[-1]}: "
-                f"{', '.join(self[best])}\n  highest prefix_matching: "
-                f"{self[best]['prefix_matching']:.3f} ({best})")
+        return (f"Scores of {len(self)} heads; the highest prefix_matching is "
+                f"{self[best]['prefix_matching']:.3f} ({best})\n  "
+                + "\n  ".join(textwrap.wrap(", ".join(self[best]), 98)))
 
 
 class KeyComposition(NamedTuple):

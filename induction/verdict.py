@@ -122,10 +122,10 @@ class Verdict(NamedTuple):
         behaviour, transfer = self.behaviour, self.transfer
         heads = self.mechanism.evidence.attending
         names = ", ".join(map(str, heads[:8])) + (" …" if len(heads) > 8 else "")
-        return (f"Verdict({self.run}: induction heads formed: {self.answer}; behaviour: "
-                f"{behaviour.answer} (accuracy {behaviour.accuracy:.2f}); mechanism: "
-                f"{self.mechanism.answer} (heads that attend: {names or 'none'}); transfer to "
-                f"periods: {transfer.periods}, to tokens: {transfer.tokens})")
+        return (f"Verdict({self.run}: induction heads formed: {self.answer};\n"
+                f"  behaviour: {behaviour.answer} (accuracy {behaviour.accuracy:.2f}); mechanism: "
+                f"{self.mechanism.answer} (heads that attend: {names or 'none'});\n"
+                f"  transfer to periods: {transfer.periods}, to tokens: {transfer.tokens})")
 
     @property
     def answer(self) -> Answer:
