@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from errors import ArgumentParser, UserError, first_line, run_command
+from errors import ArgumentParser, UserError, command, first_line, run_command
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -180,7 +180,8 @@ def import_model(source: Path, target: Path, overrides: Sequence[str] = ()) -> I
         raise UserError(f"{target} is there already (import under another name, or delete it)")
     if (source / "manifest.json").exists() and not is_published(source):
         raise UserError(f"{source} is a checkpoint of this project already\n"
-                        f"  use it as it is: python sample.py {source}   or: init_from={source}")
+                        f"  use it as it is: {command('sample.py')} {source}   "
+                        f"or: init_from={source}")
     described, weights = _read_json(source / "config.json"), Weights(source)
     config = _config_of(source, described, weights, target, overrides)
     if (source / "manifest.json").exists():
@@ -302,9 +303,9 @@ def main() -> None:
           f"tokens     {tokenizer.n_vocab:,}; a text begins with "
           f"{tokenizer.token_text(tokenizer.begin)}, ends with {ends}\n"
           f"saved      {target}\n"
-          f"sample     python sample.py {target} \"Once upon a time\"\n"
-          f"look       python heads.py {target}\n"
-          f"train      python train.py {target} data.corpus=files data.files='[my.txt]' "
+          f"sample     {command('sample.py')} {target} \"Once upon a time\"\n"
+          f"look       {command('heads.py')} {target}\n"
+          f"train      {command('train.py')} {target} data.corpus=files data.files='[my.txt]' "
           "train.steps=200")
     if shape.n_ctx > 4096:
         print("note       heads.py and train.py process whole contexts; if "
