@@ -46,7 +46,8 @@ def check(checkpoint: Path, reference: Reference) -> dict[str, Any]:
             return refusal(NO_MINISTRAL, "No conversion is registered", "MinistralConfig")
         if reference.model_type == "qwen2":
             return refusal(QWEN_WINDOWS, "greedy tokens")
-        if reference.model_type == "llama" and facts["d_head"] * facts["n_heads"] > facts["d_model"]:
+        wide = facts["d_head"] * facts["n_heads"] != facts["d_model"]
+        if reference.model_type == "llama" and wide:
             return refusal(WIDE_HEADS, "axis 2 has dimension")
         if reference.model_type == "gpt2" and facts["vocab_size"] > facts["n_vocab"]:
             return refusal(VOCABULARY, "the model expected a vocabulary of size")

@@ -1,7 +1,5 @@
 """mlx-lm on the CPU. MLX is made for Apple's GPUs; mlx[cpu] also runs on Linux."""
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +14,15 @@ NO_WINDOWS = ("mlx-lm ignores the windows of Mistral and Qwen2 without a warning
               "Ministral. Train with `model.window=null`")
 NEOX = ("mlx-lm's GPT-NeoX has MLPs of 4 × d_model, all biases and no tied embeddings: train with "
         "`model.d_mlp=null model.bias=all model.tied_embeddings=false`")
-GPT2_NAMES = ("mlx-lm wants GPT-2's tensors without `transformer.` in their names; the snippet "
-              "below renames them")
-TIED = "mlx-lm's GPT-2 has tied embeddings and MLPs of 4 × d_model only"
+GPT2 = ("mlx-lm's GPT-2 has tied embeddings and MLPs of 4 × d_model: train with "
+        "`model.tied_embeddings=true model.d_mlp=null`")
 
 mx.set_default_device(mx.cpu)
 
 
 def check(checkpoint: Path, reference: Reference) -> dict[str, Any]:
-    def checks_of(folder: Path = checkpoint) -> dict[str, Any]:
-        return checks(folder, reference)
-
-    def refusal(limit: str, *words: str) -> dict[str, Any]:
-        refused(checks_of, *words)
+    def refusal(limit: str, words: str) -> dict[str, Any]:
+        refused(lambda: checks(checkpoint, reference), words)
         return {"limit": limit}
 
     facts = reference.facts
@@ -42,22 +36,12 @@ def check(checkpoint: Path, reference: Reference) -> dict[str, Any]:
         case "gpt_neox" if facts["d_mlp"] != 4 * facts["d_model"]:
             return refusal(NEOX, "mlp.dense_h_to_4h.weight")
         case "gpt2" if not facts["tied"]:
-            return refusal(TIED, "lm_head.weight")
-        case "gpt2":
-            refused(checks_of, "transformer.h.0.attn.c_attn.weight")
-            with tempfile.TemporaryDirectory() as folder:
-                renamed = Path(folder, "model")
-                shutil.copytree(checkpoint, renamed)
-                for file in renamed.glob("model*.safetensors"):
-                    tensors = {name.removeprefix("transformer."): tensor
-                               for name, tensor in mx.load(str(file)).items()}
-                    mx.save_safetensors(str(file), tensors, {"format": "pt"})
-                return {"checks": checks_of(renamed), "limit": GPT2_NAMES}
-    return {"checks": checks_of()}
+            return refusal(GPT2, "lm_head.weight")
+    return {"checks": checks(checkpoint, reference)}
 
 
-def checks(folder: Path, reference: Reference) -> dict[str, Any]:
-    model, tokenizer = mlx_lm.load(str(folder))
+def checks(checkpoint: Path, reference: Reference) -> dict[str, Any]:
+    model, tokenizer = mlx_lm.load(str(checkpoint))
     steps = generate_step(mx.array(reference.ids), model, max_tokens=20)
     greedy = equal([int(token) for token, _ in steps], reference.greedy, "greedy tokens:")
     logits = np.array(model(mx.array([reference.ids]))[0])

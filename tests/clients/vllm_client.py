@@ -13,8 +13,8 @@ import vllm
 from client import Reference, difference, equal, log_softmax, refused, refused_type, run
 from vllm.distributed import cleanup_dist_env_and_memory
 
-WINDOWS = ("vLLM's Qwen2 has no models with full and windowed layers. Train without biases (that is "
-           "Ministral), or without windows (Llama)")
+WINDOWS = ("vLLM's Qwen2 has no models with full and windowed layers. Train without biases (that "
+           "is Ministral), or without windows (Llama)")
 HEADS = ("on a CPU, vLLM has heads of 32, 64, 80, 96, 112, 128 … numbers only; train with such a "
          "`model.d_head`")
 CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
