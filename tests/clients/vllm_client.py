@@ -22,11 +22,7 @@ CPU_HEADS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
 
 def check(checkpoint: Path, reference: Reference) -> dict[str, Any]:
     def open_and_check() -> dict[str, Any]:
-        try:
-            return checks(open_model(checkpoint), reference)
-        finally:
-            gc.collect()
-            cleanup_dist_env_and_memory()
+        return checks(open_model(checkpoint), reference)
 
     if reference.model_type == "induction_gpt":
         return refused_type(open_and_check)
@@ -40,6 +36,10 @@ def check(checkpoint: Path, reference: Reference) -> dict[str, Any]:
 
 
 def open_model(checkpoint: Path) -> vllm.LLM:
+    # Otherwise the last engine ends later, as that of an exception does, and takes what the new one
+    # shares with it.
+    gc.collect()
+    cleanup_dist_env_and_memory()
     return vllm.LLM(str(checkpoint), dtype="float32", enforce_eager=True, max_num_seqs=4,
                     max_logprobs=-1, disable_log_stats=True)
 
