@@ -8,7 +8,8 @@ from collections.abc import Callable
 from math import log
 from pathlib import Path
 
-from errors import ArgumentParser, UserError, run_command
+import own_modules  # noqa: F401   first: it says what is in the way of the others
+from errors import ArgumentParser, UserError, command, path_of, run_command
 
 import torch
 
@@ -303,7 +304,7 @@ def finish(job: Job, step: int) -> None:
         if snapshot_times and (not page.exists() or page.stat().st_mtime < max(snapshot_times)):
             report_finished(load_run(folder, device=choose_hardware(config).device))
     print(f"{folder} is finished: {step} steps; "
-          f"to go further: python train.py {folder} train.steps={2 * step}")
+          f"to go further: {command('train.py')} {folder} train.steps={2 * step}")
     if changes:
         print(f"  nothing was changed ({listed(changes)})")
 
@@ -311,16 +312,18 @@ def finish(job: Job, step: int) -> None:
 def list_configs() -> None:
     """Print every config with the first line of its comment, and how to start one."""
     titles: dict[str, str] = {}
-    for file in (Path(__file__).parent / "configs").glob("**/*.yaml"):
+    folder = Path(__file__).parent
+    for file in (folder / "configs").glob("**/*.yaml"):
         comments = [line.lstrip("# ") for line in file.read_text("utf-8").splitlines()
                     if line.startswith("# ") and "$schema=" not in line]
-        titles[os.path.relpath(file)] = comments[0] if comments else ""
+        titles[path_of(str(file.relative_to(folder)))] = comments[0] if comments else ""
     width = max(map(len, titles))
     for path in sorted(titles, key=lambda path: (path.count(os.sep), path)):
         print(f"{path:<{width}}  {titles[path]}")
-    print("\nstart one     python train.py configs/quickstart.yaml"
-          "\nchange a key  python train.py configs/quickstart.yaml run=one_layer model.n_layers=1"
-          "\ncontinue      python train.py runs/quickstart")
+    start, quickstart = command("train.py"), path_of("configs/quickstart.yaml")
+    print(f"\nstart one     {start} {quickstart}"
+          f"\nchange a key  {start} {quickstart} run=one_layer model.n_layers=1"
+          f"\ncontinue      {start} runs/quickstart")
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ class TokenizerConfig(Settings):
     @property
     def is_path(self) -> bool:
         """Whether `kind` is a path. It is checked only on loading: a run keeps its own copy."""
-        return "/" in self.kind
+        return "/" in self.kind or "\\" in self.kind
 
 
 class HubConfig(Settings):

@@ -137,6 +137,8 @@ class Family:
     heads_divide_width: bool = False
     # transposed: matrices are stored transposed; by head: q, k and v are one matrix, head by head
     layout: Literal["", "transposed", "by head"] = ""
+    # A tied model is saved without the first word of its names: mlx-lm knows only these.
+    short_names: bool = False
     default_rope_share: float = 1.0         # the fraction of a head that RoPE rotates
     fixed: Settings = field(default_factory=dict)           # settings with one supported value
 
@@ -155,7 +157,7 @@ FAMILIES = {                        # a model is saved as the first that fits
                     LLAMA_CHOICES | {"bias": QWEN3_BIAS, "qk_norm": [(True, {})]},
                     windows="listed", default_window=4096, windows_switch=True),
     "gpt2": Family("GPT2LMHeadModel", GPT2_NAMES, GPT2_SIZES, GPT2_CHOICES,
-                   eps="layer_norm_epsilon", square=True, layout="transposed",
+                   eps="layer_norm_epsilon", square=True, layout="transposed", short_names=True,
                    fixed={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
                           "add_cross_attention": False}),
     "gpt_neox": Family("GPTNeoXForCausalLM", NEOX_NAMES, NEOX_SIZES, NEOX_CHOICES,

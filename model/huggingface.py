@@ -45,6 +45,8 @@ def hf_state(model: GPT, full: Callable[[Tensor], Tensor] = lambda part: part
     parameters = dict(model.named_parameters())
     for name, ours in by_their_name(parameters, architecture).items():
         parts = [full(parameters[p].detach()) for p in ours]
+        if architecture.short_names and config.tied_embeddings:
+            name = without_first_word(name)
         yield name, to_theirs(parts, ours[0], architecture, config.n_heads)
     yield from zeros_for(config, architecture).items()
 
@@ -62,6 +64,9 @@ def load_hf_state(model: GPT, state: Mapping[str, Tensor], source: str,
     config, architecture = model.config, architecture_of(model_type or family(model.config))
     parameters = dict(model.named_parameters())
     expected = by_their_name(parameters, architecture)
+    if architecture.short_names:
+        expected = {name if name in state else without_first_word(name): ours
+                    for name, ours in expected.items()}
     names = set(state) - set(zeros_for(config, architecture))
     if different := sorted(names ^ set(expected)):
         shown = ", ".join(different[:3]) + (" …" if len(different) > 3 else "")
@@ -110,6 +115,11 @@ def by_their_name(names: Iterable[str], spec: Family) -> dict[str, list[str]]:
         their_leaf = "weight" if leaf == "gain" else leaf
         tensors.setdefault(f"{their_module}.{their_leaf}", []).append(name)
     return tensors
+
+
+def without_first_word(name: str) -> str:
+    """transformer.h.0.ln_1.weight → h.0.ln_1.weight, as in the file that OpenAI published."""
+    return name.partition(".")[2]
 
 
 def to_theirs(parts: Sequence[Tensor], name: str, spec: Family, n_heads: int) -> Tensor:

@@ -8,9 +8,11 @@ from errors import UserError
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_models import checkpoint_of, continue_one, perturbed_model
 
 from model.families import OWN_TYPE, family, nearest_family
+from model.gpt import GPT
 from model.huggingface import load_hf_state
 from settings.validate import validate
 from settings.yaml12 import override
@@ -31,6 +33,8 @@ SHAPES = {                  # the first word is the family
     "llama qkv biases, attention only": {"bias": "qkv", "mlp": "none"},
     "gpt2": {"norm": "layernorm", "bias": "all", "mlp": "gelu_tanh", "position": "learned",
              "n_kv_heads": 4, "tied_embeddings": True},
+    "gpt2 untied": {"norm": "layernorm", "bias": "all", "mlp": "gelu_tanh", "n_kv_heads": 4,
+                    "position": "learned"},
     "gpt_neox": {"norm": "layernorm", "bias": "all", "mlp": "gelu", "parallel": True,
                  "rope_dims": 4, "n_kv_heads": 4},
 }
@@ -102,6 +106,17 @@ def test_shapes_that_transformers_lacks_are_saved_the_same_way(shape, tmp_path):
     again, _ = load_model(path)
     tokens = torch.randint(50, (2, 20))
     assert torch.equal(again(tokens), model(tokens))
+
+
+def test_both_names_of_gpt2s_tensors_are_read(tmp_path):
+    """Earlier versions wrote transformer.h.0…; OpenAI's file, which mlx-lm expects, has h.0…"""
+    model = perturbed_model(**SHAPES["gpt2"])
+    state = load_file(checkpoint_of(model, tmp_path) / "model.safetensors")
+    assert "h.0.attn.c_attn.weight" in state and "wte.weight" in state
+    for prefix in ("", "transformer."):
+        again = GPT(model.config)
+        load_hf_state(again, {prefix + name: value for name, value in state.items()}, "a test")
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
 
 
 def test_weights_of_another_shape_are_refused():

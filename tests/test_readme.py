@@ -64,6 +64,7 @@ RUNS = {                        # page → overrides of the quickstart runs that
                       for name in ("quickstart", "a", "b", "control")],
     "docs/exports.md": [[f"run={name}"] for name in ("quickstart", "a-s0", "a-s1", "control-s0")],
     "docs/runs.md": [["run=quickstart"]],
+    "docs/python.md": [["run=quickstart"]],
 }
 # Modules that import Gluon, which the fork server's Triton, an interpreter, cannot.
 GLUON = ("-m bench.host_time", "-m kernels.ahead_of_time")

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from errors import UserError
+from errors import UserError, command
 
 import torch
 from safetensors import SafetensorError
@@ -74,7 +74,7 @@ def find_checkpoint(where: str | Path) -> Path:
     checkpoints = list_checkpoints(folder)
     if not checkpoints and (path / "config.json").exists():
         raise UserError(f"{where} is a Hugging Face model directory: make it a run first\n"
-                        f"  python -m training.import_model {where} runs/NAME")
+                        f"  {command('-m training.import_model')} {where} runs/NAME")
     if not checkpoints:
         problem = "is a file, not a run" if path.is_file() else "holds no checkpoint"
         raise UserError(f"{str(where) or repr('')}: {problem} (train first, or name runs/NAME or "

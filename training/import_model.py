@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from errors import ArgumentParser, UserError, first_line, run_command
+from errors import ArgumentParser, UserError, command, first_line, run_command
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,13 @@ from model.config import ModelConfig
 from model.families import FAMILIES, OWN_TYPE, architecture_of, family
 from model.gpt import GPT
 from model.hf_config import read_description
-from model.huggingface import by_their_name, load_hf_state, to_theirs, zeros_for
+from model.huggingface import (
+    by_their_name,
+    load_hf_state,
+    to_theirs,
+    without_first_word,
+    zeros_for,
+)
 from settings.validate import validate
 from settings.yaml12 import override
 from training.checkpoint import is_published, verify
@@ -75,7 +81,7 @@ class Weights(Mapping[str, Tensor]):
             remaining -= set(heads)
         matches: dict[str, str] = {}
         for name in expected:
-            for candidate in (name, name.partition(".")[2], heads.get(name)):
+            for candidate in (name, without_first_word(name), heads.get(name)):
                 if candidate in remaining:
                     matches[name] = candidate
                     break
@@ -91,6 +97,9 @@ class Weights(Mapping[str, Tensor]):
                             "  quantised models are not supported; save it as float32, float16 or "
                             "bfloat16")
         return value[:self.rows.get(name)].float()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names               # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -171,7 +180,8 @@ def import_model(source: Path, target: Path, overrides: Sequence[str] = ()) -> I
         raise UserError(f"{target} is there already (import under another name, or delete it)")
     if (source / "manifest.json").exists() and not is_published(source):
         raise UserError(f"{source} is a checkpoint of this project already\n"
-                        f"  use it as it is: python sample.py {source}   or: init_from={source}")
+                        f"  use it as it is: {command('sample.py')} {source}   "
+                        f"or: init_from={source}")
     described, weights = _read_json(source / "config.json"), Weights(source)
     config = _config_of(source, described, weights, target, overrides)
     if (source / "manifest.json").exists():
@@ -293,9 +303,9 @@ def main() -> None:
           f"tokens     {tokenizer.n_vocab:,}; a text begins with "
           f"{tokenizer.token_text(tokenizer.begin)}, ends with {ends}\n"
           f"saved      {target}\n"
-          f"sample     python sample.py {target} \"Once upon a time\"\n"
-          f"look       python heads.py {target}\n"
-          f"train      python train.py {target} data.corpus=files data.files='[my.txt]' "
+          f"sample     {command('sample.py')} {target} \"Once upon a time\"\n"
+          f"look       {command('heads.py')} {target}\n"
+          f"train      {command('train.py')} {target} data.corpus=files data.files='[my.txt]' "
           "train.steps=200")
     if shape.n_ctx > 4096:
         print("note       heads.py and train.py process whole contexts; if "

@@ -34,6 +34,13 @@ class LoadedRun(NamedTuple):
     model: GPT
     tokenizer: Tokenizer
 
+    def __repr__(self) -> str:
+        shape = self.model.config
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return (f"LoadedRun({self.folder} at step {self.step:,} of {self.config.train.steps:,}, "
+                f"{self.state['tokens']:,} tokens: {shape.n_layers} layers × {shape.n_heads} "
+                f"heads, {parameters:,} parameters on {self.model.embed.weight.device})")
+
     @property
     def step(self) -> int:
         return self.state["step"]

@@ -225,7 +225,7 @@ def _wandb_id(folder: Path, name: str) -> str:
     if not id_file.exists():
         with atomic_write(id_file, "w") as file:
             json.dump({"id": f"{name}-{secrets.token_hex(4)}"}, file)
-    return json.loads(id_file.read_text())["id"]
+    return json.loads(id_file.read_text("utf-8"))["id"]
 
 
 def _as_wandb(value: Any) -> Any:

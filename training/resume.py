@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from errors import UserError
+from errors import UserError, command
 
 from data.config import DataConfig, TokenizerConfig
 from data.dataset import Dataset
@@ -25,7 +25,14 @@ from training.checkpoint import (
     load_weights,
     read_state,
 )
-from training.config import Change, Config, differences, load_config, named_after
+from training.config import (
+    Change,
+    Config,
+    differences,
+    load_config,
+    named_after,
+    overridden,
+)
 from training.optimizer import Optimizer
 from training.parallel import Parallel
 from training.save_checkpoint import point_latest_at_newest, prune
@@ -55,14 +62,16 @@ class Progress(NamedTuple):
     history: Sequence[Entry] = ()           # of the weights before this run (training/ancestry.py)
 
 
-def job_of(target: str, overrides: list[str]) -> Job:
-    """The job that a command line names: a YAML file, or the directory of a run to continue.
+def job_of(target: str | Path | Config, overrides: Sequence[str]) -> Job:
+    """The job that a command line names: a YAML file, or the directory of a run to continue; or
+    that of a config.
 
     Raises UserError if the run cannot be continued with the overrides, or if another run has the
     same name.
     """
-    if not Path(target).is_dir():
-        config = load_config(target, overrides)
+    if isinstance(target, Config) or not Path(target).is_dir():
+        config = (overridden(target, overrides) if isinstance(target, Config)
+                  else load_config(target, overrides))
         folder = Path("runs") / config.run
         if (folder / "config.yaml").exists():
             changes = differences(named_after(folder, load_config(folder / "config.yaml")), config)
@@ -70,7 +79,7 @@ def job_of(target: str, overrides: list[str]) -> Job:
                 more = "; …" if len(changes) > 3 else ""
                 raise UserError(f"{folder} holds a run of another config "
                                 f"({listed(changes[:3])}{more})\n"
-                                f"  continue it with: python train.py {folder}   "
+                                f"  continue it with: {command('train.py')} {folder}   "
                                 "or begin another with: run=NEW")
         return Job(config, folder, [])
 
@@ -89,8 +98,9 @@ def job_of(target: str, overrides: list[str]) -> Job:
     fixed = FIXED if newest_progress(folder).step else FIXED_BEFORE_TRAINING
     if impossible := [change for change in changes if is_below(change.key, fixed)]:
         raise UserError(f"{target} cannot be continued with another {listed(impossible[:3])}\n"
-                        "  start a run from its weights instead: python train.py CONFIG run=NEW "
-                        f"init_from={target} data.tokenizer={target}/checkpoints/latest")
+                        "  start a run from its weights instead: "
+                        f"{command('train.py')} CONFIG run=NEW init_from={target} "
+                        f"data.tokenizer={target}/checkpoints/latest")
     return Job(config, folder, changes)
 
 
@@ -112,7 +122,7 @@ def newest_progress(folder: Path) -> Progress:
     newest = checkpoints[-1]
     if is_published(newest):
         raise UserError(f"{newest} has no training_state/, so {folder} cannot be continued\n"
-                        "  start a run from its weights: python train.py CONFIG run=NEW "
+                        f"  start a run from its weights: {command('train.py')} CONFIG run=NEW "
                         f"init_from={newest} data.tokenizer={newest}")
     return _progress(read_state(newest))
 

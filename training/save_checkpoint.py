@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from errors import UserError
+from errors import UserError, command
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -82,7 +82,7 @@ def save_checkpoint(folder: Path, contents: Contents, parallel: Parallel = ONE_P
     temporary = folder / f".partial-{path.name}"
     checkpoints = list_checkpoints(folder)
     newest = f"{checkpoints[-1]} is intact" if checkpoints else "there is no earlier checkpoint"
-    advice = f"{newest}; make room, then continue with: python train.py {folder.parent}"
+    advice = f"{newest}; make room, then continue with: {command('train.py')} {folder.parent}"
 
     @contextlib.contextmanager
     def all_or_nothing() -> Iterator[None]:
@@ -169,7 +169,7 @@ def _write(path: Path, content: FileContent) -> None:
             raise OSError(errno.ENOSPC if disk_full else errno.EIO, str(error)) from None
     else:
         path.write_bytes(content)
-    with open(path, "rb") as file:
+    with open(path, "r+b") as file:                 # Windows flushes only what may be written
         sync(file.fileno())
 
 
@@ -221,8 +221,9 @@ def prune(folder: Path, keep: int, listed: list[int]) -> None:
         (folder / "best").unlink(missing_ok=True)
     for path in checkpoints[:-keep]:
         if path != best and int(path.name) not in listed:
-            # Renamed first: it is no checkpoint any more before its first file goes.
+            # Renamed first: it is no checkpoint any more before its first file goes. NFS and
+            # Windows keep a file that somebody reads: it is left to the next time.
             doomed = path.with_name(f".partial-{path.name}")
-            os.rename(path, doomed)
-            # NFS and Windows keep a file that somebody reads. The next start deletes the rest.
-            shutil.rmtree(doomed, ignore_errors=True)
+            with contextlib.suppress(PermissionError):
+                os.rename(path, doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
