@@ -3,6 +3,7 @@ into docs/import.md. README.md beside this file describes the parts."""
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -166,7 +167,7 @@ def table_row(client: Client, lines: Sequence[Line]) -> str:
     within = {check: max(value for value in values if value not in ("equal", "works"))
               for check, values in results.items() if set(values) - {"equal", "works"}}
     works = [check for check in results if check not in equal and check not in within]
-    said = [", ".join(equal), ", ".join(f"{check} within {largest:.0e}"
+    said = [", ".join(equal), ", ".join(f"{check} within {rounded_up(largest)}"
                                         for check, largest in within.items()),
             f"works: {', '.join(works)}" if works else ""]
     limits: dict[str, list[str]] = {}
@@ -179,6 +180,12 @@ def table_row(client: Client, lines: Sequence[Line]) -> str:
              "<br>".join(f"{', '.join(f'`{name}`' for name in unique(names))}: {limit}"
                          for limit, names in limits.items()) or "–"]
     return f"| {' | '.join(cells)} |\n"
+
+
+def rounded_up(number: float) -> str:
+    """A positive number in one digit that is not below it: 7e-06."""
+    unit = 10.0 ** math.floor(math.log10(max(number, 1e-12)))
+    return f"{math.ceil(round(number / unit, 6)) * unit:.0e}"
 
 
 def unique(values: Iterable[str]) -> list[str]:

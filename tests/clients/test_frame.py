@@ -42,10 +42,10 @@ def test_a_limit_that_has_gone_is_an_error():
 
 
 def test_a_row_says_what_equals_what_and_other_rows_stay():
-    lines = [line("gpt2"), line("qwen3", checks={"ids": "equal", "logits": 5e-6}),
+    lines = [line("gpt2"), line("qwen3", checks={"ids": "equal", "logits": 5.1e-6}),
              line("own", checks={}, limit="Cannot. Use ours.")]
     row = table_row(NNSIGHT, lines)
-    assert row == ("| nnsight | 1 | `gpt2`, `qwen3` | ids; logits within 5e-06; works: Trainer | "
+    assert row == ("| nnsight | 1 | `gpt2`, `qwen3` | ids; logits within 6e-06; works: Trainer | "
                    "`own`: Cannot. Use ours. |\n")
     page = PAGE.read_text("utf-8")
     first = with_rows(page, {"nnsight": row})
