@@ -342,6 +342,6 @@ def test_metrics_have_the_names_that_the_docs_give_them(trained):
 
 @pytest.mark.parametrize("script", [
     "train.py", "sample.py", "heads.py", "-m training.import_model", "-m training.plan",
-    "-m data.prepare"])
+    "-m training.gguf", "-m data.prepare"])
 def test_help_names_the_command(script):
     assert f"usage: python {script}" in succeeds(command(script, "--help", cwd=ROOT)).stdout

@@ -99,6 +99,12 @@ def difference(theirs: Any, ours: np.ndarray) -> float:
     return float(np.abs(theirs - ours).max())
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Natural logarithms of the probabilities that logits (T, V) give."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
 def same_ids(reference: Reference, encode: Callable[[str], list[int]],
              skip: tuple[str, ...] = ()) -> str:
     """Compare the ids of every tricky text; `skip` names those that the client cannot take at

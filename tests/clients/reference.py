@@ -61,7 +61,9 @@ def write_reference(shape: str, checkpoint: Path, heldout: str, folder: Path) ->
         "n_layers": model.config.n_layers, "n_heads": model.config.n_heads,
         "n_kv_heads": model.config.kv_heads, "n_ctx": model.config.n_ctx,
         "d_model": model.config.d_model, "d_head": model.config.head_size,
-        "vocab_size": model.config.vocab_size, "begin": tokenizer.begin,
+        "d_mlp": model.config.mlp_size,
+        "tied": model.config.tied_embeddings, "vocab_size": model.config.vocab_size,
+        "n_vocab": tokenizer.n_vocab, "begin": tokenizer.begin,
         "ends": list(tokenizer.ends), "prefixed": tokenizer.prefixed,
         "texts": {name: {"text": text, "ids": encode(tokenizer, text)}
                   for name, text in TEXTS.items()},

@@ -28,7 +28,9 @@ HEADER = ("| client | version | model types | same as ours | limits, and what to
           "|---|---|---|---|---|\n")
 # The largest differences from our float32. `logprobs` are natural logarithms.
 BOUNDS = {"logits": 1e-4, "logprobs": 1e-4, "intervention": 1e-4, "patterns": 1e-5, "z": 1e-5,
-          "bits_per_byte": 1e-4, "batch": 1e-4, "imported again": 1e-4}
+          "bits_per_byte": 1e-4, "batch": 1e-4, "imported again": 1e-4,
+          "logprobs (GELU in 16 bits)": 1e-2, "logits (GELU approximated)": 1e-2,
+          "logits (another epsilon)": 1e-2}
 
 
 class Client(NamedTuple):
@@ -48,6 +50,10 @@ CLIENTS = {                             # name of the environment → the progra
     "transformer_lens": Client("TransformerLens", "transformer_lens_client.py", "transformer-lens"),
     "sae_lens": Client("SAELens", "sae_lens_client.py", "sae-lens"),
     "bertviz": Client("bertviz", "bertviz_client.py", "bertviz"),
+    "llama_cpp": Client("llama.cpp", "llama_cpp_client.py", "llama.cpp"),
+    "vllm": Client("vLLM", "vllm_client.py", "vllm"),
+    "ctranslate2": Client("CTranslate2", "ctranslate2_client.py", "ctranslate2"),
+    "mlx_lm": Client("mlx-lm", "mlx_lm_client.py", "mlx-lm"),
 }
 DOCUMENTED = "llama-attention-only"     # the shape that snippets open as runs/quickstart
 Line = Mapping[str, Any]                # what a script prints of a shape

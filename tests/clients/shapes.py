@@ -47,7 +47,8 @@ TRAINED = {                     # shape → what its run changes
     "gpt2": (BPE, *GPT2_RUN, "model.vocab_size=576"),       # more than the tokenizer's, as there
     "gpt2-bytes-untied": GPT2,
     "gpt_neox": (BPE, "model.norm=layernorm", "model.bias=all", "model.mlp=gelu",
-                 "model.parallel=true", "model.rope_dims=8"),
+                 "model.parallel=true", "model.rope_dims=8", "model.d_mlp=null"),
+    "gpt_neox-sequential": (BPE, "model.norm=layernorm", "model.bias=all", "model.mlp=gelu_tanh"),
     "own-gelu": (BPE, "model.mlp=gelu"),
     "own-learned": (BPE, "model.position=learned"),
     "own-relu2": ("model.mlp=relu2",),
