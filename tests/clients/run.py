@@ -121,10 +121,10 @@ def mistakes(client: Client, shapes: Sequence[str], lines: Iterable[Line], outpu
         missing.discard(shape)
         if "error" in line:
             wrong.append(f"{shape}: {line['error']}")
-        elif not line["checks"] and not line["limit"]:
+        elif not line["checks"] and not line.get("limit"):
             wrong.append(f"{shape}: nothing was checked")
         for check, result in line["checks"].items():
-            if result in ("equal", "works"):
+            if result in ("equal", "works") or result is True:
                 continue
             if not isinstance(result, float):
                 wrong.append(f"{shape}: {check}: {result!r} is not a result")
@@ -168,7 +168,7 @@ def table_row(client: Client, lines: Sequence[Line]) -> str:
     results: dict[str, list[Any]] = {}
     for line in opened:
         for check, result in line["checks"].items():
-            results.setdefault(check, []).append(result)
+            results.setdefault(check, []).append("works" if result is True else result)
     equal = [check for check, values in results.items() if set(values) == {"equal"}]
     within = {check: max(value for value in values if value not in ("equal", "works"))
               for check, values in results.items() if set(values) - {"equal", "works"}}
@@ -178,7 +178,7 @@ def table_row(client: Client, lines: Sequence[Line]) -> str:
             f"works: {', '.join(works)}" if works else ""]
     limits: dict[str, list[str]] = {}
     for line in lines:
-        if line["limit"]:
+        if line.get("limit"):
             limits.setdefault(line["limit"], []).append(line["model_type"])
     types = unique(f"`{line['model_type']}`" for line in opened if "model_type" in line)
     cells = [client.title, " and ".join(unique(line["version"] for line in lines)),

@@ -18,10 +18,13 @@ def test_results_are_judged():
     assert mistakes(NNSIGHT, ["gpt2"], [line("gpt2")], "") == []
     refusal = line("own-gelu", checks={}, limit="It cannot.")
     assert mistakes(NNSIGHT, ["own-gelu"], [refusal], "") == []
+    wandb = {"client": "wandb", "version": "1", "checks": {"trains": True}}
+    assert mistakes(NNSIGHT._replace(shapes=()), [], [wandb], "") == []
     for wrong, named in ((line("gpt2", checks={"logits": 2 * BOUNDS["logits"]}), "logits differs"),
                          (line("gpt2", checks={"logits": float("nan")}), "logits differs"),
                          (line("gpt2", checks={"new": 0.5}), "new differs"),
                          (line("gpt2", checks={"ids": "different"}), "is not a result"),
+                         (line("gpt2", checks={"trains": False}), "is not a result"),
                          (line("gpt2", checks={}), "nothing was checked"),
                          (line("gpt2", error="KeyError"), "KeyError")):
         found, = mistakes(NNSIGHT, ["gpt2"], [wrong], "")
