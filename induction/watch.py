@@ -6,17 +6,22 @@ it and without it gives the same run, bit for bit.
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from induction.behaviour import behaviour_of_both
 from induction.knockout import knock_out
 from induction.metrics import (
     ACCURACY,
     ACCURACY_BARE,
+    GAIN,
     KNOCKOUT,
     KNOCKOUT_RANDOM,
     KNOWN_LOSS,
     LOSS_FIRST,
     LOSS_SECOND,
     ONSET_TOKENS,
+    best_key,
+    layers_key,
     offset_profile_key,
     score_key,
 )
@@ -76,9 +81,14 @@ def knockout_metrics(model: GPT, probes: Probes) -> Metrics:
 
 def as_metrics(model_config: ModelConfig, measured: Measured) -> Metrics:
     """A measurement under flat names, as in metrics.jsonl: heads/prefix_matching/L1H3."""
-    metrics: Metrics = {LOSS_FIRST: measured.loss_first, LOSS_SECOND: measured.loss_second}
+    metrics: Metrics = {LOSS_FIRST: measured.loss_first, LOSS_SECOND: measured.loss_second,
+                        GAIN: measured.loss_first - measured.loss_second}
     heads = heads_of(model_config)
     for score, values in measured.scores.items():
+        # fmax: a layer whose window shows no target has no prefix matching.
+        by_layer = np.fmax.reduce(values.numpy(), axis=1)
+        metrics[best_key(score)] = round(float(np.fmax.reduce(by_layer)), 4)
+        metrics[layers_key(score)] = [round(value, 4) for value in by_layer.tolist()]
         for head, value in zip(heads, values.flatten().tolist()):
             metrics[score_key(score, head)] = round(value, 4)
     for head, profile in zip(heads, measured.offset_profile.flatten(0, 1).tolist()):

@@ -29,6 +29,7 @@ from training.checkpoint import (
 from training.config import Change, Config, differences, load_config, named_after
 from training.optimizer import Optimizer
 from training.parallel import Parallel
+from training.wandb_log import sweep_run
 
 # Keys, with all keys below them, whose values must not change when a run is continued: before its
 # first step (an imported model), and later.
@@ -63,6 +64,11 @@ def job_of(target: str, overrides: list[str]) -> Job:
     """
     if not Path(target).is_dir():
         config = load_config(target, overrides)
+        if run_id := sweep_run():
+            # The command lines of a sweep differ in no name; an agent that goes on with a run gives
+            # the same id again.
+            name = json.dumps(f"{config.run}-{run_id}")
+            config = load_config(target, [*overrides, f"run={name}"])
         folder = Path("runs") / config.run
         if (folder / "config.yaml").exists():
             changes = differences(named_after(folder, load_config(folder / "config.yaml")), config)
