@@ -6,8 +6,6 @@ it and without it gives the same run, bit for bit.
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from induction.behaviour import behaviour_of_both
 from induction.knockout import knock_out
 from induction.metrics import (
@@ -85,10 +83,9 @@ def as_metrics(model_config: ModelConfig, measured: Measured) -> Metrics:
                         GAIN: measured.loss_first - measured.loss_second}
     heads = heads_of(model_config)
     for score, values in measured.scores.items():
-        # fmax: a layer whose window shows no target has no prefix matching.
-        by_layer = np.fmax.reduce(values.numpy(), axis=1)
-        metrics[best_key(score)] = round(float(np.fmax.reduce(by_layer)), 4)
-        metrics[layers_key(score)] = [round(value, 4) for value in by_layer.tolist()]
+        by_layer = [round(value, 4) for value in values.amax(1).tolist()]
+        metrics[best_key(score)] = max(by_layer)
+        metrics[layers_key(score)] = by_layer
         for head, value in zip(heads, values.flatten().tolist()):
             metrics[score_key(score, head)] = round(value, 4)
     for head, profile in zip(heads, measured.offset_profile.flatten(0, 1).tolist()):
