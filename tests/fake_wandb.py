@@ -139,6 +139,7 @@ class FakeWandb:
             "serverInfo": {"features": [], "latestLocalVersionInfo": None, "cliVersionInfo": {
                 "min_cli_version": "0.1.0", "max_cli_version": "99.0.0"}},
             "QueryType": {"fields": []}, "MutationType": {"fields": []},
+            "TypeInfo": {"fields": [], "inputFields": []},
             "createRunFiles": {"runID": "r", "uploadHeaders": [], "files": [
                 {"name": name, "uploadUrl": f"{self.url}/upload"}
                 for name in values.get("files") or []]}}
@@ -168,7 +169,8 @@ class FakeWandb:
                 self.commands.insert(0, commands[0])
         elif "sweep(" in query:
             answer["project"] = {"sweep": {"id": "s", "name": "s", "state": "RUNNING",
-                                           "config": self.sweep, "method": "grid", "runs": None}}
+                                           "config": self.sweep, "method": "grid",
+                                           "runs": {"edges": []}}}
         return answer
 
     def bucket(self, name: str) -> dict[str, Any]:

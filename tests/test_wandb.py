@@ -29,8 +29,9 @@ SHOWN = {
     "heads/table", *(f"heads/{kind}/{score}" for kind in ("best", "layers")
                                      for score in SCORES)}
 # Logged when there is something to log.
-SHOWN_LATER = {"heads/report", "phase/onset_tokens", "knockout/gain_removed", "knockout/gain_removed_random",
-               "heads/best/prefix_matching_visible", "heads/layers/prefix_matching_visible"}
+SHOWN_LATER = {"heads/report", "phase/onset_tokens", "knockout/gain_removed",
+               "knockout/gain_removed_random", "heads/best/prefix_matching_visible",
+               "heads/layers/prefix_matching_visible"}
 BIG = ("run=big", "model.n_layers=12", "model.n_heads=12", "model.n_kv_heads=12",
        "model.d_model=48", "heads.every=4", "heads.images_every=8", "log.wandb=offline",
        "log.group=widths", "eval.every=8")
@@ -182,3 +183,133 @@ wandb.finish()
     assert "2.5" in json.dumps(wandb_history(tmp_path))
 
 
+
+
+# --- wandb fails -------------------------------------------------------------------------------
+
+BROKEN = '''
+class Settings:
+    model_fields = {"console": None}
+
+    def __init__(self, **values):
+        fail("settings")
+        assert values == {"console": "off"}, "an unknown setting is refused"
+
+
+class Run:
+    url = None
+
+    def define_metric(self, **_):
+        fail("define")
+
+    def log(self, *_, **__):
+        fail("log")
+
+    def finish(self, **_):
+        fail("finish")
+
+
+def fail(moment):
+    if moment == MOMENT:
+        raise ValueError(moment + " fails\\nfor a reason of many lines")
+
+
+def init(**_):
+    fail("init")
+    return Run()
+
+
+def teardown():
+    raise RuntimeError("this fails too")
+
+
+__version__ = "0.99"
+fail("import")
+'''
+
+
+@pytest.mark.parametrize("moment", ["import", "settings", "init", "define", "log", "finish", "no"])
+def test_whatever_wandb_raises_ends_logging_only(tmp_path, monkeypatch, moment):
+    (tmp_path / "wandb.py").write_text(f"MOMENT = {moment!r}\n{BROKEN}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    said: list[str] = []
+    log = Wandb(LogConfig(wandb="offline"), tmp_path, "name", {}, said.append)
+    for step in (1, 2):
+        log.log({"step": step, "train/loss": 0.5})
+    log.finish()
+    sys.modules.pop("wandb", None)              # not for the tests behind this one
+    assert len(said) == (moment != "no")
+    for line in said:
+        assert f"{moment} fails" in line and "metrics.jsonl has everything" in line
+        assert "\n" not in line
+
+
+# --- names, sweeps, groups ---------------------------------------------------------------------
+
+def test_no_name_of_a_panel_matches_a_metric_of_another():
+    numbers = ("step", "tokens", "train/loss", "heads/copying/L0H1", "heads/copying/L10H11",
+               "heads/best/copying", "heads/table", "heads/strongest/1",
+               "heads/prefix_matching/L0H0", "heads/prefix_matching_visible/L0H0")
+    lists = ("heads/layers/copying", "heads/offset_profile/L1H3")
+    names = {panel_of(metric, 0.5).name for metric in numbers}
+    names |= {panel_of(metric, [0.5]).name for metric in lists}
+    assert names >= set(lists)
+    globs = {name[:-1] for name in names if name.endswith("*")}
+    assert globs == {"heads/copying/", "heads/prefix_matching/", "heads/prefix_matching_visible/"}
+    assert not any(name.startswith(glob) for glob in globs for name in names - {f"{glob}*"})
+
+
+def test_the_command_that_uploads_is_whole():
+    folder = Path("my runs") / "a"
+    assert _sync_command("0.31.0", folder) == "wandb sync 'my runs/a/wandb'/offline-run-*"
+    for old in ("0.21.0", "0.29.0rc1"):
+        assert _sync_command(old, Path("runs/a")) == (
+            "wandb sync --append runs/a/wandb/offline-run-*")
+    assert "--append" not in _sync_command("1.0", folder)
+
+
+@pytest.mark.long
+def test_wandbs_agent_runs_the_documented_sweep(workplace):
+    """Two runs by wandb's own agent; it names them, and one that it starts again is continued."""
+    (document,) = re.findall(r"<<'END'\n(.*?)^END", (ROOT / "docs/wandb.md").read_text("utf-8"),
+                             re.DOTALL | re.MULTILINE)
+    sweep = document.replace("configs/quickstart.yaml", "tiny.yaml")
+    assert set(yaml.safe_load(sweep)["parameters"]) == {"optimizer.lr", "seed"}
+    commands = [{"type": "run", "run_id": run_id, "program": str(ROOT / "train.py"), "args": {
+        "optimizer.lr": {"value": lr}, "seed": {"value": 3}, "train.steps": {"value": 4},
+        "log.wandb": {"value": "online"}, "heads.every": {"value": 0}}}
+        for run_id, lr in (("1a2b3c4d", 0.01), ("5e6f7a8b", 1e-05))]
+    with FakeWandb([*commands, commands[0]], sweep) as server:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run([sys.executable, "-m", "wandb", "agent", "me/induction/abcd"],
+                              env=environment(**server.env, PATH=path), capture_output=True,
+                              text=True)
+        assert done.returncode == 0, done.stderr
+        assert "train.py tiny.yaml --optimizer.lr=0.01 --seed=3" in done.stderr
+        for run_id, lr in (("1a2b3c4d", 0.01), ("5e6f7a8b", 1e-05)):
+            assert max(metrics(Path(f"runs/tiny-{run_id}"))) == 4
+            stored = server.runs[run_id]
+            assert stored.sweep == "abcd" and len(stored.history) == 4
+            assert stored.config["optimizer"]["value"]["lr"] == lr
+        assert "runs/tiny-1a2b3c4d is finished" in done.stdout
+        assert len(server.runs) == len(list(Path("runs").iterdir())) == 2
+    in_sweep = {"WANDB_SWEEP_ID": "abcd", "WANDB_RUN_ID": "99"}
+    fails(command("train.py", "tiny.yaml", "--optimizer.lrr=1", env=in_sweep), "did you mean")
+
+
+def test_runs_of_a_study_have_its_name_as_their_group(workplace, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    condition = condition_named("toy_1l")
+    assert {"log.group=toy", "log.wandb=disabled"} <= set(condition.overrides(0))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert "log.wandb=auto" in condition.overrides(0)
+    assert "log.group=text" in condition_named("text_mixed_2l").overrides(1)
+    # A run that an earlier version trained, without a group, is not refused.
+    config = load_config(ROOT / "configs/induction/toy_1l.yaml",
+                         [change for change in condition.overrides(0) if "log." not in change])
+    run = condition.run(0)
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    assert not finished(condition, 0)

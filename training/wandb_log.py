@@ -14,13 +14,15 @@ import re
 import secrets
 import shlex
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlparse
 
 from errors import UserError, first_line
+
+import numpy as np
 
 from files import atomic_write
 from training.config import LogConfig
@@ -49,17 +51,19 @@ NOT_SHOWN = {
     "repeat/loss_second", "aperiodic/loss_known", "heads/strongest/2", "heads/strongest/3"}
 
 
-def panel_of(metric: str) -> Panel:
-    """The panel of a metric.
+def panel_of(metric: str, value: Any) -> Panel:
+    """The panel of a metric with such values.
 
     No two names that this gives match the same metric: wandb would take any of them for its axis.
-    The series of single heads share a name, because defining each takes wandb over a second.
+    The numbers of single heads share a name, because defining each takes wandb over a second; wandb
+    before 0.30 finds no histogram by such a name.
     """
     if metric in ("step", "tokens"):
         return Panel(metric, None, hidden=True)
     axis = "step" if metric.startswith(OVER_STEPS) else "tokens"
     if ONE_HEAD.search(metric):
-        return Panel(ONE_HEAD.sub("/*", metric), axis, hidden=True)
+        name = metric if isinstance(value, list) else ONE_HEAD.sub("/*", metric)
+        return Panel(name, axis, hidden=True)
     return Panel(metric, axis, metric in NOT_SHOWN or metric.startswith("verdict/"))
 
 
@@ -71,8 +75,8 @@ def as_wandb(name: str, value: Any) -> Any:
     match value:
         case list():
             first = -0.5 if name.startswith(OVER_LAYERS) else -len(value) / 2
-            edges = [first + n for n in range(len(value) + 1)]
-            heights = [max(0.0, number) for number in value]        # no negative bars, no nan
+            edges = np.array([first + n for n in range(len(value) + 1)])
+            heights = np.array([max(0.0, number) for number in value])  # no negative bars, no nan
             return wandb.Histogram(np_histogram=(heights, edges))
         case tuple():
             return wandb.Table(columns=value[0], data=value[1])
@@ -141,16 +145,16 @@ class Wandb:
         # log a step twice: wandb refuses steps that it has. Also, pictures have a slider over it.
         step = max(record["step"], self.next_step)
         try:
-            self._define(record.keys() - self.known)
+            self._define({name: record[name] for name in record.keys() - self.known})
             self.run.log({name: as_wandb(name, value) for name, value in record.items()},
                          step=step, commit=not more)
             self.next_step = step if more else step + 1
         except Exception as error:
             self._give_up(f"stopped ({first_line(error)})")
 
-    def _define(self, new: Iterable[str]) -> None:
+    def _define(self, new: Record) -> None:
         """Tell wandb how to draw metrics that are logged for the first time."""
-        for panel in {panel_of(metric) for metric in new} - self.panels:
+        for panel in {panel_of(metric, value) for metric, value in new.items()} - self.panels:
             self.run.define_metric(**panel._asdict())
             self.panels.add(panel)
         self.known.update(new)
