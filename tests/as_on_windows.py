@@ -34,11 +34,12 @@ NAMES = {
              "setitimer", "pthread_sigmask"),
 }
 # What our modules and their packages import, with this system's parts of them.
-IMPORTED_BEFORE = (
-    "asyncio", "multiprocessing.popen_spawn_posix", "subprocess", "PIL.ImageDraw", "PIL.ImageFont",
-    "matplotlib.backends.backend_agg", "matplotlib.figure", "numpy", "pydantic.types",
-    "safetensors.torch", "scipy.stats", "tiktoken", "torch._dynamo", "torch.distributed.tensor",
-    "torch.nn.attention.flex_attention", "tqdm", "yaml")
+ALREADY_THERE = (
+    "asyncio", "matplotlib.backends.backend_agg", "matplotlib.figure",
+    "multiprocessing.popen_spawn_posix", "numpy", "PIL.ImageDraw", "PIL.ImageFont",
+    "pydantic.types", "safetensors.torch", "scipy.stats", "subprocess", "tiktoken",
+    "torch._dynamo", "torch.distributed.tensor", "torch.nn.attention.flex_attention", "tqdm",
+    "yaml")
 OURS = "data|errors|files|console|heads|induction|lab|model|report|sample|settings|train|training"
 
 
@@ -117,10 +118,11 @@ def change_files() -> None:
 
 
 if __name__ == "__main__":
-    import fcntl as posix_fcntl
-    for name in IMPORTED_BEFORE:
+    for name in ALREADY_THERE:
         importlib.import_module(name)
-    from filelock import FileLock, SoftFileLock  # noqa: F401       loaded when they are asked for
+    import fcntl as posix_fcntl
+
+    from filelock import FileLock, SoftFileLock  # noqa: F401      which filelock imports lazily
 
     os_open, fsync, rename = os.open, os.fsync, os.rename
     change_files()
