@@ -1,9 +1,9 @@
 # make quickstart · make lint · make test · make test-kernels · make test-lens · make test-faults
-# make study-toy, -text, -positions, -gqa · make gpu · make venv
+# make test-clients · make study-toy, -text, -positions, -gqa · make gpu · make venv
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart lint test test-kernels test-lens test-faults gpu venv
+.PHONY: quickstart lint test test-kernels test-lens test-faults test-clients gpu venv
 
 quickstart: .venv/installed
 	$(BIN)/python train.py configs/quickstart.yaml
@@ -39,6 +39,13 @@ test-faults: .venv/installed
 	$(BIN)/python -m pytest -n 2 -m "faults or not faults" tests/faults tests/test_distributed.py \
 		--reliability docs/reliability.md
 
+# Other programs open our checkpoints, each in its own environment: tests/clients/README.md. Some
+# gigabytes; the first time, half an hour on two cores. Rewrites the table in docs/import.md.
+CLIENTS ?= $(patsubst tests/clients/requirements/%.txt,%,$(wildcard tests/clients/requirements/*))
+test-clients: .venv/installed $(CLIENTS:%=.venv-clients/%/installed)
+	PYTHONPATH=.:tests $(BIN)/python tests/clients/run.py $(CLIENTS) \
+		$(if $(SHAPES),--shapes $(SHAPES))
+
 # Every test and timing on a GPU, in nine minutes, with .venv or else the machine's own Python.
 # Without a GPU it lists the steps.
 gpu:
@@ -58,4 +65,16 @@ venv: .venv/installed
 	@$(@D)/bin/python -c "" 2>/dev/null || $(PYTHON) -m venv --clear $(@D)
 	@echo "installing the pinned $< into $(@D) (a minute or two)"
 	@$(@D)/bin/python -m pip install --disable-pip-version-check -q -r $<
+	@touch $@
+
+# The environment of a client: by uv if it is there, because it stores a package only once.
+# vllm names packages that exist only for CUDA, so its file leaves them out.
+.venv-clients/vllm/installed: NO_DEPS := --no-deps
+.venv-clients/%/installed: tests/clients/requirements/%.txt
+	@echo "installing the pinned $< into $(@D)"
+	@if command -v uv >/dev/null; \
+		then uv venv -q --clear --python $(PYTHON) $(@D); \
+			uv pip install -q --python $(@D)/bin/python $(NO_DEPS) -r $<; \
+		else $(PYTHON) -m venv --clear $(@D); \
+			$(@D)/bin/python -m pip install --disable-pip-version-check -q $(NO_DEPS) -r $<; fi
 	@touch $@

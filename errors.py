@@ -4,9 +4,13 @@ import argparse
 import difflib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn
+
+from own_modules import OUR_MODULES, ROOT
 
 from console import bytes_of, guard_console
 
@@ -15,12 +19,42 @@ from console import bytes_of, guard_console
 # cores take 10 times as long as one after the other.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-OUR_MODULES = {"model", "kernels", "data", "training", "induction", "report", "settings", "files",
-               "errors", "console"}
-
 
 class UserError(Exception):
     """Something the user can fix. The message names the thing, its value and the fix."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows instead of a traceback through our code."""
+        return [f"error: {self}"]
+
+
+def path_of(ours: str) -> str:
+    """The path of one of our files from the working directory: train.py if that is our folder."""
+    if in_our_folder():
+        return ours
+    path = str(ROOT / ours)
+    with suppress(OSError, ValueError):         # the folder is deleted; it is on another drive
+        path = min(os.path.relpath(path), path, key=len)
+    return path
+
+
+def in_our_folder() -> bool:
+    with suppress(OSError):
+        return os.path.samefile("train.py", ROOT / "train.py")
+    return False
+
+
+def command(script: str) -> str:
+    """How to start train.py, or -m training.plan, from the working directory."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    started_with_m = spec is not None and spec.name.split(".")[0] in OUR_MODULES
+    if script.startswith("-m "):
+        installed = str(ROOT) in sys.path[1:]           # sys.path[0] is the folder of a script
+        here = in_our_folder() or started_with_m or installed
+        return f"python {script}" if here else f"(in {ROOT}) python {script}"
+    if started_with_m and not in_our_folder():
+        return f"python -m {script.removesuffix('.py')}"
+    return f"python {shlex.quote(path_of(script))}"
 
 
 def first_line(error: BaseException, longest: int = 150) -> str:
@@ -106,11 +140,12 @@ def explain(error: Exception) -> str | None:
             return f"{str(error.filename)[:200]}: {error.strerror}"
         case MemoryError() | RuntimeError() if is_out_of_memory(error):
             return (f"out of memory ({first_line(error)})\n"
-                    "  make train.micro_batch or the model smaller; python -m training.plan CONFIG "
-                    "shows the memory it needs")
+                    "  make train.micro_batch or the model smaller; "
+                    f"{command('-m training.plan')} CONFIG shows the memory it needs")
         case ModuleNotFoundError() if str(error.name).split(".")[0] not in OUR_MODULES:
             return (f"{error.name} is not installed for {sys.executable}\n"
-                    "  source .venv/bin/activate   (`make venv` creates that environment)")
+                    f"  source {path_of('.venv/bin/activate')}   (`make venv` creates that "
+                    "environment)")
     return None
 
 

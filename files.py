@@ -71,17 +71,25 @@ def sync(descriptor: int) -> None:
 
 def point(link: Path, target: Path) -> None:
     """Make `link` point at `target`, which is beside it, in one step: as a symbolic link, or as a
-    text file that holds its name if the file system has no links."""
+    text file that holds its name if the file system has no links. So it is on Windows, which asks
+    for a privilege, and replaces no link to a folder."""
     temporary = link.with_name(f".{link.name}.partial")
     temporary.unlink(missing_ok=True)
+    if sys.platform == "win32" or not _link(temporary, target.name):
+        temporary.write_text(target.name, "utf-8")
+    os.replace(temporary, link)
+    sync_folder(link.parent)
+
+
+def _link(link: Path, name: str) -> bool:
+    """Whether `link` could be made, as a symbolic link to `name`."""
     try:
-        temporary.symlink_to(target.name)
+        link.symlink_to(name)
     except OSError as error:
         if error.errno not in MISSING:
             raise
-        temporary.write_text(target.name)
-    os.replace(temporary, link)
-    sync_folder(link.parent)
+        return False
+    return True
 
 
 def pointed_at(link: Path) -> Path | None:
@@ -151,7 +159,7 @@ def _remove_empty(lock: Path) -> None:
 
 def _write_holder(lock: Path, text: str) -> None:
     with contextlib.suppress(OSError):              # only a help for the message
-        lock.write_text(text)
+        lock.write_text(text, "utf-8")
 
 
 def _holder(lock: Path) -> str:

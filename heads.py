@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import own_modules  # noqa: F401   first: it says what is in the way of the others
 from errors import ArgumentParser, UserError, run_command
 
 import torch
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from console import stdout_is_the_result
 from files import atomic_write, explain_disk_errors, must_be_writable
+from induction.ablation import chosen_heads
 from induction.examine import (
     Examination,
     apart_if_unlike,
@@ -24,7 +26,7 @@ from induction.examine import (
 )
 from induction.history import best_head_history, head_transitions
 from induction.token_rows import TokenRows, given_rows
-from report.activations import check_size, chosen_heads, write_activations
+from report.activations import check_size, write_activations
 from report.export import as_text, rows_as_json, run_as_json, runs_as_json
 from report.figures import write_figures
 from report.movie import movie_of, write_movie
@@ -51,7 +53,8 @@ def main() -> None:
     rows = given_rows(run, text=args.text, file=args.file, tokens=args.tokens)
     if args.export:                                     # mistakes are said before the work
         tokens = probes_for(run).scored.tokens if rows is None else rows.tokens
-        check_size(Path(args.export), run.model, chosen_heads(args.heads, run.model), tokens)
+        chosen = chosen_heads(args.heads, run.model.config, "--heads ")
+        check_size(Path(args.export), run.model, chosen, tokens)
     with explain_disk_errors(f"writing into {run.folder}",
                              "make room, or copy the run to where you may write"):
         if rows is None:
@@ -138,7 +141,7 @@ def export(args: argparse.Namespace, run: LoadedRun, tokens: torch.Tensor, real:
              "scale": str(run.config.model.head_size ** -0.5)}
     with explain_disk_errors(f"--export {args.export}", "name a file where there is room"):
         write_activations(Path(args.export), run.model, tokens, real,
-                          chosen_heads(args.heads, run.model), about)
+                          chosen_heads(args.heads, run.model.config, "--heads "), about)
     print(f"export   {args.export}")
 
 

@@ -1,31 +1,24 @@
 """Text from a checkpoint: `python sample.py runs/quickstart "def " -n 3`."""
 
 import argparse
-import codecs
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import TextIOWrapper
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from errors import ArgumentParser, UserError, first_line, run_command
+import own_modules  # noqa: F401   first: it says what is in the way of the others
+from errors import ArgumentParser, UserError, run_command
 
 from tqdm import tqdm
 
 from console import stdout_is_the_result
 from data.text_encoding import decode_text
-from data.tokenizer import Tokenizer
-from model.compiled import CompiledStep
-from model.generate import Sampling, generate
-from model.gpt import GPT
 from training.checkpoint import find_checkpoint, load_model
+from training.continuation import LARGEST, RANGES, Continuation, Options, Sampler
 from training.device import choose_device
-
-Show = Callable[[int, str], None]           # called with (number of the prompt, new text)
 
 
 def main() -> None:
@@ -41,7 +34,8 @@ def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     device = choose_device(args.device, "--device ")
     model, tokenizer = load_model(find_checkpoint(args.run), device)
-    sampler = Sampler(model.pack(), tokenizer, args)
+    options = Options(**{name: getattr(args, name) for name in Options._fields})
+    sampler = Sampler(model.pack(), tokenizer, options)
     if args.interactive:
         sampler.compile([sampler.encode("")])
         interact(sampler)
@@ -57,127 +51,6 @@ def main() -> None:
         sampler.complete(ids, show=lambda n, text: print(f"[{n}] {text!r}", flush=True))
     else:
         print_in_order(prompts, ids, sampler, as_json=args.json)
-
-
-class Continuation:
-    """The continuation of a prompt as it grows: its tokens, and its text up to a stop string. The
-    text is never cut inside a character."""
-
-    def __init__(self, tokenizer: Tokenizer, stops: list[str]):
-        self.tokenizer, self.stops = tokenizer, stops
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.tokens: list[int] = []
-        self.text = ""              # what is certain to stay
-        self.held = ""              # what may be the beginning of a stop string
-        self.ended = False
-
-    def add(self, token: int) -> str:
-        """Add a token. Returns the text that has become certain."""
-        self.tokens.append(token)
-        if token in self.tokenizer.ends:
-            rest = self.finish()
-            self.ended = True
-            return rest
-        return self._settle(self.decoder.decode(self.tokenizer.token_bytes[token]))
-
-    def finish(self) -> str:
-        """Returns the text that was still held back."""
-        if self.ended:
-            return ""
-        rest = self._settle(self.decoder.decode(b"", final=True))
-        held, self.held = self.held, ""
-        self.text += held
-        return rest + held
-
-    def _settle(self, new: str) -> str:
-        """Add text. Returns what no stop string can take back."""
-        text = self.held + new
-        stops = [text.find(stop) for stop in self.stops if stop in text]
-        if stops:
-            self.ended = True
-            certain, self.held = text[:min(stops)], ""
-        else:
-            # The longest end of the text that is the beginning of a stop string.
-            keep = 0
-            for stop in self.stops:
-                for n in range(1, min(len(stop), len(text) + 1)):
-                    if text.endswith(stop[:n]):
-                        keep = max(keep, n)
-            certain, self.held = text[:len(text) - keep], text[len(text) - keep:]
-        self.text += certain
-        return certain
-
-
-class Sampler:
-    """A model with the options of the command line."""
-
-    def __init__(self, model: GPT, tokenizer: Tokenizer, args: argparse.Namespace):
-        self.model, self.tokenizer, self.args = model, tokenizer, args
-        self.sampling = Sampling(args.repetition_penalty, args.temperature, args.top_k, args.top_p,
-                                 args.min_p)
-        self.step = CompiledStep(model) if args.compile else None
-
-    def encode(self, prompt: str) -> list[int]:
-        """The ids of a prompt. Raises UserError if they do not fit the context."""
-        ids = self.tokenizer.encode_prompt(prompt.encode("utf-8", "surrogateescape"))
-        n_ctx = self.model.config.n_ctx
-        if len(ids) > n_ctx and not self.args.slide:
-            raise UserError(f"a prompt of {len(ids)} tokens is longer than the model's context of "
-                            f"{n_ctx}\n  shorten it, or use --slide to read only its end")
-        return ids
-
-    def generate(self, ids: list[list[int]], **options: Any) -> Iterator[dict[int, int]]:
-        args = self.args
-        return generate(self.model, ids, args.max_tokens, self.sampling, seed=args.seed,
-                        ends=self.tokenizer.ends, slide=args.slide,
-                        n_vocab=self.tokenizer.n_vocab, batch_size=args.batch_size,
-                        compiled_step=self.step, **options)
-
-    def compile(self, ids: list[list[int]]) -> None:
-        """With --compile, decode as far as the first steps are compiled."""
-        if self.step is None:
-            return
-        from torch._dynamo.exc import TorchDynamoException
-        print("compiling a decoding step: 10 to 30 seconds on a CPU", file=sys.stderr)
-        try:
-            # Prefill, a choice, and the compiled step twice: a GPU captures it the first time.
-            for _ in islice(self.generate(ids), 4):
-                pass
-        except TorchDynamoException as error:
-            raise UserError(
-                f"--compile: PyTorch's compiler does not work here ({first_line(error)})\n"
-                "  it needs a C++ compiler such as g++ and Python's headers; or leave --compile out"
-            ) from None
-
-    def complete(self, ids: list[list[int]], show: Show | None = None,
-                 finished: Callable[[int, Continuation], None] | None = None) -> None:
-        """Continue prompts. `show` gets text as it comes, `finished` each continuation as it
-        ends."""
-        rows = [Continuation(self.tokenizer, self.args.stop) for _ in ids]
-        going: set[int] = set()
-
-        def end(n: int) -> None:
-            rest = rows[n].finish()
-            if rest and show:
-                show(n, rest)
-            if finished:
-                finished(n, rows[n])
-
-        for tokens in self.generate(ids, wanted=lambda n: not rows[n].ended):
-            for n in sorted(going - tokens.keys()):
-                end(n)
-            going = set(tokens)
-            for n, token in tokens.items():
-                text = rows[n].add(token)
-                if text and show:
-                    show(n, text)
-        for n in sorted(going):
-            end(n)
-        cut = [row for row in rows if not row.ended and len(row.tokens) < self.args.max_tokens]
-        if cut:
-            newline = "\n" if show else ""
-            print(f"{newline}note: the context of {self.model.config.n_ctx} tokens is full; "
-                  "--slide goes on", file=sys.stderr)
 
 
 def print_in_order(prompts: list[str], ids: list[list[int]], sampler: Sampler,
@@ -257,7 +130,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser("python sample.py",
                             description="Continue prompts with a trained model.")
-    add = parser.add_argument
+    add, default = parser.add_argument, Options()
     add("run", help="runs/NAME, or a checkpoint in it: runs/NAME/checkpoints/000500")
     add("prompt", nargs="*", default=[],
         help="text to continue, or several texts; - reads standard input; without one a new "
@@ -265,22 +138,23 @@ def parse_arguments() -> argparse.Namespace:
     add("--file", help="a file of prompts, one a line, any number of them")
     add("-n", type=between(int, 1, MOST_CONTINUATIONS), default=1, metavar="N",
         help="continuations of each prompt (default 1)")
-    add("--max-tokens", type=at_least(int, 1), default=200, metavar="N",
-        help="longest continuation (default 200)")
-    add("--temperature", type=at_least(float, 0), default=0.8, metavar="T",
-        help="0 is greedy (default 0.8)")
-    add("--top-k", type=at_least(int, 1), metavar="K", help="choose among the K likeliest tokens")
-    add("--top-p", type=between(float, 1e-9, 1), metavar="P",
+    add("--max-tokens", type=in_range(int, "max_tokens"), default=default.max_tokens,
+        metavar="N", help="longest continuation (default 200)")
+    add("--temperature", type=in_range(float, "temperature"), default=default.temperature,
+        metavar="T", help="0 is greedy (default 0.8)")
+    add("--top-k", type=in_range(int, "top_k"), metavar="K",
+        help="choose among the K likeliest tokens")
+    add("--top-p", type=in_range(float, "top_p"), metavar="P",
         help="choose among the likeliest tokens that together reach P")
-    add("--min-p", type=between(float, 0, 1), metavar="P",
+    add("--min-p", type=in_range(float, "min_p"), metavar="P",
         help="leave out tokens below P times the likeliest")
-    add("--repetition-penalty", type=at_least(float, 0.01), default=1.0, metavar="R",
-        help="above 1: repeat less (default 1)")
-    add("--seed", type=at_least(int, 0), default=0, metavar="S",
+    add("--repetition-penalty", type=in_range(float, "repetition_penalty"),
+        default=default.repetition_penalty, metavar="R", help="above 1: repeat less (default 1)")
+    add("--seed", type=in_range(int, "seed"), default=default.seed, metavar="S",
         help="same seed, same text (default 0)")
     add("--stop", type=stop_text, action="append", default=[], metavar="TEXT",
         help="end before TEXT; may be given several times")
-    add("--batch-size", type=at_least(int, 1), default=32, metavar="B",
+    add("--batch-size", type=in_range(int, "batch_size"), default=default.batch_size, metavar="B",
         help="prompts continued at the same time; when one ends, the next begins (default 32)")
     add("--compile", action="store_true",
         help="compile a decoding step first, which takes 10 to 30 seconds on a CPU: worth it for "
@@ -300,7 +174,6 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-LARGEST = 2 ** 62
 MOST_CONTINUATIONS = 10 ** 6        # of a prompt: a list of them is built
 
 
@@ -325,8 +198,8 @@ def between(number_type: type[int] | type[float], low: float,
     return number
 
 
-def at_least(number_type: type[int] | type[float], low: float) -> Callable[[str], float]:
-    return between(number_type, low, LARGEST)
+def in_range(number_type: type[int] | type[float], option: str) -> Callable[[str], float]:
+    return between(number_type, *RANGES[option])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from math import log
 from pathlib import Path
 
-from errors import ArgumentParser, UserError, run_command
+import own_modules  # noqa: F401   first: it says what is in the way of the others
+from errors import ArgumentParser, UserError, command, path_of, run_command
 
 import torch
 
@@ -23,7 +24,7 @@ from induction.metrics import ICL_SCORE
 from induction.probe_set import probes_of
 from induction.verdict import Verdict
 from induction.watch import HeadWatch, knockout_metrics
-from model.families import obstacles
+from model.families import nearest_family
 from model.gpt import GPT
 from report.export import headline, summary
 from report.page import probe_view, write_report
@@ -200,9 +201,11 @@ def announce(run: Run, model: GPT, data: Dataset, micro_batch: int,
             f"{processes}{passes} × {micro_batch} windows a step of {source}")
     if changes:
         run.say(f"changed    {listed(changes)} (from step {run.step + 1})")
-    if reasons := obstacles(model.config):
-        run.say(f"note       transformers has no model of this shape ({'; '.join(reasons)}): "
-                "these checkpoints load only in this project")
+    nearest, to_change = nearest_family(model.config)
+    if to_change:
+        run.say("note       transformers has no model of this shape: these checkpoints load only "
+                f"in this project\n           other programs open a {nearest} model: "
+                f"{' '.join(to_change)}")
     if config.data.begin_tells_kind:
         begin = data.tokenizer.token_text(data.begin)
         run.say(f"note       rows of repeats begin with {begin} and text rows do not: a model can "
@@ -301,7 +304,7 @@ def finish(job: Job, step: int) -> None:
         if snapshot_times and (not page.exists() or page.stat().st_mtime < max(snapshot_times)):
             report_finished(load_run(folder, device=choose_hardware(config).device))
     print(f"{folder} is finished: {step} steps; "
-          f"to go further: python train.py {folder} train.steps={2 * step}")
+          f"to go further: {command('train.py')} {folder} train.steps={2 * step}")
     if changes:
         print(f"  nothing was changed ({listed(changes)})")
 
@@ -309,16 +312,18 @@ def finish(job: Job, step: int) -> None:
 def list_configs() -> None:
     """Print every config with the first line of its comment, and how to start one."""
     titles: dict[str, str] = {}
-    for file in (Path(__file__).parent / "configs").glob("**/*.yaml"):
+    folder = Path(__file__).parent
+    for file in (folder / "configs").glob("**/*.yaml"):
         comments = [line.lstrip("# ") for line in file.read_text("utf-8").splitlines()
                     if line.startswith("# ") and "$schema=" not in line]
-        titles[os.path.relpath(file)] = comments[0] if comments else ""
+        titles[path_of(str(file.relative_to(folder)))] = comments[0] if comments else ""
     width = max(map(len, titles))
     for path in sorted(titles, key=lambda path: (path.count(os.sep), path)):
         print(f"{path:<{width}}  {titles[path]}")
-    print("\nstart one     python train.py configs/quickstart.yaml"
-          "\nchange a key  python train.py configs/quickstart.yaml run=one_layer model.n_layers=1"
-          "\ncontinue      python train.py runs/quickstart")
+    start, quickstart = command("train.py"), path_of("configs/quickstart.yaml")
+    print(f"\nstart one     {start} {quickstart}"
+          f"\nchange a key  {start} {quickstart} run=one_layer model.n_layers=1"
+          f"\ncontinue      {start} runs/quickstart")
 
 
 def main() -> None:

@@ -32,7 +32,8 @@ from model.compiled import CompiledStep
 from model.config import ModelConfig
 from model.generate import Sampling, generate
 from model.gpt import GPT
-from training.checkpoint import checkpoint_contents, load_model, save_checkpoint
+from training.checkpoint import load_model
+from training.save_checkpoint import checkpoint_contents, save_checkpoint
 
 CONTEXT = 8192 + 256
 SHAPES = {

@@ -145,7 +145,7 @@ def named_encoding(name: str) -> ByteBPE:
     download = "import sys, tiktoken; tiktoken.get_encoding(sys.argv[1])"
     try:
         done = subprocess.run([sys.executable, "-c", download, name], timeout=DOWNLOAD_SECONDS,
-                              capture_output=True, text=True)
+                              capture_output=True, encoding="utf-8", errors="replace")
         problem = done.stderr.strip().splitlines()[-1][:120] if done.returncode else None
     except subprocess.TimeoutExpired:
         problem = f"no answer within {DOWNLOAD_SECONDS} s"

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tiktoken
@@ -51,12 +52,14 @@ class TokenizerConfig(Settings):
         if self.kind not in known:
             close = difflib.get_close_matches(self.kind, known, 1)
             advice = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+            if Path(self.kind).exists():                    # a path has a slash
+                advice = f"did you mean ./{self.kind}?"
             yield ("kind",), f"data.tokenizer.kind={self.kind!r} is not a known tokenizer; {advice}"
 
     @property
     def is_path(self) -> bool:
         """Whether `kind` is a path. It is checked only on loading: a run keeps its own copy."""
-        return "/" in self.kind
+        return "/" in self.kind or "\\" in self.kind
 
 
 class HubConfig(Settings):

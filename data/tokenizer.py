@@ -137,10 +137,18 @@ class Tokenizer(ABC):
 
     @property
     def config(self) -> dict[str, Any]:
-        """The contents of tokenizer_config.json, which is saved beside tokenizer.json."""
+        """The contents of tokenizer_config.json, which is saved beside tokenizer.json.
+
+        Our models need no padding, but other programs refuse a batch without a `pad_token`, and
+        continue a padded prompt wrongly unless the padding is on its left. CTranslate2 wants an
+        `unk_token`, which no text becomes. transformers 4 feeds `token_type_ids` to the model
+        unless `model_input_names` leaves them out; GPT-2 then adds a wrong embedding to each token.
+        """
+        end = self.token_text(self.ends[0])
         return {"tokenizer_class": "PreTrainedTokenizerFast",
-                "bos_token": self.token_text(self.begin),
-                "eos_token": self.token_text(self.ends[0]),
+                "bos_token": self.token_text(self.begin), "eos_token": end, "pad_token": end,
+                "unk_token": end, "padding_side": "left",
+                "model_input_names": ["input_ids", "attention_mask"],
                 "clean_up_tokenization_spaces": False} | self.kept
 
 

@@ -4,17 +4,21 @@ To ablate heads is to replace what they write, z (B, H, T, D), before W_O adds i
 induction/knockout.py removes single attention edges instead.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
+
+from errors import UserError
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.batches import Batch
-from induction.behaviour import losses_by_row, repeat_gain
-from induction.intervals import Estimate, Resampling, row_sums
+from induction.behaviour import ProbeLosses, losses_by_row, repeat_gain
+from induction.intervals import NONNEGATIVE, Estimate, Resampling, row_sums
 from induction.probes import Probe
+from model.config import ModelConfig
 from model.gpt import GPT
 from model.taps import Head, TapFunction, heads_of, taps
 
@@ -73,6 +77,27 @@ def ablate_each_head(model: GPT, batch: Batch, counted: Tensor, rows: Resampling
         with taps(model, {f"L{head.layer}.z": replace_heads([head.index], means[head.layer])}):
             rises[head] = rows.difference(row_sums(model.losses(*batch), counted), intact)
     return rises
+
+
+def chosen_heads(names: str | None, config: ModelConfig, option: str = "heads ") -> list[Head]:
+    """The heads that names such as L0H1,L1 choose (L1: the whole layer); all without names.
+
+    `option` is what the user wrote before the names, for the error. Raises UserError for a name
+    that the model does not have.
+    """
+    every = heads_of(config)
+    if names is None:
+        return every
+    chosen: list[Head] = []
+    for name in names.replace(",", " ").split() or [names]:
+        match = re.fullmatch(r"L(\d+)(?:H(\d+))?", name)
+        heads = [head for head in every if match and head.layer == int(match[1])
+                 and match[2] in (None, str(head.index))]
+        if not heads:
+            raise UserError(f"{option}{name}: the model has the heads {every[0]} to {every[-1]}\n"
+                            "  name some of them, as L0H1,L1 (L1: all heads of layer 1)")
+        chosen += [head for head in heads if head not in chosen]
+    return chosen
 
 
 def by_layer(heads: Collection[Head]) -> dict[int, list[int]]:
@@ -141,15 +166,56 @@ class Effect(NamedTuple):
 def ablation_effect(model: GPT, heads: Collection[Head], probe: Probe, method: Method = "mean", *,
                     patterns_kept: bool = False) -> Effect:
     """What the model loses without `heads` on repeated random tokens."""
+    before, after, removed = compare(model, heads, probe, method, patterns_kept)
+    rows = probe.resampling
+    return Effect(rows.difference(after.known, before.known),
+                  rows.difference(after.first, before.first), removed)
+
+
+def compare(model: GPT, heads: Collection[Head], probe: Probe, method: Method,
+            patterns_kept: bool = False) -> tuple[ProbeLosses, ProbeLosses, Estimate | None]:
+    """The losses with and without `heads`, and what of the repeat gain is removed."""
     donors = same_period_donors(probe) if method == "resample" else None
     before = losses_by_row(losses_without(model, probe.batch, ()), probe)
     after = losses_by_row(losses_without(model, probe.batch, heads, method, donors=donors,
                                          patterns_kept=patterns_kept), probe)
-    rows, removed = probe.resampling, None
+    removed = None
     if before.first.mean - before.known.mean >= SMALLEST_GAIN:
-        removed = rows.estimate(gain_removed, *before, *after)
-    return Effect(rows.difference(after.known, before.known),
-                  rows.difference(after.first, before.first), removed)
+        removed = probe.resampling.estimate(gain_removed, *before, *after)
+    return before, after, removed
+
+
+class Ablation(NamedTuple):
+    """What a model predicts on repeated random tokens with some heads ablated. Losses in nats per
+    token."""
+
+    heads: list[Head]
+    kind: Method
+    first: Estimate                 # loss in the first copy, intact
+    second: Estimate                # loss in the second copy, intact
+    first_ablated: Estimate
+    second_ablated: Estimate
+    gain_removed: Estimate | None   # of the repeat gain (Effect)
+
+    def __repr__(self) -> str:
+        part = ""
+        if self.gain_removed is not None:
+            part = f", {self.gain_removed:.0%} of the repeat gain removed"
+        return (f"Ablation({self.kind} of {', '.join(map(str, self.heads)) or 'no heads'}: loss in "
+                f"the second copy {self.second:.3f} → {self.second_ablated:.3f},\n"
+                f"  in the first {self.first:.3f} → {self.first_ablated:.3f} nats{part})")
+
+
+def ablate(model: GPT, heads: Collection[Head], probe: Probe, kind: Method = "mean") -> Ablation:
+    """Losses on a periodic probe with and without some heads. Raises UserError for an unknown
+    kind of ablation."""
+    if kind not in get_args(Method):
+        raise UserError(f"kind={kind!r} is not a kind of ablation\n"
+                        f"  there are {', '.join(get_args(Method))}")
+    before, after, removed = compare(model, heads, probe, kind)
+    first, second, first_ablated, second_ablated = (
+        probe.resampling.mean(losses, NONNEGATIVE) for losses in (*before, *after))
+    return Ablation(list(heads), kind, first, second, first_ablated, second_ablated, removed)
 
 
 def gain_removed(first: np.ndarray, known: np.ndarray, first_after: np.ndarray,

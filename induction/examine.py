@@ -1,5 +1,6 @@
 """Measures the heads of a run on disk, for heads.py and for studies of several runs."""
 
+import textwrap
 from collections.abc import Collection
 from typing import NamedTuple
 
@@ -14,13 +15,15 @@ from induction.ablation import ProgressBar, ablate_each_head
 from induction.history import condition_of, model_transition
 from induction.intervals import Bounds, Estimate, Resampling, RowSums
 from induction.probe_set import Probes, Training, probes_of
-from induction.probes import SHORTEST_CONTEXT
+from induction.probes import SHORTEST_CONTEXT, Probe
 from induction.scores import (
     SCORES,
+    Measured,
     Visible,
     attention_scores,
     bounds_of,
     composition,
+    copying_eigenvalues,
     means,
     measure,
     qk_trace,
@@ -80,6 +83,23 @@ class HeadScores(NamedTuple):
     bounds: dict[str, Bounds]           # the intervals of those that have one
     ablated: dict[Head, Estimate]       # rise in loss, in nats, when only this head is mean-ablated
 
+    @property
+    def by_head(self) -> "Scores":
+        return Scores({str(head): {name: values[head].item()
+                                   for name, values in self.scores.items()} | {"alone": float(rise)}
+                       for head, rise in self.ablated.items()})
+
+
+class Scores(dict[str, dict[str, float]]):
+    """The scores of every head by name, {"L1H3": {"prefix_matching": 0.94, …}}, with "alone": the
+    rise in loss, in nats, when only this head is mean-ablated."""
+
+    def __repr__(self) -> str:
+        best = max(self, key=lambda head: self[head]["prefix_matching"])
+        return (f"Scores of {len(self)} heads; the highest prefix_matching is "
+                f"{self[best]['prefix_matching']:.3f} ({best})\n  "
+                + "\n  ".join(textwrap.wrap(", ".join(self[best]), 98)))
+
 
 class KeyComposition(NamedTuple):
     """From the weights: the earlier head whose output a head's keys read most."""
@@ -100,19 +120,36 @@ class Examination(NamedTuple):
     verdict: Verdict
     composition: KeyComposition | None          # of the strongest induction head, if there is one
 
+    def __repr__(self) -> str:
+        return (f"Examination({self.config.run} at step {self.step:,}, {self.tokens:,} tokens, "
+                f"{len(self.table.ablated)} heads:\n  {self.verdict!r})")
+
 
 def examine_run(run: LoadedRun, progress: ProgressBar = iter) -> Examination:
     """Judge a run, score every head and ablate each head; `progress` wraps what is ablated one by
     one."""
     verdict = judge_run(run, progress)
-    probe, measured = verdict.probes.scored, verdict.measured
     evidence = verdict.mechanism.evidence
-    table = HeadScores(
-        measured.scores | {"copying_eigenvalues": verdict.eigenvalues},
-        score_bounds(measured, probe),
-        ablate_each_head(run.model, probe.batch, probe.known, probe.resampling, progress))
+    table = score_heads(run.model, verdict.probes.scored, verdict.measured, verdict.eigenvalues,
+                        progress)
     composition = key_composition(run.model, evidence.attending[0]) if evidence.roles else None
     return Examination(run.config, run.step, run.state["tokens"], table, verdict, composition)
+
+
+def scores_of(run: LoadedRun, progress: ProgressBar = iter) -> Scores:
+    """The scores of every head of a run: those of `examine_run`, without the verdict."""
+    probes = probes_for(run)
+    measured = measure(run.model, probes.scored, probes.unrepeated)
+    return score_heads(run.model, probes.scored, measured, copying_eigenvalues(run.model),
+                       progress).by_head
+
+
+def score_heads(model: GPT, probe: Probe, measured: Measured, eigenvalues: Tensor,
+                progress: ProgressBar) -> HeadScores:
+    """The table of heads on a periodic probe on which they were `measured`; eigenvalues (L, H)."""
+    return HeadScores(
+        measured.scores | {"copying_eigenvalues": eigenvalues}, score_bounds(measured, probe),
+        ablate_each_head(model, probe.batch, probe.known, probe.resampling, progress))
 
 
 def apart_if_unlike(examinations: list[Examination]) -> list[Examination]:

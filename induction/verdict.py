@@ -118,6 +118,15 @@ class Verdict(NamedTuple):
     transfer: TransferFinding
     transition: Transition | None       # in tokens
 
+    def __repr__(self) -> str:
+        behaviour, transfer = self.behaviour, self.transfer
+        heads = self.mechanism.evidence.attending
+        names = ", ".join(map(str, heads[:8])) + (" …" if len(heads) > 8 else "")
+        return (f"Verdict({self.run}: induction heads formed: {self.answer};\n"
+                f"  behaviour: {behaviour.answer} (accuracy {behaviour.accuracy:.2f}); mechanism: "
+                f"{self.mechanism.answer} (heads that attend: {names or 'none'});\n"
+                f"  transfer to periods: {transfer.periods}, to tokens: {transfer.tokens})")
+
     @property
     def answer(self) -> Answer:
         """Did induction heads form? Yes only if the behaviour is there and they do it."""

@@ -92,6 +92,7 @@ LLAMA_BIAS: list[tuple[Any, Settings]] = [
     ("attention", {"attention_bias": True, "mlp_bias": False}),
     ("mlp", {"attention_bias": False, "mlp_bias": True}),
     ("all", {"attention_bias": True, "mlp_bias": True}),
+    ("qkv", {"attention_bias": True, "mlp_bias": False}),       # saved with zeros for o's bias
 ]
 QWEN3_BIAS: list[tuple[Any, Settings]] = [
     ("none", {"attention_bias": False}),
@@ -136,6 +137,8 @@ class Family:
     heads_divide_width: bool = False
     # transposed: matrices are stored transposed; by head: q, k and v are one matrix, head by head
     layout: Literal["", "transposed", "by head"] = ""
+    # A tied model is saved without the first word of its names: mlx-lm knows only these.
+    short_names: bool = False
     default_rope_share: float = 1.0         # the fraction of a head that RoPE rotates
     fixed: Settings = field(default_factory=dict)           # settings with one supported value
 
@@ -154,7 +157,7 @@ FAMILIES = {                        # a model is saved as the first that fits
                     LLAMA_CHOICES | {"bias": QWEN3_BIAS, "qk_norm": [(True, {})]},
                     windows="listed", default_window=4096, windows_switch=True),
     "gpt2": Family("GPT2LMHeadModel", GPT2_NAMES, GPT2_SIZES, GPT2_CHOICES,
-                   eps="layer_norm_epsilon", square=True, layout="transposed",
+                   eps="layer_norm_epsilon", square=True, layout="transposed", short_names=True,
                    fixed={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
                           "add_cross_attention": False}),
     "gpt_neox": Family("GPTNeoXForCausalLM", NEOX_NAMES, NEOX_SIZES, NEOX_CHOICES,
@@ -171,7 +174,7 @@ OWN = Family("InductionGPT", LLAMA_NAMES, LLAMA_SIZES, UNTIED)
 def family(config: ModelConfig) -> str:
     """The model_type whose equations are ours, or our own."""
     for name, candidate in FAMILIES.items():
-        if not _misfits(config, name, candidate):
+        if not _changes_to(config, candidate):
             return name
     return OWN_TYPE
 
@@ -181,31 +184,35 @@ def architecture_of(model_type: str) -> Family:
     return FAMILIES.get(model_type, OWN)
 
 
-def obstacles(config: ModelConfig) -> list[str]:
-    """Why a model is none of transformers' families: what keeps it from the nearest. Empty if it
-    is one."""
-    return min((_misfits(config, name, candidate) for name, candidate in FAMILIES.items()),
-               key=len)
+def nearest_family(config: ModelConfig) -> tuple[str, list[str]]:
+    """The family that takes the fewest changes, and these changes as overrides of a run's config.
+    None if the model is of that family already."""
+    changes = {name: _changes_to(config, candidate) for name, candidate in FAMILIES.items()}
+    nearest = min(changes, key=lambda name: len(changes[name]))
+    return nearest, changes[nearest]
 
 
-def _misfits(config: ModelConfig, name: str, candidate: Family) -> list[str]:
-    """What of a model the family cannot express."""
-    misfits = []
+def _changes_to(config: ModelConfig, candidate: Family) -> list[str]:
+    """What would make the family express the model."""
+    changes = []
     for key, rows in candidate.choices.items():
-        value = getattr(config, key)
-        if value not in [ours for ours, _ in rows]:
-            known = list(dict.fromkeys(str(ours) for ours, _ in rows))
-            misfits.append(f"{key}: {value} ({name} has {' and '.join(known)})")
-    windows = set(config.windows)
-    if candidate.windows == "none":
-        if windows != {None}:
-            misfits.append(f"windows ({name} has none)")
-    elif len(windows - {None}) > 1 or (candidate.windows == "alike" and len(windows) > 1):
-        misfits.append(f"windows of {len(windows)} sizes ({name} has one)")
+        options = [ours for ours, _ in rows]
+        if getattr(config, key) not in options:
+            changes.append(f"model.{key}={_as_yaml(options[0])}")
+    sizes = {window for window in config.windows if window}
+    if candidate.windows == "none" and sizes:
+        changes.append("model.window=null")
+    elif len(sizes) > 1 or (candidate.windows == "alike" and len({*config.windows}) > 1):
+        changes.append(f"model.window={min(sizes)}")
     if candidate.square and config.kv_heads != config.n_heads:
-        misfits.append(f"n_kv_heads: {config.kv_heads} ({name} has as many as n_heads)")
+        changes.append("model.n_kv_heads=null")
     if candidate.square and config.n_heads * config.head_size != config.d_model:
-        misfits.append(f"d_head: {config.head_size} ({name} has d_model / n_heads)")
+        changes.append("model.d_head=null")
     if candidate.heads_divide_width and config.d_model % config.n_heads:
-        misfits.append(f"n_heads: {config.n_heads} ({name} wants a divisor of d_model)")
-    return misfits
+        multiple = max(1, round(config.d_model / config.n_heads))
+        changes.append(f"model.d_model={multiple * config.n_heads}")
+    return changes
+
+
+def _as_yaml(value: Any) -> str:
+    return {None: "null", True: "true", False: "false"}.get(value, str(value))

@@ -32,6 +32,8 @@ def describe(config: ModelConfig, model_type: str) -> Settings:
     for key, rows in spec.choices.items():
         value = getattr(config, key)
         settings |= next((theirs for ours, theirs in rows if ours == value), {})
+    if model_type == "gpt2":
+        settings["n_ctx"] = config.n_ctx            # read by llama.cpp and mlx-lm
     if model_type == "gpt_neox":
         settings["rotary_emb_base"] = config.rope_base
         settings["rotary_pct"] = _share(config.rope_size, config.head_size)

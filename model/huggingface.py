@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.families import OWN, Family, architecture_of, family
+from model.families import FAMILIES, OWN, Family, architecture_of, family
 from model.gpt import GPT
 from model.hf_config import describe
 
@@ -39,16 +39,16 @@ def hf_state(model: GPT, full: Callable[[Tensor], Tensor] = lambda part: part
              ) -> Iterator[tuple[str, Tensor]]:
     """The parameters under Hugging Face's names, one after another.
 
-    `full` gathers a parameter that is sharded. An attention-only model gets MLPs of one unit of
-    zeros.
+    `full` gathers a parameter that is sharded.
     """
     config, architecture = model.config, architecture_of(family(model.config))
     parameters = dict(model.named_parameters())
     for name, ours in by_their_name(parameters, architecture).items():
         parts = [full(parameters[p].detach()) for p in ours]
+        if architecture.short_names and config.tied_embeddings:
+            name = without_first_word(name)
         yield name, to_theirs(parts, ours[0], architecture, config.n_heads)
-    if config.mlp == "none" and architecture is not OWN:
-        yield from _empty_mlps(config).items()
+    yield from zeros_for(config, architecture).items()
 
 
 def load_hf_state(model: GPT, state: Mapping[str, Tensor], source: str,
@@ -64,9 +64,10 @@ def load_hf_state(model: GPT, state: Mapping[str, Tensor], source: str,
     config, architecture = model.config, architecture_of(model_type or family(model.config))
     parameters = dict(model.named_parameters())
     expected = by_their_name(parameters, architecture)
-    names = set(state)
-    if config.mlp == "none":
-        names -= set(_empty_mlps(config))
+    if architecture.short_names:
+        expected = {name if name in state else without_first_word(name): ours
+                    for name, ours in expected.items()}
+    names = set(state) - set(zeros_for(config, architecture))
     if different := sorted(names ^ set(expected)):
         shown = ", ".join(different[:3]) + (" …" if len(different) > 3 else "")
         raise UserError(f"{source}: its parameters are not those of its config ({shown})")
@@ -83,13 +84,22 @@ def load_hf_state(model: GPT, state: Mapping[str, Tensor], source: str,
                 fill(parameters[p], part)
 
 
-def _empty_mlps(config: ModelConfig) -> dict[str, Tensor]:
-    """What stands in for the MLPs of an attention-only model, in Llama's names."""
-    E = config.d_model
-    shapes = {"post_attention_layernorm": (E,), "mlp.gate_proj": (1, E), "mlp.up_proj": (1, E),
-              "mlp.down_proj": (E, 1)}
-    return {f"model.layers.{layer}.{part}.weight": torch.zeros(shape)
-            for layer in range(config.n_layers) for part, shape in shapes.items()}
+def zeros_for(config: ModelConfig, architecture: Family) -> dict[str, Tensor]:
+    """Tensors of zeros for what the family has and the model lacks, by their names there.
+
+    An attention-only model gets MLPs of one unit. A model with biases of q, k and v only gets a
+    bias of o if it is saved as Llama, which has all four.
+    """
+    if architecture is OWN:
+        return {}
+    E, shapes = config.d_model, dict[str, tuple[int, ...]]()
+    if config.mlp == "none":
+        shapes |= {"post_attention_layernorm.weight": (E,), "mlp.gate_proj.weight": (1, E),
+                   "mlp.up_proj.weight": (1, E), "mlp.down_proj.weight": (E, 1)}
+    if config.bias == "qkv" and architecture is FAMILIES["llama"]:
+        shapes["self_attn.o_proj.bias"] = (E,)
+    return {f"model.layers.{layer}.{name}": torch.zeros(shape)
+            for layer in range(config.n_layers) for name, shape in shapes.items()}
 
 
 # --- names and layouts ------------------------------------------------------------------------
@@ -105,6 +115,11 @@ def by_their_name(names: Iterable[str], spec: Family) -> dict[str, list[str]]:
         their_leaf = "weight" if leaf == "gain" else leaf
         tensors.setdefault(f"{their_module}.{their_leaf}", []).append(name)
     return tensors
+
+
+def without_first_word(name: str) -> str:
+    """transformer.h.0.ln_1.weight → h.0.ln_1.weight, as in the file that OpenAI published."""
+    return name.partition(".")[2]
 
 
 def to_theirs(parts: Sequence[Tensor], name: str, spec: Family, n_heads: int) -> Tensor:

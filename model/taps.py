@@ -71,6 +71,28 @@ def activation_names(config: ModelConfig) -> list[str]:
     return ["embed", *in_blocks, "final", "logits"]
 
 
+class Activations(dict[str, Tensor]):
+    """Activations by name. Printed as names and shapes; those of one shape in all layers as one."""
+
+    def __repr__(self) -> str:
+        layers: dict[tuple[str, str], list[int]] = {}       # (part, shape and dtype) → layers
+        lines = [f"{len(self)} activations"]
+        for name, x in self.items():
+            layer, dot, part = name.partition(".")
+            described = f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+            if dot:
+                layers.setdefault((part, described), []).append(int(layer[1:]))
+            else:
+                lines.append(f"  {name}  {described}")
+        for (part, described), numbers in layers.items():
+            if len(numbers) > 2 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+                names = f"L{numbers[0]}.{part} … L{numbers[-1]}.{part}"
+            else:
+                names = ", ".join(f"L{layer}.{part}" for layer in numbers)
+            lines.append(f"  {names}  {described}")
+        return "\n".join(lines)
+
+
 # --- for those who look -----------------------------------------------------------------------
 
 class Tappable(Protocol):
@@ -81,7 +103,7 @@ class Tappable(Protocol):
 
 
 @contextmanager
-def taps(model: Tappable, target: TapTarget) -> Iterator[dict[str, Tensor]]:
+def taps(model: Tappable, target: TapTarget) -> Iterator[Activations]:
     """Tap activations of every forward pass that this thread makes inside the block.
 
     Yields a dict of the newest pass's activations by name.
@@ -136,7 +158,7 @@ class TapSet:
 
     def __init__(self, functions: dict[str, list[TapFunction]]):
         self.functions = functions
-        self.activations: dict[str, Tensor] = {}
+        self.activations = Activations()
 
     def apply(self, name: str, x: Tensor) -> Tensor:
         """Call the functions on an activation; what goes on in its place."""

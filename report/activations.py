@@ -8,7 +8,6 @@
     L1H3.pattern     (B, T, T) float32
 """
 
-import re
 from pathlib import Path
 
 from errors import UserError
@@ -20,31 +19,11 @@ from torch import Tensor
 from files import atomic_write
 from model.cross_entropy import cross_entropies
 from model.gpt import GPT
-from model.taps import Head, heads_of, taps
+from model.taps import Head, taps
 
 PARTS = ("q", "k", "v", "z", "lse", "pattern")
 BATCH = 16                  # rows in one forward pass
 MOST_BYTES = 4 * 10 ** 9    # a file is made in memory
-
-
-def chosen_heads(names: str | None, model: GPT) -> list[Head]:
-    """The heads that names such as L0H1,L1 choose (L1: the whole layer); all without names.
-
-    Raises UserError for a name that the model does not have.
-    """
-    every = heads_of(model.config)
-    if names is None:
-        return every
-    chosen: list[Head] = []
-    for name in names.replace(",", " ").split() or [names]:
-        match = re.fullmatch(r"L(\d+)(?:H(\d+))?", name)
-        heads = [head for head in every if match and head.layer == int(match[1])
-                 and match[2] in (None, str(head.index))]
-        if not heads:
-            raise UserError(f"--heads {name}: the model has the heads {every[0]} to {every[-1]}\n"
-                            "  name some of them, as L0H1,L1 (L1: all heads of layer 1)")
-        chosen += [head for head in heads if head not in chosen]
-    return chosen
 
 
 def check_size(path: Path, model: GPT, heads: list[Head], tokens: Tensor) -> None:

@@ -158,14 +158,12 @@ def optional(value: float | None) -> Json | None:
 
 def heads_as_json(table: HeadScores) -> Json:
     """{"heads": {"L0H0": {"prefix_matching": 0.1, …}}, "intervals": {"L0H0": {…: [low, high]}}}"""
-    heads, intervals = {}, {}
+    intervals = {}
     for head, rise in table.ablated.items():
-        scores = {name: values[head].item() for name, values in table.scores.items()}
-        heads[str(head)] = scores | {"alone": float(rise)}
         bounds = {name: [float(ends.low[head]), float(ends.high[head])]
                   for name, ends in table.bounds.items()}
         intervals[str(head)] = bounds | {"alone": [rise.low, rise.high]}
-    return {"heads": heads, "intervals": intervals}
+    return {"heads": table.by_head, "intervals": intervals}
 
 
 def by_period_as_json(verdict: Verdict) -> Json:

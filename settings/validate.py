@@ -7,6 +7,7 @@ import difflib
 import json
 import re
 import reprlib
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
@@ -51,11 +52,32 @@ class Settings(BaseModel):
         """Yield (keys involved, message that names the fix) for each impossible combination."""
         return iter(())
 
+    def __repr__(self) -> str:
+        """What differs from the defaults, each with its path: ModelConfig(n_layers=2, mlp='none').
+        """
+        changed = flatten(self.model_dump(exclude_defaults=True))
+        values = ", ".join(f"{key}={_short.repr(value)}" for key, value in changed.items())
+        return "\n  ".join(textwrap.wrap(f"{type(self).__name__}({values})", 98))
+
+    def __str__(self) -> str:
+        return repr(self)
+
     @model_validator(mode="after")
     def _check_conflicts(self) -> Self:
         if conflicts := list(self.conflicts()):
             raise ConflictError(conflicts)
         return self
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict: key path → value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 S = TypeVar("S", bound=Settings)

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
-from errors import UserError, first_line
+from errors import UserError, command, first_line, path_of
 
 import yaml
 
@@ -114,6 +114,7 @@ def read_yaml(text: str, source: str) -> Any:
 
 def read_file(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError if there is none."""
+    lists = f"{command('train.py')} lists the configs"
     try:
         if (size := Path(path).stat().st_size) > LARGEST_FILE:
             raise UserError(f"{path}: {size:,} bytes are too large for a config "
@@ -122,19 +123,19 @@ def read_file(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         if "=" in Path(path).name:
             raise UserError(f"{path}: no such file; the config comes first, for example "
-                            f"configs/quickstart.yaml {path}") from None
+                            f"{path_of('configs/quickstart.yaml')} {path}") from None
         neighbour = similar_file(Path(path))
-        fix = f"did you mean {neighbour}?" if neighbour else "python train.py lists the configs"
+        fix = f"did you mean {neighbour}?" if neighbour else lists
         raise UserError(f"{path}: no such file; {fix}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if tree is None:
-        raise UserError(f"{path}: this config is empty; python train.py lists the configs")
+        raise UserError(f"{path}: this config is empty; {lists}")
     if not isinstance(tree, dict):
         names: dict[type, str] = {str: "text", list: "a list"}
         held = names.get(type(tree), f"the value {tree!r}")
         raise UserError(f"{path}: a config is a mapping of keys to values, but this file holds "
-                        f"{held}; python train.py lists the configs")
+                        f"{held}; {lists}")
     return tree
 
 
@@ -143,7 +144,7 @@ def similar_file(path: Path) -> Path | None:
     neighbours = {p.name: p for p in path.parent.glob("*") if p.is_dir() or p.suffix == ".yaml"}
     if close := difflib.get_close_matches(path.name, list(neighbours), 1):
         return neighbours[close[0]]
-    return min(Path("configs").glob(f"**/{path.stem}.yaml"), default=None)
+    return min(Path(path_of("configs")).glob(f"**/{path.stem}.yaml"), default=None)
 
 
 def override(tree: dict[str, Any], assignments: Sequence[str]) -> list[str]:

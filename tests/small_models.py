@@ -13,7 +13,7 @@ from model.config import ModelConfig
 from model.generate import Sampling, generate
 from model.gpt import GPT
 from model.kv_cache import KVCache
-from training.checkpoint import checkpoint_contents, save_checkpoint
+from training.save_checkpoint import checkpoint_contents, save_checkpoint
 
 
 def perturbed_model(**changes) -> GPT:

@@ -10,6 +10,7 @@ import pytest
 from commands import ROOT, command, succeeds
 from conftest import metrics
 
+from model.families import OWN_TYPE, family
 from settings.validate import key_paths
 from training.config import Config, load_config
 
@@ -44,6 +45,14 @@ def test_three_steps(name, workplace, made_once):
     records = metrics(Path("runs") / config.run)
     assert list(records) == [1, 2, 3] and records[3]["val/loss"] > 0
     assert config.run == name
+
+
+def test_the_models_that_people_train_first_open_in_other_programs():
+    """Only three controls of the studies have a model that transformers lacks."""
+    types = {name: family(load_config(path).model) for name, path in CONFIGS.items()}
+    own = {name for name, model_type in types.items() if model_type == OWN_TYPE}
+    assert own == {"text_smear", "toy_1l_smear", "toy_fixed_period"}
+    assert types["gpt2_small"] == "gpt2" and types["quickstart"] == "llama"
 
 
 def test_without_arguments_train_lists_every_config_and_what_it_trains():

@@ -23,7 +23,7 @@ from data.byte_bpe import bytes_tokenizer
 from model.generate import Sampling, choose, generate
 from model.gpt import GPT
 from model.kv_cache import KVCache
-from sample import Continuation
+from training.continuation import Continuation
 
 
 def sample(run, *arguments, **options) -> Done:

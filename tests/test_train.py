@@ -89,7 +89,7 @@ def test_finishing_extending_and_starting_from_weights(workplace):
     tuned, _ = load_model(find_checkpoint("runs/tuned"))
     torch.testing.assert_close(tuned.state_dict(), source.state_dict(), rtol=1e-5, atol=1e-6)
     fails(train("tiny.yaml", "train.steps=99"),
-          "train.steps: 15 → 99", "python train.py runs/tiny")
+          "train.steps: 15 → 99", "train.py runs/tiny")
     fails(train("runs/tiny", "model.n_layers=3"), "model.n_layers: 2 → 3", "init_from=runs/tiny")
 
 

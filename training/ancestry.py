@@ -19,7 +19,7 @@ from errors import UserError
 from data.companions import read_dict
 from data.config import DataConfig
 from settings.validate import validate
-from training.checkpoint import find_checkpoint, list_checkpoints, read_state
+from training.checkpoint import find_checkpoint, is_published, list_checkpoints, read_state
 from training.config import Config, load_config, named_after
 
 Entry = dict[str, Any]
@@ -82,7 +82,7 @@ def history_from(origin: Path, followed: tuple[Path, ...] = ()) -> list[Entry]:
     """The history of a run that starts from the weights of `origin`: that of the checkpoint, and
     its own run if that trained them."""
     history, step = history_of(origin, followed), read_state(origin)["step"]
-    if step == 0:                                           # imported, and not trained here
+    if step == 0 or is_published(origin):                   # not trained here
         return history
     config = load_config(origin / "training_state" / "config.yaml")
     if (folder := _run_of(origin)) != origin.resolve():

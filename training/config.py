@@ -19,7 +19,16 @@ from console import stdout_is_the_result
 from data.config import SHORTEST_PERIOD, DataConfig
 from model.config import ModelConfig
 from settings.schema import json_schema
-from settings.validate import AsWritten, Conflicts, Settings, Text, validate_file
+from settings.validate import (
+    AsWritten,
+    Conflicts,
+    Settings,
+    Text,
+    flatten,
+    validate,
+    validate_file,
+)
+from settings.yaml12 import override
 
 Every = Annotated[NonNegativeInt, Field(description="steps between two; 0: never")]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -170,6 +179,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return validate_file(Config, path, overrides)
 
 
+def overridden(config: Config, overrides: Sequence[str]) -> Config:
+    """A config with `key.path=value` overrides. Raises UserError with all mistakes in them."""
+    tree = config.model_dump(exclude_unset=True)
+    return validate(Config, tree, "config", override(tree, overrides))
+
+
 def named_after(folder: Path, config: Config) -> Config:
     """The config of the run in `folder`, with the name that the folder has now: it may have been
     renamed or copied. If that cannot be a run's name, the run keeps its own."""
@@ -203,17 +218,6 @@ def differences(a: Config, b: Config) -> list[Change]:
     explicit = flatten(a.model_dump(exclude_unset=True))
     return [Change(key, left.get(key), right.get(key), key in left and key not in explicit)
             for key in {**left, **right} if left.get(key) != right.get(key)]
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one dict: key path → value."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def print_schema() -> None:

@@ -2,13 +2,13 @@
 
 import ctypes
 import os
-import resource
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from math import inf, nan
 from typing import Literal, NamedTuple
 
-from errors import UserError
+from errors import UserError, command
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from training.config import Config, divisors
 from training.parallel import ONE_PROCESS, DataParallel, FullySharded, Parallel
 from training.plan import BF16, FP32, Cluster, Plan
 from training.world import World
+
+if sys.platform != "win32":
+    import resource
 
 CPU_TOKENS = 16384      # of a micro-batch on the CPU: larger ones leave its caches and gain nothing
 
@@ -58,7 +61,8 @@ def keep_freed_memory() -> None:
     A page returned to the system costs a page fault to get back (docs/experiments.md: 3 to 7% of a
     training step on a CPU).
     """
-    with suppress(OSError, AttributeError):         # only glibc has mallopt; numbers from malloc.h
+    # Only glibc has mallopt; Windows (TypeError) has no library without a name. Numbers: malloc.h.
+    with suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         trim_threshold, mmap_threshold = -1, -3
         mallopt(mmap_threshold, 32 * 2 ** 20)       # the largest value it accepts
@@ -66,9 +70,11 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most memory that this process has held on its device, in GB."""
+    """The most memory that this process has held on its device, in GB; NaN for a CPU on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":
+        return nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
@@ -168,16 +174,19 @@ def windows_that_fit(config: Config, model: ModelConfig, device: torch.device, w
 def check_memory(model: GPT, device: torch.device, world: World = ONE_PROCESS.world) -> None:
     """Raise a UserError if weights, gradients and two moments of each exceed the memory."""
     count = sum(p.numel() for p in model.parameters())
+    available: float
     needed = FP32 * (1 + 1 + 2) * count             # weights, gradients, two moments
     if device.type == "cuda":
         available = torch.cuda.mem_get_info(device)[1] * world.size
+    elif not hasattr(os, "sysconf"):                # Windows
+        available = inf
     else:
         machines = world.size // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * machines
     if needed > available:
         raise UserError(f"{count:,} parameters need {needed / 1e9:,.0f} GB to train, {device} has "
-                        f"{available / 1e9:,.0f} GB\n  make the model smaller; python -m "
-                        "training.plan CONFIG shows what needs the memory")
+                        f"{available / 1e9:,.0f} GB\n  make the model smaller; "
+                        f"{command('-m training.plan')} CONFIG shows what needs the memory")
 
 
 def training_loss(model: GPT, compile: bool | Literal["auto"],

@@ -8,24 +8,33 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from errors import ArgumentParser, UserError, first_line, run_command
+from errors import ArgumentParser, UserError, command, first_line, run_command
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.companions import GENERATION, read_dict
-from data.hf_tokenizer import HuggingFaceTokenizer, read_hf_tokenizer
+from data.hf_tokenizer import read_hf_tokenizer
+from data.load_tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer
 from files import explain_disk_errors
 from model.config import ModelConfig
-from model.families import FAMILIES, family
+from model.families import FAMILIES, OWN_TYPE, architecture_of, family
 from model.gpt import GPT
 from model.hf_config import read_description
-from model.huggingface import by_their_name, load_hf_state, to_theirs
+from model.huggingface import (
+    by_their_name,
+    load_hf_state,
+    to_theirs,
+    without_first_word,
+    zeros_for,
+)
 from settings.validate import validate
 from settings.yaml12 import override
-from training.checkpoint import checkpoint_contents, save_checkpoint
+from training.checkpoint import is_published, verify
 from training.config import Config, TrainConfig, dump_config
+from training.save_checkpoint import checkpoint_contents, save_checkpoint
 
 LONGEST = 2 ** 22           # positions: more would make position tables of gigabytes
 # Tensors in older files that are no parameters: causal masks and RoPE's frequencies.
@@ -38,7 +47,7 @@ class ImportedModel(NamedTuple):
 
     config: Config
     model: GPT
-    tokenizer: HuggingFaceTokenizer
+    tokenizer: Tokenizer
 
 
 class Weights(Mapping[str, Tensor]):
@@ -72,7 +81,7 @@ class Weights(Mapping[str, Tensor]):
             remaining -= set(heads)
         matches: dict[str, str] = {}
         for name in expected:
-            for candidate in (name, name.partition(".")[2], heads.get(name)):
+            for candidate in (name, without_first_word(name), heads.get(name)):
                 if candidate in remaining:
                     matches[name] = candidate
                     break
@@ -88,6 +97,9 @@ class Weights(Mapping[str, Tensor]):
                             "  quantised models are not supported; save it as float32, float16 or "
                             "bfloat16")
         return value[:self.rows.get(name)].float()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names               # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -143,7 +155,7 @@ def read_model(folder: Path, config: ModelConfig, model_type: str, weights: Weig
     except (RuntimeError, OverflowError) as error:
         raise UserError(f"{folder}/config.json: a model of that size cannot be made "
                         f"({first_line(error)})") from None
-    architecture, parameters = FAMILIES[model_type], dict(model.named_parameters())
+    architecture, parameters = architecture_of(model_type), dict(model.named_parameters())
     tensors = by_their_name(parameters, architecture)
     weights.match_names(list(tensors), config.tied_embeddings)
     for name, ours in tensors.items():
@@ -166,15 +178,20 @@ def import_model(source: Path, target: Path, overrides: Sequence[str] = ()) -> I
     `target`/checkpoints/000000, complete or not at all. A UserError says what is not supported."""
     if target.exists() or target.is_symlink():
         raise UserError(f"{target} is there already (import under another name, or delete it)")
-    if (source / "manifest.json").exists():
+    if (source / "manifest.json").exists() and not is_published(source):
         raise UserError(f"{source} is a checkpoint of this project already\n"
-                        f"  use it as it is: python sample.py {source}   or: init_from={source}")
+                        f"  use it as it is: {command('sample.py')} {source}   "
+                        f"or: init_from={source}")
     described, weights = _read_json(source / "config.json"), Weights(source)
     config = _config_of(source, described, weights, target, overrides)
-    tokenizer = read_hf_tokenizer(source, described)
+    if (source / "manifest.json").exists():
+        verify(source)
+        tokenizer = load_tokenizer(source / "tokenizer.json")
+    else:
+        tokenizer = read_hf_tokenizer(source, described)
     assert config.model.vocab_size is not None          # every config.json has one
     if tokenizer.n_vocab > config.model.vocab_size:
-        last = tokenizer.library.id_to_token(tokenizer.n_vocab - 1)
+        last = tokenizer.token_text(tokenizer.n_vocab - 1)
         raise UserError(f"{source}: its tokenizer has {tokenizer.n_vocab} tokens, its model "
                         f"{config.model.vocab_size}: a text can become {last!r}, which has no "
                         "embedding\n  they do not belong together, or the model needs "
@@ -215,15 +232,29 @@ def _generation(source: Path, described: dict[str, Any]) -> dict[str, Any]:
             and key not in ("bos_token_id", "eos_token_id", "transformers_version")}
 
 
-def _config_of(source: Path, described: dict[str, Any], weights: Weights, target: Path,
-               overrides: Sequence[str]) -> Config:
-    """The run's config: the model that config.json describes, and settings for fine-tuning it."""
-    path = str(source / "config.json")
+def _model_of(described: dict[str, Any], weights: Weights, path: str) -> dict[str, Any]:
+    """ModelConfig's keys for the model that the config.json at `path` describes."""
+    if described.get("model_type") == OWN_TYPE:         # published without training_state/
+        return validate(ModelConfig, described.get("gpt", {}), path).model_dump()
     largest = max((size for shape in weights.shapes.values() for size in shape), default=0)
     try:
         model = read_description(described, path, len(weights), largest)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: cannot be understood ({first_line(error)})") from None
+    # An attention-only model was saved with MLPs of zeros, which never learn: left out again.
+    if model["d_mlp"] == 1:
+        without = validate(ModelConfig, model | {"mlp": "none", "d_mlp": None}, path)
+        zeros = zeros_for(without, FAMILIES[described["model_type"]])
+        if all(name in weights and not weights[name].any() for name in zeros):
+            return without.model_dump()
+    return model
+
+
+def _config_of(source: Path, described: dict[str, Any], weights: Weights, target: Path,
+               overrides: Sequence[str]) -> Config:
+    """The run's config: the model that config.json describes, and settings for fine-tuning it."""
+    path = str(source / "config.json")
+    model = _model_of(described, weights, path)
     tree: dict[str, Any] = {
         "run": target.name, "model": dict(model),
         "data": {"tokenizer": f"{target}/checkpoints/latest"},
@@ -272,9 +303,9 @@ def main() -> None:
           f"tokens     {tokenizer.n_vocab:,}; a text begins with "
           f"{tokenizer.token_text(tokenizer.begin)}, ends with {ends}\n"
           f"saved      {target}\n"
-          f"sample     python sample.py {target} \"Once upon a time\"\n"
-          f"look       python heads.py {target}\n"
-          f"train      python train.py {target} data.corpus=files data.files='[my.txt]' "
+          f"sample     {command('sample.py')} {target} \"Once upon a time\"\n"
+          f"look       {command('heads.py')} {target}\n"
+          f"train      {command('train.py')} {target} data.corpus=files data.files='[my.txt]' "
           "train.steps=200")
     if shape.n_ctx > 4096:
         print("note       heads.py and train.py process whole contexts; if "

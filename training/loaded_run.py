@@ -8,11 +8,18 @@ from errors import UserError
 import torch
 
 from data.batches import Batch
+from data.config import DataConfig, TokenizerConfig
 from data.dataset import Dataset
 from data.tokenizer import Tokenizer
 from model.gpt import GPT
-from training.checkpoint import find_checkpoint, list_checkpoints, load_model, read_state
-from training.config import Config, load_config, named_after
+from training.checkpoint import (
+    find_checkpoint,
+    is_published,
+    list_checkpoints,
+    load_model,
+    read_state,
+)
+from training.config import Config, TrainConfig, load_config, named_after
 from training.logger import Record, read_metrics
 from training.resume import data_of
 
@@ -26,6 +33,13 @@ class LoadedRun(NamedTuple):
     config: Config
     model: GPT
     tokenizer: Tokenizer
+
+    def __repr__(self) -> str:
+        shape = self.model.config
+        parameters = sum(p.numel() for p in self.model.parameters())
+        return (f"LoadedRun({self.folder} at step {self.step:,} of {self.config.train.steps:,}, "
+                f"{self.state['tokens']:,} tokens: {shape.n_layers} layers × {shape.n_heads} "
+                f"heads, {parameters:,} parameters on {self.model.embed.weight.device})")
 
     @property
     def step(self) -> int:
@@ -44,7 +58,7 @@ class LoadedRun(NamedTuple):
         """`windows` windows of the validation text, on the model's device. None if the run was not
         trained on text, or not yet."""
         data, n_ctx = data_of(self.config, self.folder), self.config.model.n_ctx
-        if not data.text_corpus or not self.step:
+        if not data.text_corpus or not self.step or is_published(self.checkpoint):
             return None
         begun_with = self.state["data"]
         dataset = Dataset(data, self.config.seed, begun_with.get("folder"), begun_with["hash"])
@@ -69,10 +83,20 @@ def load_run(where: str | Path, step: int | None = None,
                             f"there are {', '.join(map(str, kept))}")
         checkpoint = kept[step]
     model, tokenizer = load_model(checkpoint, device)
-    config = load_config(checkpoint / "training_state" / "config.yaml")
+    state = read_state(checkpoint)
+    if is_published(checkpoint):
+        config = named_after(checkpoint, _config_of_published(checkpoint, model, state["step"]))
+    else:
+        config = load_config(checkpoint / "training_state" / "config.yaml")
     folder = checkpoint
     if checkpoint.parent.name == "checkpoints":
         folder = checkpoint.parent.parent
         config = named_after(folder, config)
-    return LoadedRun(folder, checkpoint, read_state(checkpoint), config,
-                     model.requires_grad_(False), tokenizer)
+    return LoadedRun(folder, checkpoint, state, config, model.requires_grad_(False), tokenizer)
+
+
+def _config_of_published(checkpoint: Path, model: GPT, step: int) -> Config:
+    """The config of a checkpoint without training_state/: its model, and defaults for the rest."""
+    tokens = model.config.n_ctx * max(1, TrainConfig().batch_tokens // model.config.n_ctx)
+    return Config(model=model.config, data=DataConfig(tokenizer=TokenizerConfig(
+        kind=str(checkpoint))), train=TrainConfig(steps=max(1, step), batch_tokens=tokens))

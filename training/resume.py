@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from errors import UserError
+from errors import UserError, command
 
 from data.config import DataConfig, TokenizerConfig
 from data.dataset import Dataset
@@ -19,16 +19,23 @@ from model.gpt import GPT
 from training.ancestry import Entry, history_from, history_of
 from training.checkpoint import (
     find_checkpoint,
+    is_published,
     list_checkpoints,
     load_optimizer,
     load_weights,
-    point_latest_at_newest,
-    prune,
     read_state,
 )
-from training.config import Change, Config, differences, load_config, named_after
+from training.config import (
+    Change,
+    Config,
+    differences,
+    load_config,
+    named_after,
+    overridden,
+)
 from training.optimizer import Optimizer
 from training.parallel import Parallel
+from training.save_checkpoint import point_latest_at_newest, prune
 from training.wandb_log import sweep_run
 
 # Keys, with all keys below them, whose values must not change when a run is continued: before its
@@ -56,19 +63,24 @@ class Progress(NamedTuple):
     history: Sequence[Entry] = ()           # of the weights before this run (training/ancestry.py)
 
 
-def job_of(target: str, overrides: list[str]) -> Job:
-    """The job that a command line names: a YAML file, or the directory of a run to continue.
+def job_of(target: str | Path | Config, overrides: Sequence[str]) -> Job:
+    """The job that a command line names: a YAML file, or the directory of a run to continue; or
+    that of a config.
 
     Raises UserError if the run cannot be continued with the overrides, or if another run has the
     same name.
     """
-    if not Path(target).is_dir():
-        config = load_config(target, overrides)
+    if isinstance(target, Config) or not Path(target).is_dir():
+        def read(changes: Sequence[str]) -> Config:
+            if isinstance(target, Config):
+                return overridden(target, changes)
+            return load_config(target, changes)
+
+        config = read(overrides)
         if run_id := sweep_run():
             # The command lines of a sweep differ in no name; an agent that goes on with a run gives
             # the same id again.
-            name = json.dumps(f"{config.run}-{run_id}")
-            config = load_config(target, [*overrides, f"run={name}"])
+            config = read([*overrides, f"run={json.dumps(f'{config.run}-{run_id}')}"])
         folder = Path("runs") / config.run
         if (folder / "config.yaml").exists():
             changes = differences(named_after(folder, load_config(folder / "config.yaml")), config)
@@ -76,7 +88,7 @@ def job_of(target: str, overrides: list[str]) -> Job:
                 more = "; …" if len(changes) > 3 else ""
                 raise UserError(f"{folder} holds a run of another config "
                                 f"({listed(changes[:3])}{more})\n"
-                                f"  continue it with: python train.py {folder}   "
+                                f"  continue it with: {command('train.py')} {folder}   "
                                 "or begin another with: run=NEW")
         return Job(config, folder, [])
 
@@ -95,8 +107,9 @@ def job_of(target: str, overrides: list[str]) -> Job:
     fixed = FIXED if newest_progress(folder).step else FIXED_BEFORE_TRAINING
     if impossible := [change for change in changes if is_below(change.key, fixed)]:
         raise UserError(f"{target} cannot be continued with another {listed(impossible[:3])}\n"
-                        "  start a run from its weights instead: python train.py CONFIG run=NEW "
-                        f"init_from={target} data.tokenizer={target}/checkpoints/latest")
+                        "  start a run from its weights instead: "
+                        f"{command('train.py')} CONFIG run=NEW init_from={target} "
+                        f"data.tokenizer={target}/checkpoints/latest")
     return Job(config, folder, changes)
 
 
@@ -110,9 +123,17 @@ def is_below(key: str, parents: tuple[str, ...]) -> bool:
 
 
 def newest_progress(folder: Path) -> Progress:
-    """How far the newest checkpoint of a run had come."""
+    """How far the newest checkpoint of a run had come. Raises UserError if it has no training
+    state."""
     checkpoints = list_checkpoints(folder / "checkpoints")
-    return _progress(read_state(checkpoints[-1])) if checkpoints else Progress()
+    if not checkpoints:
+        return Progress()
+    newest = checkpoints[-1]
+    if is_published(newest):
+        raise UserError(f"{newest} has no training_state/, so {folder} cannot be continued\n"
+                        f"  start a run from its weights: {command('train.py')} CONFIG run=NEW "
+                        f"init_from={newest} data.tokenizer={newest}")
+    return _progress(read_state(newest))
 
 
 def _progress(state: dict[str, Any]) -> Progress:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, TypeVar
 
-from errors import UserError
+from errors import UserError, command
 
 import torch
 from torch import Tensor
@@ -21,19 +21,14 @@ from files import atomic_write, explain_disk_errors
 from model.budget import flops_per_token
 from model.config import ModelConfig
 from model.gpt import GPT
-from training.checkpoint import (
-    Contents,
-    checkpoint_contents,
-    list_checkpoints,
-    prune,
-    save_checkpoint,
-)
+from training.checkpoint import list_checkpoints
 from training.config import Config, dump_config
 from training.device import Hardware, peak_memory_gb
 from training.logger import Console, Metrics, Record, short
 from training.optimizer import Optimizer
 from training.parallel import Parallel
 from training.resume import Progress, only_trainer
+from training.save_checkpoint import Contents, checkpoint_contents, prune, save_checkpoint
 from training.wandb_log import Wandb
 
 Value = TypeVar("Value")
@@ -165,7 +160,7 @@ class Run:
     def explained(self, doing: str) -> AbstractContextManager[None]:
         """Turn disk errors inside the block into a UserError that says how to go on."""
         return explain_disk_errors(f"{doing} {self.folder}",
-                                   f"make room there, then: python train.py {self.folder}")
+                                   f"make room there, then: {command('train.py')} {self.folder}")
 
     # --- metrics ------------------------------------------------------------------------------
 
@@ -303,19 +298,19 @@ class Run:
                      else "saved      no checkpoint (checkpoint.every=0)")
         if (self.folder / "report.html").exists():
             lines.append(f"look       {self.folder}/report.html in a browser; "
-                         f"python heads.py {self.folder}")
+                         f"{command('heads.py')} {self.folder}")
         wandb = f", {self.wandb.where}" if self.wandb.run else ""
         lines.append(f"metrics    {self.folder}/metrics.jsonl{wandb}")
         if self.step < steps:
-            lines.append(f"continue   {self.world.command} train.py {self.folder}")
+            lines.append(f"continue   {self.world.command} {self.folder}")
         return "\n".join(lines)
 
 
 def git_revision() -> str | None:
     """The commit of this code, with + if it was changed since; None outside a repository."""
     def git(*args: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *args]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60,
+        words = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(words, capture_output=True, encoding="utf-8", timeout=60,
                               check=True).stdout.strip()
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")

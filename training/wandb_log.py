@@ -207,7 +207,7 @@ def _wandb_id(folder: Path, name: str) -> str:
     if not id_file.exists():
         with atomic_write(id_file, "w") as file:
             json.dump({"id": sweep_run() or f"{name}-{secrets.token_hex(4)}"}, file)
-    return json.loads(id_file.read_text())["id"]
+    return json.loads(id_file.read_text("utf-8"))["id"]
 
 
 def sweep_run() -> str | None:

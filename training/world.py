@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from errors import UserError, first_line
+from errors import UserError, command, first_line, path_of
 
 import torch
 import torch.distributed as dist
@@ -48,10 +48,11 @@ class World:
 
     @property
     def command(self) -> str:
-        """How these processes are started; `train.py …` follows it."""
+        """How train.py is started in as many processes; its arguments follow."""
         if self.size == 1:
-            return "python"
-        return f"torchrun --nproc-per-node={os.environ.get('LOCAL_WORLD_SIZE', self.size)}"
+            return command("train.py")
+        processes = os.environ.get("LOCAL_WORLD_SIZE", self.size)
+        return f"torchrun --nproc-per-node={processes} {path_of('train.py')}"
 
     def close(self) -> None:
         if self.size > 1:

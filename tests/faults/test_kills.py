@@ -108,7 +108,7 @@ def test_a_signal_saves_and_says_how_to_continue(lab: Lab, fault, number):
         process.send_signal(number)
         output, _ = process.communicate()
         assert process.returncode == 0 and "finishing this step" in output
-        assert f"python train.py runs/{run.name}" in output
+        assert f"train.py runs/{run.name}" in output
         check_files(run)
         # With checkpoint.every=0 nothing else would have saved.
         saved = int(list_checkpoints(run / "checkpoints")[-1].name)

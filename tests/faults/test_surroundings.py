@@ -58,7 +58,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(lab: Lab, fault, write, mome
     with file_system(run), fault("disk full", write):
         done = lab.train_broken(moment, n, f"fill:{run}", "tiny.yaml", f"run={run.name}",
                                 codes=(2,))
-        fails(done, "No space left", message, "make room", f"python train.py runs/{run.name}")
+        fails(done, "No space left", message, "make room", f"train.py runs/{run.name}")
         assert not list(run.rglob("*partial*"))
         check_files(run)
         for checkpoint in list_checkpoints(run / "checkpoints"):
