@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from client import read_reference
+from filelock import FileLock, Timeout
 from reference import write_reference
-from shapes import ROOT, SHAPES, checkpoint_of, store
+from shapes import ROOT, SHAPES, STORE, checkpoint_of, store
 
 from training.checkpoint import load_model
 from training.import_model import import_model
@@ -223,6 +224,16 @@ def chosen(names: Sequence[str], known: Iterable[str], what: str) -> list[str]:
 
 
 def main() -> None:
+    """The command; one at a time, because a run deletes the shapes of earlier versions."""
+    STORE.mkdir(exist_ok=True)
+    try:
+        with FileLock(STORE / "lock", timeout=0):
+            test_clients()
+    except Timeout:
+        sys.exit(f"error: another make test-clients is at work in {STORE}\n  wait for its end")
+
+
+def test_clients() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("clients", nargs="*", metavar="CLIENT", help=", ".join(CLIENTS))
     parser.add_argument("--shapes", nargs="*", default=[], metavar="SHAPE",
@@ -233,6 +244,8 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, pairs = store(), {}
     for shape in shapes:
+        if not any(shape in CLIENTS[name].shapes for name in names):
+            continue
         print(f"shape      {shape}", flush=True)
         checkpoint, target = checkpoint_of(shape, folder), folder / "references" / shape
         write_reference(shape, checkpoint, (folder / "heldout.txt").read_text("utf-8"), target)
