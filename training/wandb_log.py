@@ -15,6 +15,7 @@ import secrets
 import shlex
 import ssl
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -75,9 +76,8 @@ def as_wandb(name: str, value: Any) -> Any:
     match value:
         case list():
             first = -0.5 if name.startswith(OVER_LAYERS) else -len(value) / 2
-            edges = np.array([first + n for n in range(len(value) + 1)])
-            heights = np.array([max(0.0, number) for number in value])  # no negative bars, no nan
-            return wandb.Histogram(np_histogram=(heights, edges))
+            heights = np.fmax(value, 0)         # no negative bar; fmax makes nan a 0 too
+            return wandb.Histogram(np_histogram=(heights, _edges(first, len(value))))
         case tuple():
             return wandb.Table(columns=value[0], data=value[1])
         case Path():
@@ -85,6 +85,12 @@ def as_wandb(name: str, value: Any) -> Any:
         case _ if hasattr(value, "shape"):
             return wandb.Image(value)
     return value
+
+
+@cache
+def _edges(first: float, bars: int) -> np.ndarray:
+    """The edges of a histogram's bars, each of width 1. A look has over a hundred of them."""
+    return first + np.arange(bars + 1)
 
 
 # --- a run ------------------------------------------------------------------------------------

@@ -55,8 +55,8 @@ CLIENTS = {                             # name of the environment → the progra
     "vllm": Client("vLLM", "vllm_client.py", "vllm"),
     "ctranslate2": Client("CTranslate2", "ctranslate2_client.py", "ctranslate2"),
     "mlx_lm": Client("mlx-lm", "mlx_lm_client.py", "mlx-lm"),
-    "wandb_oldest": Client("wandb, oldest", "wandb_training.py", "wandb", ()),
-    "wandb_newest": Client("wandb, newest", "wandb_training.py", "wandb", ()),
+    "wandb_oldest": Client("wandb, the oldest allowed", "wandb_training.py", "wandb", shapes=()),
+    "wandb_newest": Client("wandb, the newest", "wandb_training.py", "wandb", shapes=()),
 }
 DOCUMENTED = "llama-attention-only"     # the shape that snippets open as runs/quickstart
 Line = Mapping[str, Any]                # what a script prints of a shape
