@@ -12,7 +12,7 @@ from errors import UserError
 
 from training.checkpoint import list_checkpoints
 from training.config import differences, load_config
-from training.resume import listed
+from training.resume import is_below, listed
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs" / "induction"
@@ -34,7 +34,12 @@ class Condition(NamedTuple):
         return Path("runs") / f"{self.label}-s{seed}"
 
     def overrides(self, seed: int) -> list[str]:
-        return [*self.changes, f"run={self.run(seed).name}", f"seed={seed}", "log.wandb=disabled"]
+        # Unasked, a study uploads none of its runs.
+        wandb = "auto" if "WANDB_MODE" in os.environ else "disabled"
+        groups = [f"log.group={study}" for study, (_, conditions) in STUDIES.items()
+                  if self in conditions]
+        return [*self.changes, f"run={self.run(seed).name}", f"seed={seed}", f"log.wandb={wandb}",
+                *groups[:1]]
 
 
 class Study(NamedTuple):
@@ -107,7 +112,9 @@ def finished(condition: Condition, seed: int) -> bool:
     wanted = load_config(CONFIGS / f"{condition.config}.yaml", condition.overrides(seed))
     if not (run / "config.yaml").exists():
         return False
-    if changes := differences(load_config(run / "config.yaml"), wanted):
+    changes = [change for change in differences(load_config(run / "config.yaml"), wanted)
+               if not is_below(change.key, ("log",))]
+    if changes:
         raise UserError(f"{run} was trained with another config ({listed(changes[:3])})\n"
                         "  move it away and run this again")
     checkpoints = list_checkpoints(run / "checkpoints")

@@ -7,6 +7,7 @@ from model.taps import Head
 
 LOSS_FIRST = "repeat/loss_first"        # nats per token in the first copy of random tokens
 LOSS_SECOND = "repeat/loss_second"      # in the second copy
+GAIN = "repeat/gain"                    # the first minus the second: what repeating is worth
 ACCURACY = "aperiodic/accuracy"         # of the known tokens of the aperiodic probe, on rows behind
                                         # the token that begins a text
 ACCURACY_BARE = "aperiodic/accuracy_without_begin"      # the same rows without it
@@ -26,6 +27,16 @@ def score_key(score: str, head: Head) -> str:
 def offset_profile_key(head: Head) -> str:
     """The name of one head's offset profile: heads/offset_profile/L1H3."""
     return score_key("offset_profile", head)
+
+
+def best_key(score: str) -> str:
+    """The name of a score's largest value over all heads."""
+    return f"heads/best/{score}"
+
+
+def layers_key(score: str) -> str:
+    """The name of a score's largest value in each layer, a list."""
+    return f"heads/layers/{score}"
 
 
 def scores_by_head(record: Mapping, score: str) -> dict[str, float]:

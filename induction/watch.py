@@ -11,12 +11,15 @@ from induction.knockout import knock_out
 from induction.metrics import (
     ACCURACY,
     ACCURACY_BARE,
+    GAIN,
     KNOCKOUT,
     KNOCKOUT_RANDOM,
     KNOWN_LOSS,
     LOSS_FIRST,
     LOSS_SECOND,
     ONSET_TOKENS,
+    best_key,
+    layers_key,
     offset_profile_key,
     score_key,
 )
@@ -76,9 +79,13 @@ def knockout_metrics(model: GPT, probes: Probes) -> Metrics:
 
 def as_metrics(model_config: ModelConfig, measured: Measured) -> Metrics:
     """A measurement under flat names, as in metrics.jsonl: heads/prefix_matching/L1H3."""
-    metrics: Metrics = {LOSS_FIRST: measured.loss_first, LOSS_SECOND: measured.loss_second}
+    metrics: Metrics = {LOSS_FIRST: measured.loss_first, LOSS_SECOND: measured.loss_second,
+                        GAIN: measured.loss_first - measured.loss_second}
     heads = heads_of(model_config)
     for score, values in measured.scores.items():
+        by_layer = [round(value, 4) for value in values.amax(1).tolist()]
+        metrics[best_key(score)] = max(by_layer)
+        metrics[layers_key(score)] = by_layer
         for head, value in zip(heads, values.flatten().tolist()):
             metrics[score_key(score, head)] = round(value, 4)
     for head, profile in zip(heads, measured.offset_profile.flatten(0, 1).tolist()):

@@ -7,6 +7,7 @@ build of PyTorch, its console, and paths with drives.
 
 import ctypes
 import errno
+import importlib
 import os
 import runpy
 import shlex
@@ -32,6 +33,13 @@ NAMES = {
     signal: ("SIGHUP", "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGPIPE", "SIGALRM", "SIGCHLD", "alarm",
              "setitimer", "pthread_sigmask"),
 }
+# What our modules and their packages import, with this system's parts of them.
+ALREADY_THERE = (
+    "asyncio", "matplotlib.backends.backend_agg", "matplotlib.figure",
+    "multiprocessing.popen_spawn_posix", "numpy", "PIL.ImageDraw", "PIL.ImageFont",
+    "pydantic.types", "safetensors.torch", "scipy.stats", "subprocess", "tiktoken",
+    "torch._dynamo", "torch.distributed.tensor", "torch.nn.attention.flex_attention", "tqdm",
+    "yaml")
 OURS = "data|errors|files|console|heads|induction|lab|model|report|sample|settings|train|training"
 
 
@@ -110,17 +118,11 @@ def change_files() -> None:
 
 
 if __name__ == "__main__":
-    # What our modules and their packages import, with this system's parts of them.
-    import asyncio  # noqa: F401
+    for name in ALREADY_THERE:
+        importlib.import_module(name)
     import fcntl as posix_fcntl
-    import subprocess  # noqa: F401
 
-    import numpy as np  # noqa: F401
-    import scipy.stats  # noqa: F401
-    import tiktoken  # noqa: F401
-    import tqdm  # noqa: F401
-    import yaml  # noqa: F401
-    from filelock import FileLock, SoftFileLock  # noqa: F401
+    from filelock import FileLock, SoftFileLock  # noqa: F401      which filelock imports lazily
 
     os_open, fsync, rename = os.open, os.fsync, os.rename
     change_files()

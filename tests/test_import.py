@@ -214,8 +214,8 @@ def test_an_imported_run_is_trained_like_any_other(hf_models, workplace):
     run = Path("runs/imported")
     imported = succeeds(command("-m training.import_model", hf_models / "gpt_neox", run,
                                 "eval.tokens=256", "heads.every=2", "train.batch_tokens=256"))
-    for script in ("sample.py", "heads.py", "train.py"):
-        assert f"python {script} runs/imported" in imported.stdout
+    for script in ("sample", "heads", "train"):
+        assert f"python -m {script} runs/imported" in imported.stdout
     with pytest.raises(UserError, match="runs/imported is there already"):
         import_model(hf_models / "gpt_neox", run)
 

@@ -26,7 +26,7 @@ from training.config import Config
 PAGES = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")])}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-HEREDOC = re.compile(r"^cat > (\S+) <<(\w+)\n(.*?)^\2$\n?", re.MULTILINE | re.DOTALL)
+HEREDOC = re.compile(r"^cat > (\S+) <<'?(\w+)'?\n(.*?)^\2$\n?", re.MULTILINE | re.DOTALL)
 SHELL = ("sh", "bash")
 
 NOT_RUN = {                     # how a command begins → why it is not run here
@@ -40,10 +40,12 @@ NOT_RUN = {                     # how a command begins → why it is not run her
     "source .venv/bin/activate": "the tests run in an environment",
     "pip install": "installs packages from the network",
     "wandb login": "needs an account and the network",
+    "wandb sync": "needs an account and the network; tests/test_wandb.py uploads to its own server",
+    "wandb sweep": "needs an account and the network",
+    "wandb agent": "needs an account and the network; tests/test_wandb.py runs it",
     "hf auth login": "needs an account and the network",
     "hf upload": "tests/test_hub.py runs it",
     "lm_eval": "make test-clients runs it",
-    "wandb sync": "needs an account and the network",
     "python train.py configs/tinystories.yaml":
         "needs a download; tests/test_configs.py trains it on other text",
     "python -m bench.gpu": "takes minutes on a GPU; tests/test_bench.py runs its dry run",
@@ -323,8 +325,8 @@ def names_in_tables(page: str) -> set[str]:
     """The metrics that the first columns of a page's tables name."""
     names = set()
     for cell in re.findall(r"^\| (`.*?) \|", PAGES[page], re.MULTILINE):
-        names |= {name.removesuffix("/L1H3")
-                  for name in re.findall(r"`([a-z_/]+(?:/L1H3)?)`", cell)}
+        names |= {name.removesuffix("/L1H3").removesuffix("/SCORE")
+                  for name in re.findall(r"`([a-z_/]+(?:/L1H3|/SCORE)?)`", cell)}
     return names
 
 

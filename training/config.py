@@ -108,6 +108,7 @@ class LogConfig(Settings):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
                                                 # auto: online with a key, else offline
     project: Text = "induction"
+    group: Text | None = None                   # of runs in wandb, such as the name of a study
 
 
 class Config(Settings):

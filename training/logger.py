@@ -1,30 +1,18 @@
-"""Where metrics go: a line on the console, a line of metrics.jsonl, the same keys in wandb."""
+"""Where metrics go: a line on the console and a line of metrics.jsonl. training/wandb_log.py gives
+wandb the same."""
 
-import contextlib
 import errno
-import http.client
-import importlib.util
 import json
 import math
-import netrc
 import os
-import secrets
-import ssl
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlparse
-
-from errors import UserError
-
-import numpy as np
+from typing import Any
 
 from files import atomic_write
-from training.config import LogConfig
 
-WANDB_SECONDS = 15              # the longest that starting an online run may take
 LINE_SECONDS = 5                # between two lines in a log file; a terminal's is rewritten
 Record = dict[str, Any]         # a line of metrics.jsonl: step, tokens, seconds and metrics by name
 
@@ -135,146 +123,3 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-# --- wandb ------------------------------------------------------------------------------------
-
-class Wandb:
-    """A wandb run, or none. Training never waits for it and never fails because of it."""
-
-    def __init__(self, log: LogConfig, folder: Path, name: str, config: dict[str, Any],
-                 say: Callable[[str], None]):
-        self.run: Any = None                    # a wandb.Run
-        self.say = say
-        if log.wandb == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
-            return
-        if importlib.util.find_spec("wandb") is None:
-            if log.wandb != "auto":
-                raise UserError(f"log.wandb={log.wandb}, but wandb is not installed "
-                                "(pip install wandb, or log.wandb=disabled)")
-            return
-        online = log.wandb == "online"
-        if log.wandb == "auto":
-            online = os.environ.get("WANDB_MODE", "online") == "online" and _has_key()
-        if online and not _reachable():
-            say("wandb      its server cannot be reached: logging offline")
-            online = False
-        if not online:
-            # Both must be set before the import, or telemetry is posted all the same.
-            os.environ |= {"WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false"}
-        os.environ.setdefault("WANDB_SILENT", "true")
-        options: dict[str, Any] = {
-            "dir": str(folder), "project": log.project, "name": name, "config": config,
-            "id": _wandb_id(folder, name), "resume": "allow"}
-        if online and self._init("online", options):
-            return
-        self._init("offline", options)
-
-    def _init(self, mode: Literal["online", "offline"], options: dict[str, Any]) -> bool:
-        """Start a wandb run; False, with a message, if that failed."""
-        import wandb
-        settings = wandb.Settings(console="off", x_transaction_log_flush_interval=1.0)
-        if mode == "online":
-            # Offline only wandb's own process is waited for, which a busy machine makes slow.
-            settings.init_timeout = WANDB_SECONDS
-        try:
-            self.run = wandb.init(mode=mode, settings=settings, **options)
-            self.run.define_metric("*", step_metric="step")
-            for group in ("heads", "repeat", "icl", "phase"):       # they form as tokens go by
-                self.run.define_metric(f"{group}/*", step_metric="tokens")
-            return True
-        except Exception as error:              # a service that is down raises many exceptions
-            wandb.teardown()                    # or the next try finds the run in use
-            reason = str(error).splitlines()[0][:150]
-            self.say(f"wandb      {mode}: {reason}; metrics.jsonl has everything")
-            return False
-
-    @property
-    def where(self) -> str:
-        """The run's page, or the command that uploads it."""
-        return self.run.url or f"wandb sync {Path(self.run.dir).parent}"
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Log numbers; lists of numbers over evenly spaced places; pictures (height, width, 3)
-        uint8; tables as (columns, rows); HTML pages by their path."""
-        if self.run is not None:
-            try:
-                self.run.log({name: _as_wandb(value) for name, value in record.items()})
-            except Exception as error:
-                self._give_up(f"stopped ({error})")
-
-    def finish(self, exit_code: int = 0) -> None:
-        if self.run is not None:
-            try:
-                self.run.finish(exit_code=exit_code)
-            except Exception as error:
-                self._give_up(f"did not finish ({error})")
-
-    def _give_up(self, problem: str) -> None:
-        import wandb
-        self.run = None
-        self.say(f"wandb      {problem}: metrics.jsonl has everything")
-        with contextlib.suppress(Exception):    # or it tries again at exit, with a traceback
-            wandb.teardown()
-
-
-def _wandb_id(folder: Path, name: str) -> str:
-    """The id of the run in wandb: made once, so that a continued run stays one run."""
-    id_file = folder / "wandb" / "id.json"
-    id_file.parent.mkdir(exist_ok=True)
-    if not id_file.exists():
-        with atomic_write(id_file, "w") as file:
-            json.dump({"id": f"{name}-{secrets.token_hex(4)}"}, file)
-    return json.loads(id_file.read_text("utf-8"))["id"]
-
-
-def _as_wandb(value: Any) -> Any:
-    import wandb
-    match value:
-        case list():
-            edges = np.arange(len(value) + 1) - len(value) / 2      # offsets around 0, a bin each
-            return wandb.Histogram(np_histogram=(np.array(value), edges))
-        case tuple():
-            return wandb.Table(columns=value[0], data=value[1])
-        case Path():
-            return wandb.Html(value.read_text("utf-8"), inject=False)
-        case _ if hasattr(value, "shape"):
-            return wandb.Image(value)
-    return value
-
-
-def _has_key() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators(_host()) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def _host() -> str:
-    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    return urlparse(url).hostname or ""
-
-
-def _reachable() -> bool:
-    """Whether wandb's server answers. wandb itself would try for over 20 s.
-
-    Behind a proxy the answer is yes: the proxy answers for the host.
-    """
-    proxies = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")
-    if any(os.environ.get(name) for name in proxies):
-        return True
-    url = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    plain = url.scheme == "http"
-    connect = http.client.HTTPConnection if plain else http.client.HTTPSConnection
-    try:
-        connection = connect(_host(), url.port, timeout=3)
-        connection.request("HEAD", "/")
-        connection.getresponse()
-        connection.close()
-        return True
-    except ssl.SSLError:            # it is there; wandb knows better which certificates it needs
-        return True
-    except (OSError, http.client.HTTPException):
-        return False

@@ -36,6 +36,7 @@ from training.config import (
 from training.optimizer import Optimizer
 from training.parallel import Parallel
 from training.save_checkpoint import point_latest_at_newest, prune
+from training.wandb_log import sweep_run
 
 # Keys, with all keys below them, whose values must not change when a run is continued: before its
 # first step (an imported model), and later.
@@ -70,8 +71,16 @@ def job_of(target: str | Path | Config, overrides: Sequence[str]) -> Job:
     same name.
     """
     if isinstance(target, Config) or not Path(target).is_dir():
-        config = (overridden(target, overrides) if isinstance(target, Config)
-                  else load_config(target, overrides))
+        def read(changes: Sequence[str]) -> Config:
+            if isinstance(target, Config):
+                return overridden(target, changes)
+            return load_config(target, changes)
+
+        config = read(overrides)
+        if run_id := sweep_run():
+            # The command lines of a sweep differ in no name; an agent that goes on with a run gives
+            # the same id again.
+            config = read([*overrides, f"run={json.dumps(f'{config.run}-{run_id}')}"])
         folder = Path("runs") / config.run
         if (folder / "config.yaml").exists():
             changes = differences(named_after(folder, load_config(folder / "config.yaml")), config)

@@ -24,11 +24,12 @@ from model.gpt import GPT
 from training.checkpoint import list_checkpoints
 from training.config import Config, dump_config
 from training.device import Hardware, peak_memory_gb
-from training.logger import Console, Metrics, Record, Wandb, short
+from training.logger import Console, Metrics, Record, short
 from training.optimizer import Optimizer
 from training.parallel import Parallel
 from training.resume import Progress, only_trainer
 from training.save_checkpoint import Contents, checkpoint_contents, prune, save_checkpoint
+from training.wandb_log import Wandb
 
 Value = TypeVar("Value")
 PEAK_FLOPS = {                      # dense 16-bit matrix products, from the makers' data sheets
@@ -219,7 +220,9 @@ class Run:
         if self.record and self.world.first:
             with self.explained("writing metrics.jsonl of"):
                 self.metrics.write(self.record)
-            self.wandb.log(self.record)
+            # The report of the last step belongs to the same row.
+            ends = self.stop_requested or self.step == self.config.train.steps
+            self.wandb.log(self.record, more=ends)
             self.latest |= self.record
             if "val/loss" in self.record:
                 self.evaluated = Evaluation(self.step, self.record["val/loss"])
@@ -228,7 +231,7 @@ class Run:
     def log_media(self, make: Callable[[], dict[str, Any]]) -> None:
         """Log pictures, tables and pages to wandb. They are made only if wandb is there."""
         if self.world.first and self.wandb.run is not None:
-            self.wandb.log({"step": self.step, "tokens": self.tokens} | make())
+            self.wandb.log({"step": self.step, "tokens": self.tokens} | make(), more=True)
 
     @contextmanager
     def untimed(self) -> Iterator[None]:

@@ -3,6 +3,7 @@ into docs/import.md. README.md beside this file describes the parts."""
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from client import read_reference
+from filelock import FileLock, Timeout
 from reference import write_reference
-from shapes import ROOT, SHAPES, checkpoint_of, store
+from shapes import ROOT, SHAPES, STORE, checkpoint_of, store
 
 from training.checkpoint import load_model
 from training.import_model import import_model
@@ -53,6 +55,8 @@ CLIENTS = {                             # name of the environment → the progra
     "vllm": Client("vLLM", "vllm_client.py", "vllm"),
     "ctranslate2": Client("CTranslate2", "ctranslate2_client.py", "ctranslate2"),
     "mlx_lm": Client("mlx-lm", "mlx_lm_client.py", "mlx-lm"),
+    "wandb_oldest": Client("wandb, the oldest allowed", "wandb_training.py", "wandb", shapes=()),
+    "wandb_newest": Client("wandb, the newest", "wandb_training.py", "wandb", shapes=()),
 }
 DOCUMENTED = "llama-attention-only"     # the shape that snippets open as runs/quickstart
 Line = Mapping[str, Any]                # what a script prints of a shape
@@ -120,10 +124,10 @@ def mistakes(client: Client, shapes: Sequence[str], lines: Iterable[Line], outpu
         missing.discard(shape)
         if "error" in line:
             wrong.append(f"{shape}: {line['error']}")
-        elif not line["checks"] and not line["limit"]:
+        elif not line["checks"] and not line.get("limit"):
             wrong.append(f"{shape}: nothing was checked")
         for check, result in line["checks"].items():
-            if result in ("equal", "works"):
+            if result in ("equal", "works") or result is True:
                 continue
             if not isinstance(result, float):
                 wrong.append(f"{shape}: {check}: {result!r} is not a result")
@@ -167,17 +171,17 @@ def table_row(client: Client, lines: Sequence[Line]) -> str:
     results: dict[str, list[Any]] = {}
     for line in opened:
         for check, result in line["checks"].items():
-            results.setdefault(check, []).append(result)
+            results.setdefault(check, []).append("works" if result is True else result)
     equal = [check for check, values in results.items() if set(values) == {"equal"}]
     within = {check: max(value for value in values if value not in ("equal", "works"))
               for check, values in results.items() if set(values) - {"equal", "works"}}
     works = [check for check in results if check not in equal and check not in within]
-    said = [", ".join(equal), ", ".join(f"{check} within {largest:.0e}"
+    said = [", ".join(equal), ", ".join(f"{check} within {rounded_up(largest)}"
                                         for check, largest in within.items()),
             f"works: {', '.join(works)}" if works else ""]
     limits: dict[str, list[str]] = {}
     for line in lines:
-        if line["limit"]:
+        if line.get("limit"):
             limits.setdefault(line["limit"], []).append(line["model_type"])
     types = unique(f"`{line['model_type']}`" for line in opened if "model_type" in line)
     cells = [client.title, " and ".join(unique(line["version"] for line in lines)),
@@ -185,6 +189,12 @@ def table_row(client: Client, lines: Sequence[Line]) -> str:
              "<br>".join(f"{', '.join(f'`{name}`' for name in unique(names))}: {limit}"
                          for limit, names in limits.items()) or "–"]
     return f"| {' | '.join(cells)} |\n"
+
+
+def rounded_up(number: float) -> str:
+    """A positive number in one digit that is not below it: 7e-06."""
+    unit = 10.0 ** math.floor(math.log10(max(number, 1e-12)))
+    return f"{math.ceil(round(number / unit, 6)) * unit:.0e}"
 
 
 def unique(values: Iterable[str]) -> list[str]:
@@ -214,6 +224,16 @@ def chosen(names: Sequence[str], known: Iterable[str], what: str) -> list[str]:
 
 
 def main() -> None:
+    """The command; one at a time, because a run deletes the shapes of earlier versions."""
+    STORE.mkdir(exist_ok=True)
+    try:
+        with FileLock(STORE / "lock", timeout=0):
+            test_clients()
+    except Timeout:
+        sys.exit(f"error: another make test-clients is at work in {STORE}\n  wait for its end")
+
+
+def test_clients() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("clients", nargs="*", metavar="CLIENT", help=", ".join(CLIENTS))
     parser.add_argument("--shapes", nargs="*", default=[], metavar="SHAPE",
@@ -224,6 +244,8 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, pairs = store(), {}
     for shape in shapes:
+        if not any(shape in CLIENTS[name].shapes for name in names):
+            continue
         print(f"shape      {shape}", flush=True)
         checkpoint, target = checkpoint_of(shape, folder), folder / "references" / shape
         write_reference(shape, checkpoint, (folder / "heldout.txt").read_text("utf-8"), target)
@@ -243,8 +265,10 @@ def main() -> None:
             failed.append(name)
             print("\n".join([output, *(f"FAILED     {name}: {line}" for line in wrong)]))
         else:
-            rows[client.title] = table_row(client, lines)
-            print(rows[client.title], flush=True)
+            row = table_row(client, lines)
+            print(row, flush=True)
+            if client.shapes:           # the page is about programs that open checkpoints
+                rows[client.title] = row
     if not args.shapes:
         PAGE.write_text(with_rows(PAGE.read_text("utf-8"), rows), "utf-8")
     if failed:

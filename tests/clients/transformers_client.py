@@ -67,6 +67,8 @@ def check_numbers(model: Any, tokenizer: Any, reference: Reference) -> dict[str,
     ids = same_ids(reference, lambda text: tokenizer(text).input_ids)
     special = reference.facts["special"]
     equal(tokenizer(special["text"], split_special_tokens=True).input_ids, special["ids"])
+    if "<|endoftext|>" in tokenizer.all_special_tokens:
+        assert tokenizer(special["text"]).input_ids != special["ids"], "the note is out of date"
     for name, text in reference.texts.items():
         if not reference.facts["prefixed"] and "imported" not in reference.facts["shape"]:
             equal(tokenizer.decode(text["ids"]), text["text"], f"decoded {name}:")

@@ -20,6 +20,7 @@ from typing import Any
 
 import data.prepare
 import training.logger
+import training.wandb_log
 from training.optimizer import Optimizer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -122,7 +123,7 @@ MOMENTS: dict[str, Callable[[Trap], None]] = {
         trap, "replace", lambda path: path.name == "latest"),
     "deleting an old checkpoint": prunes,
     "a line of metrics.jsonl": torn_lines,
-    "logging to wandb": lambda trap: around(training.logger.Wandb, "log", trap),
+    "logging to wandb": lambda trap: around(training.wandb_log.Wandb, "log", trap),
     "a snapshot of the heads": lambda trap: syncs(trap, "/heads"),
     "writing the report": lambda trap: syncs(trap, ".report.html.partial"),
 }
