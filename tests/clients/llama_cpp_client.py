@@ -31,8 +31,8 @@ WINDOWS = ("llama.cpp has no windows in these types, and its own converter drops
 BYTES = ("a byte tokenizer has no merges, which llama.cpp needs. Train with "
          "`data.tokenizer: {kind: bpe, …}`")
 OTHER_WORDS = ("`training.gguf` is for tokenizers that cut words as GPT-2's does, as all that are "
-               "trained here do. Others need the converter itself: `python convert_hf_to_gguf.py "
-               "runs/NAME/checkpoints/latest`, which knows the published ones")
+               "trained here do. For others, give `runs/NAME/checkpoints/latest` to llama.cpp's "
+               "`convert_hf_to_gguf.py`, which knows the published ones")
 
 
 def limit_of(reference: Reference) -> tuple[str, str] | None:
