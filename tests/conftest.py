@@ -33,7 +33,7 @@ elif not torch.cuda.is_available():
 if missing:
     kernel_tests = {f"test_{name}.py" for name in KERNEL_TESTS}
     all_tests = {path.name for path in Path(__file__).parent.glob("test_*.py")}
-    collect_ignore = ["faults", *(all_tests - kernel_tests)]
+    collect_ignore = ["faults", "clients", *(all_tests - kernel_tests)]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # the workers share the cores
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
