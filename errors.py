@@ -51,7 +51,9 @@ def command(script: str) -> str:
     if script.startswith("-m "):
         installed = str(ROOT) in sys.path[1:]           # sys.path[0] is the folder of a script
         here = in_our_folder() or started_with_m or installed
-        return f"python {script}" if here else f"(in {ROOT}) python {script}"
+        if here or sys.platform == "win32":
+            return f"python {script}"
+        return f"PYTHONPATH={shlex.quote(str(ROOT))} python {script}"
     if started_with_m and not in_our_folder():
         return f"python -m {script.removesuffix('.py')}"
     return f"python {shlex.quote(path_of(script))}"

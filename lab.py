@@ -40,6 +40,9 @@ def train(config: str | Path | Config, *overrides: str) -> LoadedRun:
 
     Ctrl-C finishes the step and saves; the run is then returned as it is.
     """
+    if not isinstance(config, str | Path | Config):
+        raise UserError(f"a {type(config).__name__} is no config: name a YAML file or a run, or "
+                        "give a lab.Config")
     world = join()
     job = job_of(config, overrides)
     if not (job.config.checkpoint.every or job.config.checkpoint.steps):
@@ -50,11 +53,19 @@ def train(config: str | Path | Config, *overrides: str) -> LoadedRun:
     return load_run(job.folder)
 
 
-def sample(run: LoadedRun, prompt: str = "", max_tokens: int = 200, temperature: float = 0.8, *,
+Run = LoadedRun | str | Path        # a run that is open, or where it is
+
+
+def opened(run: Run) -> LoadedRun:
+    return run if isinstance(run, LoadedRun) else load_run(run)
+
+
+def sample(run: Run, prompt: str = "", max_tokens: int = 200, temperature: float = 0.8, *,
            top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
            repetition_penalty: float = 1.0, seed: int = 0, stop: str | Sequence[str] = (),
            slide: bool = False) -> str:
     """The continuation of a prompt: what sample.py prints behind it with the same options."""
+    run = opened(run)
     stops = [stop] if isinstance(stop, str) else stop
     options = Options(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stops,
                       slide)
@@ -66,13 +77,13 @@ def sample(run: LoadedRun, prompt: str = "", max_tokens: int = 200, temperature:
     return sampler.complete([sampler.encode(prompt)])[0].text
 
 
-def scores(run: LoadedRun) -> Scores:
+def scores(run: Run) -> Scores:
     """The scores of every head, `scores(run)["L1H3"]["prefix_matching"]`: the numbers of
     `heads.py RUN --json`. docs/heads.md explains each."""
-    return scores_of(run)
+    return scores_of(opened(run))
 
 
-def ablate(run: LoadedRun, heads: str | Head | Iterable[str | Head],
+def ablate(run: Run, heads: str | Head | Iterable[str | Head],
            kind: Method = "mean") -> Ablation:
     """What the model loses without some heads, on the rows of repeated random tokens on which
     heads.py scores them: its losses with and without them, and the fraction of the repeat gain
@@ -82,12 +93,13 @@ def ablate(run: LoadedRun, heads: str | Head | Iterable[str | Head],
     kind    what they write instead: "mean" (their mean over the rows), "zero", or "resample" (what
             they write on another row of the same period)
     """
+    run = opened(run)
     several = [heads] if isinstance(heads, str | Head) else heads
     names = ",".join(map(str, several))
     chosen = chosen_heads(names, run.model.config) if names else []
     return ablate_on_probe(run.model, chosen, probes_for(run).scored, kind)
 
 
-def verdict(run: LoadedRun) -> Verdict:
+def verdict(run: Run) -> Verdict:
     """Did induction heads form? The verdict of `heads.py verdict RUN`, with its evidence."""
-    return judge_run(run)
+    return judge_run(opened(run))

@@ -35,6 +35,7 @@ from training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_weights,
+    read_model_config,
     read_state,
     verify,
 )
@@ -162,6 +163,8 @@ def build_model(config: Config, tokenizer: Tokenizer, hardware: Hardware, world:
                             f"{tokenizer.n_vocab} (leave it out)")
         with torch.device("meta"):                          # no memory yet
             model = GPT(config.model.model_copy(update={"vocab_size": vocab_size}))
+            if origin:
+                check_shape(model, config, origin)
         check_memory(model, hardware.device, world)
     model.compute_dtype = hardware.precision
     model.attention_backend = hardware.attention
@@ -185,6 +188,20 @@ def origin_of(config: Config, tokenizer: Tokenizer) -> Path | None:
                         "weights belong to other token ids\n"
                         f"  use its own: data.tokenizer={checkpoint}")
     return checkpoint
+
+
+def check_shape(model: GPT, config: Config, origin: Path) -> None:
+    """Raise UserError if the checkpoint `origin` has other parameters than the model. Both are made
+    without memory."""
+    theirs = GPT(read_model_config(origin))
+    shapes = [{name: p.shape for name, p in each.named_parameters()} for each in (model, theirs)]
+    if shapes[0] != shapes[1]:
+        ours, others = model.config.model_dump(), theirs.config.model_dump()
+        different = [f"model.{key}={ours[key]}, there {others[key]}" for key in ours
+                     if ours[key] != others[key]]
+        raise UserError(f"init_from={config.init_from} is a model of another shape "
+                        f"({'; '.join(different[:6])})\n"
+                        "  set those that decide the sizes of its weights as they are there")
 
 
 def announce(run: Run, model: GPT, data: Dataset, micro_batch: int,

@@ -94,7 +94,8 @@ def chosen_heads(names: str | None, config: ModelConfig, option: str = "heads ")
         heads = [head for head in every if match and head.layer == int(match[1])
                  and match[2] in (None, str(head.index))]
         if not heads:
-            raise UserError(f"{option}{name}: the model has the heads {every[0]} to {every[-1]}\n"
+            raise UserError(f"{option}{name}: no such head; the model has {every[0]} to "
+                            f"{every[-1]}\n"
                             "  name some of them, as L0H1,L1 (L1: all heads of layer 1)")
         chosen += [head for head in heads if head not in chosen]
     return chosen

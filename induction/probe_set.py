@@ -149,7 +149,8 @@ def describe_periods(held_out: list[int], trained: list[int], history_known: boo
     """The probe in words, for the head of a table."""
     if not held_out:
         return (f"random tokens, periods {listed(trained)}: every period that fits was trained on")
-    reason = "held out of training" if trained else "training repeats nothing"
+    nothing = "training repeats nothing" if history_known else "no repeats were trained here"
+    reason = "held out of training" if trained else nothing
     if close := [period for period in held_out if related(period, trained)]:
         reason += f"; of {listed(close)} a multiple or a divisor was trained"
     if not history_known:

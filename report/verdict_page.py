@@ -320,6 +320,8 @@ def describe_unseen(transfer: TransferFinding, verdict: Verdict) -> str:
         return describe_behaviour(transfer.unseen)
     if verdict.probes.repeats_trained:
         return "none were held out (data.repeats.held_out_tokens)"
+    if not verdict.probes.history_known:
+        return "what the weights were trained on is unknown"
     return "training has no synthetic repeats"
 
 

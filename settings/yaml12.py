@@ -151,6 +151,9 @@ def override(tree: dict[str, Any], assignments: Sequence[str]) -> list[str]:
     """Set `key.path=value` assignments in `tree`, later ones winning. Returns the paths set."""
     paths = []
     for assignment in assignments:
+        if not isinstance(assignment, str):
+            raise UserError(f"{assignment!r} is not an override; write each as its own text, "
+                            "for example \"train.steps=100\"")
         path, equals, value = assignment.partition("=")
         if not equals or not path.strip():
             raise UserError(f"{assignment!r} is not key.path=value (for example train.steps=100)")

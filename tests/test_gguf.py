@@ -106,9 +106,14 @@ def test_a_failing_converter_leaves_the_older_file(tmp_path, llama_cpp):
 def test_what_does_not_fit_is_refused_before_the_work(tmp_path, llama_cpp):
     (tmp_path / "run").mkdir()
     checkpoint = checkpoint_of(perturbed_model(window=8, vocab_size=257), tmp_path / "run")
-    for where, named in ((llama_cpp, ("model.window", "byte tokenizers")),
-                         (tmp_path, ("no checkout of llama.cpp", "git clone"))):
-        fails(command("-m training.gguf", str(checkpoint), "model.gguf",
+    save_hf_model("gpt2", tmp_path / "gpt2")
+    import_model(tmp_path / "gpt2", tmp_path / "fits", [])
+    # Nobody has to fetch llama.cpp to learn that it cannot help.
+    for run, where, named in (
+            (checkpoint, llama_cpp, ("model.window", "byte tokenizers")),
+            (checkpoint, tmp_path, ("model.window", "byte tokenizers")),
+            (tmp_path / "fits", tmp_path, ("no checkout of llama.cpp", "git clone"))):
+        fails(command("-m training.gguf", str(run), "model.gguf",
                       "--llama-cpp", str(where), cwd=tmp_path), *named)
     assert not (tmp_path / "model.gguf").exists()
 

@@ -63,7 +63,7 @@ def test_scores_and_verdict_are_those_of_heads_py(trained, tmp_path):
     run = lab.load_run(trained)
     succeeds(command("heads.py", "verdict", trained, "--json", tmp_path / "verdict.json"))
     saved = json.loads((tmp_path / "verdict.json").read_text())["runs"][0]
-    assert lab.scores(run) == saved["heads"]
+    assert lab.scores(run) == lab.scores(trained) == saved["heads"]
     verdict = lab.verdict(run)
     assert verdict.answer == saved["answers"]["formed"]
     assert verdict.behaviour.begun.accuracy == saved["behaviour"]["begun"]["accuracy"]["value"]
@@ -102,9 +102,9 @@ def test_ablate_is_the_loss_without_what_the_heads_write(trained, kind):
 
 
 @pytest.mark.parametrize(("call", "message"), [
-    (lambda run: lab.ablate(run, "L2H0"), "heads L2H0: the model has the heads L0H0 to L1H3"),
+    (lambda run: lab.ablate(run, "L2H0"), "heads L2H0: no such head; the model has L0H0 to L1H3"),
     (lambda run: lab.ablate(run, "L0", "men"), "kind='men' is not a kind of ablation"),
-    (lambda run: lab.sample(run, "a", temperature=-1), "temperature=-1 must be from 0 on"),
+    (lambda run: lab.sample(run, "a", temperature=-1), "temperature=-1 must be at least 0"),
     (lambda run: lab.sample(run, "a", top_p=2), "top_p=2 must be from 1e-09 to 1"),
     (lambda run: lab.sample(run, "a", stop=""), "stop: an empty text would end at once"),
     (lambda run: lab.sample(run, "a " * 99), r"the model's context of 32\n.*slide=True"),
@@ -112,6 +112,11 @@ def test_ablate_is_the_loss_without_what_the_heads_write(trained, kind):
     (lambda run: lab.train("none.yaml"), "none.yaml: no such file"),
     (lambda run: lab.train("tiny.yaml", "model.n_headz=3"), "did you mean model.n_heads?"),
     (lambda run: lab.train(run.config, "checkpoint.every=0"), "there would be none to open"),
+    (lambda run: lab.train("tiny.yaml", ["train.steps=3"]), "is not an override"),
+    (lambda run: lab.train(run), "a LoadedRun is no config"),
+    (lambda run: lab.load_run(run.folder, device="tpu"), "device=tpu is not available here"),
+    (lambda run: lab.sample(run, "a", seed="b"), "seed='b' must be at least 0"),
+    (lambda run: lab.scores("runs/none"), "runs/none: no such run"),
 ])
 def test_mistakes_raise_a_user_error(workplace, trained, call, message):
     with pytest.raises(UserError, match=message.replace("?", r"\?")) as caught:

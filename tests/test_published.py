@@ -43,6 +43,10 @@ def test_it_is_sampled_and_looked_at(trained, tmp_path):
         for head in range(original.model.config.n_heads)}
     judged = succeeds(command("heads.py", "verdict", copy, cwd=tmp_path)).stdout
     assert "Did induction heads form?" in judged
+    # Nothing is claimed about a training that is not known.
+    assert "no repeats were trained here; what the weights were trained on before is " in looked
+    assert "what the weights were trained on is unknown | " in judged
+    assert opened.config.init_from == str(copy)             # what a run of this config starts from
 
 
 def test_it_cannot_be_continued_but_another_run_starts_from_it(trained, workplace):
@@ -61,6 +65,11 @@ def test_it_cannot_be_continued_but_another_run_starts_from_it(trained, workplac
                      "data.corpus=files", "data.files=[texts/a*.txt]", "data.val_fraction=0.2",
                      f"train.batch_tokens={config['n_ctx']}", "train.steps=1",
                      "log.wandb=disabled", *shape))
+    fails(command("train.py", "new.yaml", "run=wider", f"init_from={copy}",
+                  f"data.tokenizer=./{copy}", *shape, "model.n_layers=1"),
+          "init_from=my-model is a model of another shape",
+          f"model.n_layers=1, there {config['n_layers']}")
+    fails(command("train.py", copy), "init_from=my-model", "import_model my-model runs/NAME")
     state = json.loads(Path("runs/new/checkpoints/000001/training_state/state.json").read_text())
     assert "unknown" in state["history"][0]
     assert load_run("runs/new").step == 1
@@ -81,6 +90,16 @@ def test_it_is_imported_as_the_model_that_it_was(shape, tmp_path):
     assert imported.config.mlp == model.config.mlp
     again, _ = load_model(find_checkpoint(tmp_path / "runs/x"))
     assert torch.equal(again(tokens), model(tokens))
+
+
+def test_a_link_that_was_copied_alone_and_names_that_are_nearly_right(trained, workplace):
+    Path("copy").symlink_to("000300")                       # as `cp -r …/latest copy`
+    fails(command("sample.py", "copy"), "copy is a link to 000300, which is not there", "cp -rL")
+    shutil.copytree(trained, "runs/tiny", symlinks=True)
+    fails(command("sample.py", "tiny"), "did you mean runs/tiny?")
+    newest = find_checkpoint("runs/tiny")
+    with pytest.raises(UserError, match="is one checkpoint: leave step 1 out"):
+        load_run(newest, step=1)
 
 
 def test_its_files_are_still_verified(tmp_path):

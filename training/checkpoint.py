@@ -17,6 +17,7 @@ read what any number wrote. training/save_checkpoint.py writes them.
 
 import contextlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -65,9 +66,14 @@ def find_checkpoint(where: str | Path) -> Path:
         if target or (path.name == "latest" and not path.exists()):
             path = path.parent
     if not path.exists():
+        if path.is_symlink():
+            raise UserError(f"{where} is a link to {os.readlink(path)}, which is not there "
+                            "(cp -rL copies what a link names)")
+        if (run := Path("runs") / path).exists():
+            raise UserError(f"{where}: no such run or checkpoint; did you mean {run}?")
         near: list[str] = []
         if path.parent.is_dir():
-            near = sorted(p.name for p in path.parent.glob("*") if p.is_dir())[:8]
+            near = sorted(p.name for p in path.parent.glob("[!.]*") if p.is_dir())[:8]
         hint = f"; there are {', '.join(near)} in {path.parent}" if near else ""
         raise UserError(f"{where}: no such run or checkpoint{hint}")
     folder = path if path.name == "checkpoints" else path / "checkpoints"
@@ -126,12 +132,18 @@ def _published_state(checkpoint: Path) -> dict[str, Any]:
             {"unknown": f"{checkpoint} was published without its history"}]}
 
 
+def read_model_config(checkpoint: Path) -> ModelConfig:
+    """The shape of a checkpoint's model."""
+    with _explain_damage(checkpoint, "config.json"):
+        described = json.loads((checkpoint / "config.json").read_text("utf-8"))
+        return validate(ModelConfig, described["gpt"], str(checkpoint / "config.json"))
+
+
 def load_model(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer]:
     """The model and tokenizer of a checkpoint. Raises UserError if it is damaged."""
     verify(checkpoint)
+    config = read_model_config(checkpoint)
     with _explain_damage(checkpoint, "config.json"):
-        described = json.loads((checkpoint / "config.json").read_text("utf-8"))
-        config = validate(ModelConfig, described["gpt"], str(checkpoint / "config.json"))
         with torch.device("meta"):
             model = GPT(config)
         # Compared before anything of that size is allocated.

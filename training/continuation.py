@@ -93,9 +93,11 @@ class Sampler:
         """Raises UserError for an option that is out of range."""
         for name, (low, high) in RANGES.items():
             value = getattr(options, name)
-            if value is not None and not low <= value <= high:
-                to = "" if high == LARGEST else f" to {high:g}"
-                raise UserError(f"{name}={value!r} must be from {low:g}{to or ' on'}")
+            if value is None:
+                continue
+            if not isinstance(value, int | float) or not low <= value <= high:
+                bounds = f"at least {low:g}" if high == LARGEST else f"from {low:g} to {high:g}"
+                raise UserError(f"{name}={value!r} must be {bounds}")
         if "" in options.stop:                      # every text begins with it
             raise UserError("stop: an empty text would end at once (leave it out)")
         self.model, self.tokenizer, self.options = model, tokenizer, options

@@ -31,14 +31,14 @@ def write_gguf(checkpoint: Path, target: Path, llama_cpp: Path) -> None:
     `llama_cpp` is a source checkout of llama.cpp. Raises UserError if it is not, if the model or
     its tokenizer does not fit llama.cpp, and if the converter fails.
     """
+    model, tokenizer = load_model(checkpoint)
+    if reasons := model_misfits(model.config) + tokenizer_misfits(tokenizer):
+        raise UserError(f"{checkpoint}: llama.cpp does not have {'; '.join(reasons)}\n"
+                        "  docs/import.md, section Exporting, lists what it has")
     if not (llama_cpp / "conversion" / "base.py").exists():
         raise UserError(f"--llama-cpp {llama_cpp}: no checkout of llama.cpp, or an old one (it has "
                         "no conversion/base.py)\n"
                         "  git clone --depth 1 https://github.com/ggml-org/llama.cpp")
-    model, tokenizer = load_model(checkpoint)
-    if reasons := model_misfits(model.config) + tokenizer_misfits(tokenizer):
-        raise UserError(f"{checkpoint}: llama.cpp does not have {'; '.join(reasons)}\n"
-                        "  docs/import.md, section Exporting, says what to do instead")
     paths = [str(llama_cpp), str(llama_cpp / "gguf-py")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     with (explain_disk_errors(f"writing {target}", "make room, or write to another folder"),
@@ -51,8 +51,8 @@ def write_gguf(checkpoint: Path, target: Path, llama_cpp: Path) -> None:
         if done.returncode:
             message = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"llama.cpp's converter failed: {message[:150]}\n"
-                            "  it needs the package transformers; if that is installed, try a "
-                            "newer or older llama.cpp")
+                            "  it needs the package transformers and the whole checkout; if both "
+                            "are there, try a newer or older llama.cpp")
 
 
 def model_misfits(config: ModelConfig) -> list[str]:

@@ -20,6 +20,7 @@ from training.checkpoint import (
     read_state,
 )
 from training.config import Config, TrainConfig, load_config, named_after
+from training.device import choose_device
 from training.logger import Record, read_metrics
 from training.resume import data_of
 
@@ -37,9 +38,10 @@ class LoadedRun(NamedTuple):
     def __repr__(self) -> str:
         shape = self.model.config
         parameters = sum(p.numel() for p in self.model.parameters())
+        layers = f"{shape.n_layers} layer{'s' if shape.n_layers > 1 else ''}"
         return (f"LoadedRun({self.folder} at step {self.step:,} of {self.config.train.steps:,}, "
-                f"{self.state['tokens']:,} tokens: {shape.n_layers} layers × {shape.n_heads} "
-                f"heads, {parameters:,} parameters on {self.model.embed.weight.device})")
+                f"{self.state['tokens']:,} tokens: {layers} × {shape.n_heads} heads, "
+                f"{parameters:,} parameters on {self.model.embed.weight.device})")
 
     @property
     def step(self) -> int:
@@ -75,8 +77,12 @@ def load_run(where: str | Path, step: int | None = None,
         with taps(run.model, "L*.pattern") as acts:
             run.model(tokens)
     """
+    if isinstance(device, str):
+        device = choose_device(device, "device=")
     checkpoint = find_checkpoint(where)
     if step is not None:
+        if (Path(where) / "manifest.json").exists():
+            raise UserError(f"{where} is one checkpoint: leave step {step} out, or name the run")
         kept = {int(path.name): path for path in list_checkpoints(checkpoint.parent)}
         if step not in kept:
             raise UserError(f"{where} has no checkpoint of step {step}; "
@@ -96,7 +102,10 @@ def load_run(where: str | Path, step: int | None = None,
 
 
 def _config_of_published(checkpoint: Path, model: GPT, step: int) -> Config:
-    """The config of a checkpoint without training_state/: its model, and defaults for the rest."""
-    tokens = model.config.n_ctx * max(1, TrainConfig().batch_tokens // model.config.n_ctx)
-    return Config(model=model.config, data=DataConfig(tokenizer=TokenizerConfig(
-        kind=str(checkpoint))), train=TrainConfig(steps=max(1, step), batch_tokens=tokens))
+    """The config of a checkpoint without training_state/: defaults, but for its model, whose
+    weights a run of this config would start from."""
+    shape = model.config
+    tokens = shape.n_ctx * max(1, TrainConfig().batch_tokens // shape.n_ctx)
+    return Config(init_from=str(checkpoint), model=shape,
+                  data=DataConfig(tokenizer=TokenizerConfig(kind=str(checkpoint))),
+                  train=TrainConfig(steps=max(1, step), batch_tokens=tokens))

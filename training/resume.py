@@ -99,6 +99,11 @@ def job_of(target: str | Path | Config, overrides: Sequence[str]) -> Job:
             run = os.path.relpath(folder.resolve().parent.parent)
             raise UserError(f"{target} is a checkpoint: name its run to continue it, {run}, or "
                             f"start another from its weights with init_from={target}")
+        if (folder / "config.json").exists():
+            raise UserError(f"{target} is a model, not a run: start a run from its weights\n"
+                            f"  if it is from here: {command('train.py')} CONFIG run=NEW "
+                            f"init_from={target}; else import it: "
+                            f"{command('-m training.import_model')} {target} runs/NAME")
         raise UserError(f"{str(target) or repr('')} holds no config.yaml, so it is not a run "
                         "(runs/NAME continues one, configs/NAME.yaml starts one)")
     before = named_after(folder, load_config(saved))
