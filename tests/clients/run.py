@@ -76,11 +76,16 @@ def run_script(name: str, *arguments: str | Path, runs: Path | None = None
     with tempfile.TemporaryDirectory() as elsewhere:
         environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": elsewhere, "WANDB_MODE": "offline",
                         "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                        "TOKENIZERS_PARALLELISM": "false", "PROJECT": str(ROOT)}
+                        "TOKENIZERS_PARALLELISM": "false", "PROJECT": str(ROOT),
+                        "VLLM_CPU_KVCACHE_SPACE": "1"}      # GB; else much of the machine's memory
         if runs:
             (Path(elsewhere) / "runs").symlink_to(runs)
-        return subprocess.run([python, *arguments], cwd=elsewhere, env=environment,
+        done = subprocess.run([python, *arguments], cwd=elsewhere, env=environment,
                               capture_output=True, text=True)
+    if done.returncode:                         # what is printed is its end
+        STORE.mkdir(exist_ok=True)
+        (STORE / f"failed-{name}.log").write_text(done.stdout + done.stderr, "utf-8")
+    return done
 
 
 def run_client(name: str, client: Client, pairs: Sequence[tuple[Path, Path]]
