@@ -277,7 +277,7 @@ def test_clients() -> None:
     if not args.shapes:
         PAGE.write_text(with_rows(PAGE.read_text("utf-8"), rows), "utf-8")
     if failed:
-        sys.exit(f"error: failed: {', '.join(failed)}")
+        sys.exit(f"error: failed: {', '.join(failed)} (whole output: {STORE}/failed-NAME.log)")
 
 
 if __name__ == "__main__":
