@@ -193,10 +193,14 @@ def _settings(wandb: ModuleType, mode: Literal["online", "offline"]) -> Any:
 
 def _sync_command(version: str, folder: Path) -> str:
     """The command that uploads an offline run: all its parts, one for each time it was started, in
-    their order."""
+    their order. Several are uploaded one by one: after a part that ends in the middle of a row, as
+    kill -9 leaves it, `wandb sync` leaves out those that follow."""
     numbers = tuple(int(digits) for digits in re.findall(r"\d+", version)[:2])
     append = "" if numbers >= APPENDS_ITSELF else "--append "       # else the last part replaces
-    return f"wandb sync {append}{shlex.quote(str(folder / 'wandb'))}/offline-run-*"
+    parts = f"{shlex.quote(str(folder / 'wandb'))}/offline-run-*"
+    if len(list(folder.glob("wandb/offline-run-*"))) > 1:
+        return f'for part in {parts}; do wandb sync {append}"$part"; done'
+    return f"wandb sync {append}{parts}"
 
 
 def _wandb_id(folder: Path, name: str) -> str:

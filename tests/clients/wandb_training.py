@@ -53,9 +53,10 @@ def check_offline(folder: Path) -> dict[str, bool]:
     offline = {"WANDB_MODE": "offline"}
     train(folder, "tiny.yaml train.steps=6 log.wandb=offline", offline)
     out = train(folder, "runs/tiny train.steps=10 log.wandb=offline", offline)
-    (upload,) = re.findall(r"^metrics .*, wandb (sync .*)", out, re.MULTILINE)
+    (upload,) = re.findall(r"^metrics .*, (for part in .*; do wandb sync .*)", out, re.MULTILINE)
+    wandb = f"{shlex.quote(sys.executable)} -m wandb"
     with FakeWandb() as server:
-        run(f"{shlex.quote(sys.executable)} -m wandb {upload}", folder, server.env)
+        run(upload.replace("wandb sync ", f"{wandb} sync "), folder, server.env)
     (stored,) = server.runs.values()
     return {"trains offline": True, "one run out of two parts": len(server.runs) == 1,
             "group": stored.group == "clients",
