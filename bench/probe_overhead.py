@@ -20,7 +20,7 @@ from data.dataset import Dataset
 from induction.probe_set import probes_of
 from induction.watch import HeadWatch
 from report.snapshots import PatternRecorder
-from train import build_model
+from training.build import build_model
 from training.config import Config, load_config
 from training.device import choose_hardware, choose_micro_batch, training_loss
 from training.optimizer import Optimizer

@@ -4,8 +4,10 @@ import collections
 import gzip
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any, NamedTuple
+
+from json_server import JsonHandler
 
 HIDDEN = 2                      # the number of this option in a run's config
 
@@ -63,7 +65,7 @@ class FakeWandb:
         self.lock = threading.Lock()
         fake = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(JsonHandler):
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
@@ -87,17 +89,6 @@ class FakeWandb:
                 else:
                     body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 return gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
-
-            def reply(self, content: dict[str, Any]) -> None:
-                body = b"" if self.command == "HEAD" else json.dumps(content).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *_: object) -> None:
-                pass
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True

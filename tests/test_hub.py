@@ -9,11 +9,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from commands import ROOT
+from json_server import JsonHandler
 
 from files import sha256
 from training.checkpoint import find_checkpoint
@@ -31,7 +32,7 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(JsonHandler):
     server: Hub
 
     def do_GET(self) -> None:
@@ -53,17 +54,6 @@ class Handler(BaseHTTPRequestHandler):
                         "commitOid": "1" * 40})
         else:
             self.send_error(404)
-
-    def reply(self, contents: dict) -> None:
-        body = json.dumps(contents).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture

@@ -124,8 +124,8 @@ def _published_state(checkpoint: Path) -> dict[str, Any]:
     """What config.json says of the training; its data and history are unknown."""
     verify(checkpoint, ["config.json"])
     with _explain_damage(checkpoint, "config.json"):
-        described = json.loads((checkpoint / "config.json").read_text("utf-8"))
-        trained = described.get(TRAINED, {"step": 0, "tokens": 0})      # earlier versions lack it
+        # Earlier versions lack it.
+        trained = _read_config(checkpoint).get(TRAINED, {"step": 0, "tokens": 0})
         if not all(isinstance(trained[key], int) for key in ("step", "tokens")):
             raise ValueError(f"{TRAINED} holds no step and tokens")
         return trained | {"seconds": 0.0, "data": {"hash": ""}, "history": [
@@ -135,8 +135,12 @@ def _published_state(checkpoint: Path) -> dict[str, Any]:
 def read_model_config(checkpoint: Path) -> ModelConfig:
     """The shape of a checkpoint's model."""
     with _explain_damage(checkpoint, "config.json"):
-        described = json.loads((checkpoint / "config.json").read_text("utf-8"))
-        return validate(ModelConfig, described["gpt"], str(checkpoint / "config.json"))
+        return validate(ModelConfig, _read_config(checkpoint)["gpt"],
+                        str(checkpoint / "config.json"))
+
+
+def _read_config(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "config.json").read_text("utf-8"))
 
 
 def load_model(checkpoint: Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer]:

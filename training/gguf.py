@@ -16,11 +16,12 @@ from pathlib import Path
 from errors import ArgumentParser, UserError, run_command
 
 from data.byte_bpe import WORDS, ByteBPE
+from data.load_tokenizer import load_tokenizer
 from data.tokenizer import Tokenizer
 from files import atomic_write, explain_disk_errors, must_be_writable
 from model.config import ModelConfig
 from model.families import family, nearest_family
-from training.checkpoint import find_checkpoint, load_model
+from training.checkpoint import find_checkpoint, read_model_config, verify
 
 CONVERTER = Path(__file__).with_name("gguf_converter.py")
 
@@ -31,8 +32,10 @@ def write_gguf(checkpoint: Path, target: Path, llama_cpp: Path) -> None:
     `llama_cpp` is a source checkout of llama.cpp. Raises UserError if it is not, if the model or
     its tokenizer does not fit llama.cpp, and if the converter fails.
     """
-    model, tokenizer = load_model(checkpoint)
-    if reasons := model_misfits(model.config) + tokenizer_misfits(tokenizer):
+    verify(checkpoint)
+    config = read_model_config(checkpoint)
+    tokenizer = load_tokenizer(checkpoint / "tokenizer.json")
+    if reasons := model_misfits(config) + tokenizer_misfits(tokenizer):
         raise UserError(f"{checkpoint}: llama.cpp does not have {'; '.join(reasons)}\n"
                         "  docs/import.md, section Exporting, lists what it has")
     if not (llama_cpp / "conversion" / "base.py").exists():
@@ -45,7 +48,7 @@ def write_gguf(checkpoint: Path, target: Path, llama_cpp: Path) -> None:
           atomic_write(target) as file):
         # -P: otherwise the modules beside the script would hide others of the same name.
         done = subprocess.run(
-            [sys.executable, "-P", CONVERTER, str(model.config.mlp_size or 1), checkpoint,
+            [sys.executable, "-P", CONVERTER, str(config.mlp_size or 1), checkpoint,
              "--outfile", file.name, "--outtype", "f32"],
             env=environment, capture_output=True, text=True)
         if done.returncode:
